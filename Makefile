@@ -1,0 +1,37 @@
+# Each target makes its own .venv and installs with the exact pins of constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench clean help
+
+help:
+	@echo "make demo   train 4 built-in factories and write the worth-it report to out/demo"
+	@echo "make test   every check and every test"
+	@echo "make check  lint, types, formatting"
+	@echo "make bench  the measurements behind the claims (minutes)"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/trunkline sites synthetic --out out/demo-sites
+	$(BIN)/trunkline simulate examples/demo.toml --sites out/demo-sites --out out/demo --overwrite
+
+test: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/exchange.py
+	$(BIN)/python benchmarks/simulate.py
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,22 @@
+"""What the plant's daemon refuses before it starts anything."""
+
+from pathlib import Path
+
+import pytest
+
+from trunkline.client import daemon
+from trunkline.errors import ConfigError, DeploymentError
+
+
+def test_a_site_folder_that_cannot_be_passed_on_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "plant"'
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"site\.toml"):
+        daemon.start(folder)
+    (folder / "site.toml").write_text(
+        'name = "p"\n[data]\nfiles = "*.csv"\nchannels = ["a"]\n[tasks.t]\nkind = "regression"\ntarget = "t"\nunit = "mm"\n'
+    )
+    with pytest.raises(DeploymentError, match="quotes"):
+        daemon.start(folder)
+    with pytest.raises(DeploymentError, match="host:port"):
+        daemon.start(folder, server="centre")

@@ -1,0 +1,236 @@
+"""A real SuperLink, its launcher, a SuperNode and the executor, all on loopback, by the daemons that ship."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trunkline.errors import DeploymentError
+from trunkline.flower import app_digest, list_nodes, run_status, submit
+from trunkline.supervise import read_status
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),  # Flower with pathspec 1.x
+]
+TESTS = Path(__file__).parent.parent
+SITE_TOML = """
+name = "press-07"
+[data]
+files = "*.csv"
+channels = ["a"]
+window = 8
+[tasks.wear]
+kind = "regression"
+target = "wear"
+unit = "mm"
+"""
+APP = """
+[project]
+name = "tiny"
+version = "1.0.0"
+description = "x"
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "tests"
+[tool.flwr.app.components]
+serverapp = "tiny_apps:server_app"
+clientapp = "{client}"
+[tool.flwr.app.config]
+out = ""
+header = "{{}}"
+rounds = 1
+nodes = 1
+retries = 0
+"""
+
+
+def within(seconds: float, what: str, found: Callable[[], Any]) -> Any:
+    """Poll until `found` is truthy; fail by name when it never is."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def daemon(code: str, log: Path) -> "subprocess.Popen[bytes]":
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stdout=file, stderr=file
+        )
+
+
+class Deployment:
+    """One centre and one plant."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.server_state, self.site = root / "server", root / "a plant"
+        self.client_state = self.site / ".trunkline"
+        self.site.mkdir()
+        (self.site / "site.toml").write_text(SITE_TOML)
+        self.thin = self.app("tiny_apps:client_app")
+        self.client_state.mkdir()
+        (self.client_state / "pins.txt").write_text(f"{app_digest(self.thin)}  # the tests' app\n")
+        self.server = daemon(
+            "from pathlib import Path; from trunkline.server import daemon; "
+            f"daemon.start(Path({str(self.server_state)!r}), port={self.port})",
+            root / "server.log",
+        )
+        self.client = daemon(
+            "from pathlib import Path; from trunkline.client import daemon; "
+            f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tiny_apps:client_app')",
+            root / "client.log",
+        )
+
+    def app(self, client: str, code: dict[str, str] | None = None) -> Path:
+        folder = self.root / f"app-{len(list(self.root.glob('app-*')))}"
+        for name, text in {"pyproject.toml": APP.format(client=client), **(code or {})}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        return folder
+
+    def start(self, folder: Path, **config: str | int) -> tuple[int, Path]:
+        out = self.root / f"out-{len(list(self.root.glob('out-*')))}.jsonl"
+        out.touch()
+        return submit(self.address, folder, {"out": str(out), **config}), out
+
+    def finish(self, run: int, out: Path, seconds: float = 40.0) -> list[dict[str, Any]]:
+        def finished() -> bool:
+            return run_status(self.address, run)[0].startswith("finished")
+
+        within(seconds, f"run {run}", finished)
+        assert run_status(self.address, run)[0] == "finished:completed", self.logs()
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    def child(self, name: str) -> int | None:
+        status = read_status(self.client_state)
+        return {one["name"]: one["pid"] for one in status["children"]}[name]
+
+    def logs(self) -> str:
+        files = [*self.root.glob("*.log"), *self.root.glob("*/.trunkline/logs/*"), *self.server_state.glob("logs/*")]
+        return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+
+    def online(self) -> list[int]:
+        try:
+            return [node["node"] for node in list_nodes(self.address) if node["status"] == "online"]
+        except DeploymentError:
+            return []
+
+    def end(self) -> None:
+        for process in (self.client, self.server):
+            process.terminate()
+        for process in (self.client, self.server):
+            try:
+                process.wait(12.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5.0)
+                raise
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    made = Deployment(tmp_path_factory.mktemp("deployment"))
+    try:
+        within(40.0, "the plant is online", made.online)
+        yield made
+    finally:
+        made.end()
+
+
+def test_one_executor_answers_every_round(deployment: Deployment) -> None:
+    lines = deployment.finish(*deployment.start(deployment.thin, rounds=3))
+    assert [line["value"] for line in lines] == [1.0, 2.0, 3.0], deployment.logs()
+    assert {line["pid"] for line in lines} == {deployment.child("executor")}
+    assert [line["calls"] for line in lines] == [1, 2, 3]
+    assert {line["site"] for line in lines} == {str(deployment.site)}, "the folder is the one the plant named"
+
+
+def test_a_foreign_app_is_refused_and_nothing_of_it_runs(deployment: Deployment) -> None:
+    marker = deployment.root / "was-run"
+    code = f"""
+from pathlib import Path
+Path({str(marker)!r}).write_text("import")
+from flwr.clientapp import ClientApp
+app = ClientApp()
+"""
+    folder = deployment.app("evil.client:app", {"evil/__init__.py": "", "evil/client.py": code})
+    (line,) = deployment.finish(*deployment.start(folder))
+    assert line["error"] == 400 and "not pinned" in line["reason"] and line["to_request"]
+    assert not marker.exists()
+    assert not (deployment.client_state / "flwr" / "apps").exists(), "nothing is unpacked at the plant"
+    (line,) = deployment.finish(*deployment.start(deployment.thin))
+    assert line["value"] == 1.0, "the site serves on"
+
+
+def test_a_site_that_raises_answers_with_an_error_and_no_path(deployment: Deployment) -> None:
+    (line,) = deployment.finish(*deployment.start(deployment.thin, header='{"fail": 1}'))
+    assert line["error"] == 2 and "rows.csv: asked to fail" in line["reason"]
+    assert "secret" not in line["reason"]
+
+
+def test_what_is_not_a_reply_becomes_an_error_reply_and_the_site_serves_on(deployment: Deployment) -> None:
+    (line,) = deployment.finish(*deployment.start(deployment.thin, header='{"not_a_reply": 1}'))
+    assert line["error"] == 2 and "not a reply" in line["reason"]
+
+
+def test_an_executor_killed_within_a_task_costs_seconds(deployment: Deployment) -> None:
+    marker = deployment.root / "killed" / "pid"
+    run, out = deployment.start(deployment.thin, header=json.dumps({"sleep_once": str(marker)}), retries=2)
+    pid = int(within(20.0, "the task has begun", lambda: marker.exists() and marker.read_text()))
+    assert pid == deployment.child("executor")
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    lines = deployment.finish(run, out)
+    assert time.monotonic() - killed < 25.0, deployment.logs()
+    assert [line.get("error") for line in lines] == [401, None]
+    assert lines[-1]["pid"] != pid
+
+
+def test_an_executor_told_to_end_within_a_task_answers_first(deployment: Deployment) -> None:
+    marker = deployment.root / "told" / "pid"
+    run, out = deployment.start(deployment.thin, header=json.dumps({"sleep_once": str(marker)}), retries=2)
+    pid = int(within(20.0, "the task has begun", lambda: marker.exists() and marker.read_text()))
+    os.kill(pid, signal.SIGTERM)
+    within(10.0, "the executor has ended", lambda: deployment.child("executor") != pid)
+    lines = deployment.finish(run, out)
+    assert [line.get("error") for line in lines] == [401, None] and "shutting down" in lines[0]["reason"]
+
+
+def test_a_killed_supernode_leaves_no_ghost(deployment: Deployment) -> None:
+    (before,) = deployment.online()
+    pid = deployment.child("supernode")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    (after,) = within(20.0, "a new session", lambda: [one for one in deployment.online() if one != before])
+    within(5.0, "the old one is signed off", lambda: deployment.online() == [after])
+    (line,) = deployment.finish(*deployment.start(deployment.thin))
+    assert line["value"] == 1.0
+
+
+def test_a_second_daemon_on_one_state_folder_is_refused(deployment: Deployment) -> None:
+    from trunkline.client import daemon
+
+    with pytest.raises(DeploymentError, match=f"pid {deployment.client.pid}"):
+        daemon.start(deployment.site, server=deployment.address, tell=lambda text: None)

@@ -1,0 +1,24 @@
+"""Site folders that many tests share, written once a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(os.environ.get("TRUNKLINE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the real data sets; a test that needs it is skipped where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}; set TRUNKLINE_DATA to the folder that holds cmapss/")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def plants(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The four built-in factories: other sensors, other tasks, other file formats."""
+    from trunkline.simulations.factories import write_sites
+
+    return sorted(write_sites("synthetic", tmp_path_factory.mktemp("plants"), groups=12))

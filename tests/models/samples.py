@@ -1,0 +1,62 @@
+"""Small sites for the model tests."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trunkline.config import TaskConfig
+from trunkline.exchange import TrunkSpec
+from trunkline.models.backbones import BACKBONES
+from trunkline.models.tasks import Task, make_task
+from trunkline.models.trunk import TrunkModel, build_model
+
+torch.set_num_threads(1)
+
+# every kind, and within a kind every loss or head of its own
+CONFIGS = {
+    "rul": TaskConfig(kind="regression", target="rul", unit="cycles", cap=125.0),
+    "wear": TaskConfig(kind="regression", target="wear", unit="mm", loss="mse"),
+    "late": TaskConfig(kind="regression", target="late", unit="h", loss="pinball", quantile=0.9),
+    "failing": TaskConfig(kind="binary", target="failing"),
+    "fault": TaskConfig(kind="multiclass", target="fault", classes=("none", "fan", "hpc")),
+    "stage": TaskConfig(kind="multiclass", target="stage", classes=("new", "worn", "old", "dead"), ordinal=True),
+}
+
+
+def labels_of(task: Task, rows: int, seed: int = 0) -> np.ndarray:
+    """Drawn labels that `task` could have, every class among them."""
+    draw = np.random.default_rng(seed)
+    if task.kind == "regression":
+        return draw.uniform(0, 200, rows).astype(np.float32)
+    classes = 2 if task.kind == "binary" else len(task.config.classes or ())
+    return draw.permutation(np.arange(rows) % classes).astype(np.float32)
+
+
+def tasks_of(*names: str) -> dict[str, Task]:
+    """Fitted tasks, by default one of each."""
+    tasks = {name: make_task(name, CONFIGS[name]) for name in names or CONFIGS}
+    for task in tasks.values():
+        task.fit(labels_of(task, 60))
+    return tasks
+
+
+def site(spec: TrunkSpec, *, channels: int = 3, tasks: dict[str, Task] | None = None, seed: int = 0) -> TrunkModel:
+    """A site whose samples are what the backbone reads."""
+    rows = BACKBONES[spec.backbone].reads == "rows"
+    return build_model(
+        spec,
+        window=None if rows else 16,
+        channels=channels,
+        categories=(4, 2) if rows else (),
+        tasks=tasks_of("rul", "fault") if tasks is None else tasks,
+        seed=seed,
+    )
+
+
+def batch(spec: TrunkSpec, size: int = 5, channels: int = 3, time: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs for `site(spec)`."""
+    draw = torch.Generator().manual_seed(seed)
+    if BACKBONES[spec.backbone].reads == "rows":
+        codes = torch.stack([torch.randint(count, (size,), generator=draw) for count in (4, 2)], dim=1)
+        return torch.randn(size, channels, generator=draw), codes
+    return torch.randn(size, channels, time, generator=draw), torch.zeros(size, 0, dtype=torch.int64)

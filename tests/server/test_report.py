@@ -1,0 +1,375 @@
+"""The worth-it report: what it claims, what it may show, and that it survives whatever a run leaves behind."""
+
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from trunkline.config import RunConfig
+from trunkline.errors import DataError, StorageError
+from trunkline.exchange import TaskRow
+from trunkline.server.report import (
+    MOST_POINTS,
+    Predictions,
+    Refusal,
+    RoundRecord,
+    build_report,
+    print_report,
+    read_report,
+    verdict,
+    write_report,
+)
+
+finite = st.floats(-1e6, 1e6, allow_nan=False)
+positive = st.floats(1e-3, 1e6)
+
+
+def row(**changes: Any) -> TaskRow:
+    values: dict[str, Any] = {
+        "task": "rul", "kind": "regression", "metric": "rmse", "unit": "cycles", "better": "lower",
+        "n_train": 800, "n_validation": 120, "n_test": 240, "n_groups": 12,
+        "local": 20.0, "federated": 17.0, "chosen": "federated", "interval": (-4.0, -2.0),
+    }  # fmt: skip
+    return TaskRow(**(values | changes))
+
+
+def record(number: int = 1, **changes: Any) -> RoundRecord:
+    values: dict[str, Any] = {
+        "round": number, "sites": ["kiln-02", "press-07"], "refused": [], "seconds": 2.0,
+        "bytes_up": 2000, "bytes_down": 4000, "train_loss": 0.5,
+        "metrics": {"press-07": {"rul.federated": 20.0 / number, "rul.local": 22.0, "validation_loss": 0.4}},
+    }  # fmt: skip
+    return RoundRecord(**(values | changes))
+
+
+def report_of(rows: list[tuple[str, TaskRow]], rounds: list[RoundRecord] | None = None) -> dict[str, Any]:
+    return build_report(
+        run=RunConfig(name="turbofans", rounds=3, seed=7),
+        rows=rows,
+        rounds=[record(1), record(2)] if rounds is None else rounds,
+        trunk_parameters=61234,
+        seconds=75.0,
+    )
+
+
+def printed(report: dict[str, Any], width: int) -> str:
+    file = io.StringIO()
+    print_report(report, Console(file=file, width=width, no_color=True))
+    return file.getvalue()
+
+
+def page(tmp_path: Path, report: dict[str, Any], predictions: dict[tuple[str, str], Predictions] | None = None) -> str:
+    write_report(report, tmp_path, predictions or {})
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def three_kinds(n: int = 200) -> dict[tuple[str, str], Predictions]:
+    draw = np.random.default_rng(0)
+    truth, chance = draw.uniform(0, 125, n), draw.random(n)
+    names = np.array(["closed", "lag", "open"])
+    return {
+        ("press-07", "rul"): Predictions(truth, truth + draw.normal(0, 5, n), truth + 9, "cycles", "regression"),
+        ("press-07", "failing"): Predictions((chance > 0.7).astype(int), chance, draw.random(n), "", "binary"),
+        ("press-07", "valve"): Predictions(
+            names[draw.integers(0, 3, n)], names[draw.integers(0, 3, n)], None, "", "multiclass"
+        ),
+    }
+
+
+# --- report.json -------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_exactly_the_keys_other_tools_were_promised() -> None:
+    report = report_of([("press-07", row())], [record(refused=[Refusal("coil-1", "sent NaN")])])
+    assert list(report) == ["trunkline", "run", "cohort", "sites", "rounds"]
+    assert set(report["run"]) == {"name", "strategy", "backbone", "rounds", "seed", "trunk_parameters", "seconds"}
+    assert set(report["sites"][0]) == {
+        "site", "task", "kind", "metric", "unit", "better", "n_train", "n_validation", "n_test", "local", "federated",
+        "chosen", "interval", "verdict", "more", "candidates",
+    }  # fmt: skip
+    assert set(report["rounds"][0]) == {
+        "round", "sites", "refused", "seconds", "bytes_up", "bytes_down", "train_loss", "curves",
+    }  # fmt: skip
+    assert report["rounds"][0]["refused"] == [{"site": "coil-1", "cause": "sent NaN"}]
+    assert report["cohort"] == ["kiln-02", "press-07"]
+
+
+def test_sites_come_by_name_and_their_tasks_in_the_order_given() -> None:
+    rows = [("press-07", row(task="zeta")), ("kiln-02", row()), ("press-07", row(task="alpha"))]
+    found = [(one["site"], one["task"]) for one in report_of(rows)["sites"]]
+    assert found == [("kiln-02", "rul"), ("press-07", "zeta"), ("press-07", "alpha")]
+
+
+def test_what_is_read_back_is_what_was_built(tmp_path: Path) -> None:
+    report = report_of([("press-07", row(more={"mae": {"local": 9.0, "federated": None}}, candidates={"fused": 16.5}))])
+    write_report(report, tmp_path)
+    assert read_report(tmp_path) == report
+
+
+@given(st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 1.5]), min_size=4, max_size=4))
+def test_a_curve_that_diverges_leaves_no_nan_in_the_json(values: list[float]) -> None:
+    loss, seconds, federated, local = values
+    curves = {"press-07": {"rul.federated": federated, "rul.local": local}}
+    report = report_of([("press-07", row())], [record(train_loss=loss, seconds=seconds, metrics=curves)])
+    text = json.dumps(report, allow_nan=False)  # raises on NaN or infinity
+    kept = json.loads(text)["rounds"][0]
+    found = [kept["train_loss"], kept["seconds"], kept["curves"]["press-07"]["rul.federated"]]
+    assert found == [value if math.isfinite(value) else None for value in (loss, seconds, federated)]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"run": {}}', "\x00"])
+def test_a_folder_without_an_intact_report_is_named_in_the_error(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(StorageError, match=re.escape(str(tmp_path / "report.json"))):
+        read_report(tmp_path)
+
+
+# --- the verdict -------------------------------------------------------------------------------------------------
+
+
+@given(positive, positive, finite, finite, st.sampled_from(["lower", "higher"]))
+def test_an_interval_that_contains_zero_never_helps_or_hurts(
+    local: float, federated: float, one: float, other: float, better: str
+) -> None:
+    words = verdict(row(local=local, federated=federated, interval=(-abs(one), abs(other)), better=better))
+    assert words == "no clear difference"
+
+
+@given(positive, st.floats(1e-3, 1e3), st.floats(0.01, 0.99))
+def test_turning_the_direction_round_turns_the_verdict_round(local: float, change: float, share: float) -> None:
+    up = {"local": local, "federated": local + change, "interval": (change * share, change * (2 - share))}
+    down = {"local": local, "federated": local - change, "interval": (-change * (2 - share), -change * share)}
+    for better, good, bad in (("higher", up, down), ("lower", down, up)):
+        assert verdict(row(better=better, **good)).startswith("federation helps: ")
+        assert verdict(row(better=better, **bad)).startswith("train alone: federation is worse by ")
+
+
+def test_the_verdict_says_how_much_in_percent_of_training_alone() -> None:
+    assert verdict(row(local=25.0, federated=22.0)) == "federation helps: 12 % lower error"
+    assert verdict(row(local=25.0, federated=26.0, interval=(0.5, 1.5))) == "train alone: federation is worse by 4 %"
+    higher = row(metric="auroc", unit="", better="higher", local=0.8, federated=0.9, interval=(0.05, 0.15))
+    assert verdict(higher) == "federation helps: 12 % higher auroc"
+
+
+def test_an_error_of_zero_alone_gives_the_difference_in_units_instead_of_percent() -> None:
+    words = verdict(row(local=0.0, federated=0.5, interval=(0.25, 0.75)))
+    assert words == "train alone: federation is worse by 0.5 cycles"
+
+
+def test_what_was_not_measured_is_said_and_not_guessed() -> None:
+    assert verdict(row(local=None, interval=None)) == "no baseline"
+    assert verdict(row(federated=None, local=None, interval=None)) == "not measured: no test labels"
+    assert verdict(row(interval=None)) == "cannot tell: too few test groups"
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------
+
+SITE_NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+
+
+@settings(max_examples=60, deadline=None)
+@example(["x" * 64, "press-07"], 80)
+@example(["x" * 30], 120)
+@given(st.lists(SITE_NAMES, min_size=1, max_size=4, unique=True), st.sampled_from([80, 100, 120, 200]))
+def test_no_site_name_is_cut_at_any_width(names: list[str], width: int) -> None:
+    rows = [(name, row(task=task)) for name in names for task in ("rul", "remaining_useful_life_of_pump")]
+    lines = printed(report_of(rows, []), width).splitlines()
+    assert all(any(line.startswith(name) for line in lines) for name in names)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_the_terminal_and_shows_every_figure(width: int) -> None:
+    report = report_of(
+        [("press-07", row()), ("press-07", row(task="failing", metric="auroc", unit="", better="higher"))]
+    )
+    text = printed(report, width)
+    assert max(map(len, text.splitlines())) <= width
+    for figure in ("20.00", "17.00", "-3.00 (-15 %)", "[-4.00, -2.00]", "rmse (cycles)", "auroc", "federation"):
+        assert figure in text
+
+
+def test_the_summary_counts_outcomes_and_names_each_refusal_once() -> None:
+    rows = [
+        ("press-07", row()),
+        ("press-07", row(task="b", interval=(-1.0, 1.0))),
+        ("kiln-02", row(federated=22.0, interval=(1.0, 3.0))),
+        ("kiln-02", row(task="b", local=None, interval=None)),
+    ]
+    refused = [Refusal("kiln-02", "`blocks.0` holds NaN")]
+    text = " ".join(printed(report_of(rows, [record(n, refused=refused) for n in (1, 2, 3)]), 200).split())
+    assert "helps in 1 of 3 site-tasks, makes no clear difference in 1, hurts in 1." in text
+    assert "1 more could not be compared" in text
+    assert text.count("`blocks.0` holds NaN") == 1
+    assert "kiln-02 (3 rounds, 1 to 3)" in text
+    assert "667 bytes up and 1.3 kB down a site and round" in text  # 2000 and 4000 bytes over three replies
+    assert "3 of 3 rounds" in text
+
+
+def test_colour_means_that_the_interval_excludes_zero() -> None:
+    def shown(one: TaskRow) -> str:
+        file = io.StringIO()
+        print_report(
+            report_of([("press-07", one)]), Console(file=file, width=120, force_terminal=True, color_system="standard")
+        )
+        return file.getvalue()
+
+    green, red = "\x1b[32m", "\x1b[31m"
+    assert green in shown(row())
+    assert red in shown(row(federated=23.0, interval=(2.0, 4.0)))
+    unclear = shown(row(interval=(-6.0, 0.5)))
+    assert green not in unclear and red not in unclear
+
+
+def test_a_cause_from_the_wire_cannot_steer_the_terminal_or_use_markup() -> None:
+    refused = [Refusal("kiln-02", "\x1b[2Jgone [bold red]x[/]")]
+    text = printed(report_of([("press-07", row())], [record(refused=refused)]), 120)
+    assert "\x1b" not in text
+    assert "[bold red]x[/]" in text
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+class Outline(HTMLParser):
+    """Every tag, attribute and the visible text of a page; and whether its tags close in order."""
+
+    VOID = ("meta", "br", "img", "link", "hr", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_asks_nothing_of_the_outside(tmp_path: Path) -> None:
+    text = page(tmp_path, report_of([("press-07", row())]), three_kinds())
+    found = Outline(text)
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(found.tags)
+    references = [value for name, value in found.attributes if name in ("src", "href", "xlink:href", "action", "data")]
+    assert references and all(value.startswith("#") for value in references)
+    assert "//" not in re.sub(r"/\*.*?\*/", "", text)  # no address of any scheme
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert found.open == []
+
+
+def test_every_reference_inside_a_figure_points_at_one_element(tmp_path: Path) -> None:
+    predictions = {(site, task): one for site in ("press-07", "kiln-02") for (_, task), one in three_kinds().items()}
+    found = Outline(page(tmp_path, report_of([("press-07", row()), ("kiln-02", row())]), predictions))
+    names = [value for name, value in found.attributes if name == "id"]
+    wanted = {value[1:] for name, value in found.attributes if name == "href"}
+    wanted |= {match for _, value in found.attributes for match in re.findall(r"url\(#([^)]+)\)", value)}
+    assert len(names) == len(set(names))
+    assert wanted <= set(names)
+
+
+def test_names_and_causes_are_text_and_never_markup(tmp_path: Path) -> None:
+    nasty = "<b>press</b><script>alert('x')</script>"
+    draw = np.linspace(0.0, 1.0, 20)
+    report = report_of(
+        [(nasty, row(unit="<i>$x$", more={"<u>": {"local": 1.0}}, candidates={"<u>": 2.0}))],
+        [record(sites=[nasty], refused=[Refusal("<b>", "<img src=x>")], metrics={nasty: {"rul.federated": 1.0}})],
+    )
+    classes = Predictions(np.array(["<b>", "&"]), np.array(["<b>", "<b>"]), None, "", "multiclass")
+    predictions = {(nasty, "rul"): Predictions(draw, draw, None, "<i>$x$", "regression"), (nasty, "<s>"): classes}
+    found = Outline(page(tmp_path, report, predictions))
+    assert not {"script", "img", "i", "u", "s"} & (set(found.tags) - {"i"})
+    assert nasty in found.text
+    assert "<img src=x>" in found.text
+    assert "true (<i>$x$)" in found.text  # inside the figure too, where a unit with dollars is no formula
+
+
+def test_equal_reports_give_equal_bytes(tmp_path: Path) -> None:
+    report = report_of([("press-07", row())])
+    for name in ("one", "two"):
+        write_report(report, tmp_path / name, three_kinds())
+    for file in ("report.json", "report.html"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_a_run_without_baseline_or_rounds_or_rows_still_makes_a_page(tmp_path: Path) -> None:
+    nothing = {"local": None, "federated": None, "interval": None}
+    for rows in ([], [("press-07", row(local=None, interval=None))], [("press-07", row(**nothing))]):
+        report = report_of(rows, [])
+        text = Outline(page(tmp_path, report)).text
+        assert "Nothing could be compared" in text
+        assert "Nothing could be compared" in printed(report, 80)
+        assert "Learning curves" not in text
+        assert "Predicted and true" not in text
+
+
+def test_words_in_any_script_and_times_nobody_knows_make_a_page_without_a_warning(tmp_path: Path) -> None:
+    curves = {"press-07": {"rul.federated": 1e-12, "rul.local": 1e12}}
+    rows = [("press-07", row(unit="温度 🏭", local=1e-9, federated=2e9, interval=(1.0, 2.0)))]
+    report = report_of(rows, [record(seconds=math.nan, train_loss=math.inf, metrics=curves)])
+    report["run"]["seconds"] = None
+    classes = Predictions(np.array(["开", "关"]), np.array(["开", "开"]), None, "", "multiclass")
+    assert "温度 🏭" in Outline(page(tmp_path, report, {("press-07", "阀"): classes})).text
+    assert "温度" in printed(report, 80)
+
+
+@pytest.mark.parametrize("kind", ["regression", "binary", "multiclass", "a later kind"])
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_a_handful_of_test_rows_is_enough_for_a_figure_and_none_for_none(tmp_path: Path, kind: str, n: int) -> None:
+    ones = np.ones(n)
+    one = Predictions(np.append(ones, np.nan), np.append(ones, 1.0), np.append(ones, 1.0), "", kind)
+    text = page(tmp_path, report_of([("press-07", row())], []), {("press-07", "rul"): one})
+    assert Outline(text).tags.count("figure") == (1 if n else 0)
+
+
+def test_the_page_stays_small_however_many_rows_rounds_and_classes_there_are(tmp_path: Path) -> None:
+    many = 20_000
+    draw = np.random.default_rng(1)
+    truth = draw.normal(size=many)
+    labels = draw.integers(0, 60, many)
+    predictions = {
+        ("press-07", "rul"): Predictions(truth, truth + 1, truth - 1, "", "regression"),
+        ("press-07", "b"): Predictions((truth > 0).astype(int), truth, truth + 1, "", "binary"),
+        ("press-07", "c"): Predictions(labels, labels, labels, "", "multiclass"),
+    }
+    text = page(tmp_path, report_of([("press-07", row())], [record(n) for n in range(1, 2001)]), predictions)
+    assert len(text) < 400_000
+    assert text.count("<use ") < 2.5 * MOST_POINTS + 200  # two scatters and the axes' ticks
+    assert "100 % right" in text and "other" in text
+
+
+def test_the_area_under_the_curve_is_the_chance_to_rank_a_positive_above_a_negative(tmp_path: Path) -> None:
+    draw = np.random.default_rng(2)
+    truth, score = draw.integers(0, 2, 80), draw.integers(0, 6, 80) / 5  # many ties
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[truth == 1] for b in score[truth == 0]]  # slow and obvious
+    text = page(tmp_path, report_of([]), {("press-07", "b"): Predictions(truth, score, 1 - score, "", "binary")})
+    assert f"ROC area {np.mean(pairs):.3f} federated, {1 - np.mean(pairs):.3f} alone" in Outline(text).text
+
+
+def test_predictions_of_another_length_are_refused_with_both_shapes() -> None:
+    with pytest.raises(DataError, match=r"local.*\(3,\).*\(4,\)"):
+        Predictions(np.zeros(4), np.zeros(4), np.zeros(3), "", "regression")

@@ -1,0 +1,101 @@
+"""A run that is stopped and resumed, or asked twice, ends with the same bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+
+from tests.loopback import WatchedGrid, events_of, federate, trunk_of
+from trunkline.errors import ConfigError
+from trunkline.flower import open_records
+from trunkline.server.report import read_report
+
+
+class PowerCut(BaseException):
+    """Not an Exception, so that nothing in the code under test can catch it."""
+
+
+def cut_at(round: int, node: int):
+    def tamper(message: Message, honest):
+        if message.metadata.message_type == "train" and json.loads(open_records(message.content)[1])["round"] == round:
+            raise PowerCut
+        return honest()
+
+    return {node: tamper}
+
+
+@pytest.mark.parametrize("strategy", ["fedrep", "fedadam"])
+@pytest.mark.parametrize(("round", "node"), [(1, 2), (2, 2), (3, 4)])
+def test_a_resumed_run_equals_an_undisturbed_one(plants: list[Path], tmp_path: Path, strategy: str, round: int, node: int) -> None:
+    settings = {"strategy": {"name": strategy}}
+    federate(plants, tmp_path / "whole", **settings)
+    with pytest.raises(PowerCut):
+        federate(plants, tmp_path / "cut", tamper=cut_at(round, node), **settings)
+    federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"), **settings)
+    assert trunk_of(tmp_path / "cut").digest() == trunk_of(tmp_path / "whole").digest()
+    one, other = read_report(tmp_path / "cut"), read_report(tmp_path / "whole")
+    assert one["sites"] == other["sites"]
+    assert [record["curves"] for record in one["rounds"]] == [record["curves"] for record in other["rounds"]]
+
+
+def test_asked_twice_a_site_answers_the_same_bytes_without_training(plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trunkline.client import rounds
+
+    grid = federate(plants, tmp_path, rounds=2)
+    question = next(content for kind, node, content in grid.down if kind == "train" and node == 2 and json.loads(open_records(content)[1])["round"] == 2)
+    answers = [content for kind, node, content in grid.up if kind == "train" and node == 2]
+
+    def trains(*args: object, **kwargs: object) -> float:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(rounds, "train_site", trains)
+    (message_id,) = grid.push_messages([Message(question, dst_node_id=2, message_type="train")])
+    (again,) = grid.pull_messages([message_id])
+    assert not again.has_error()
+    arrays, header, metrics = open_records(again.content)
+    arrays_before, header_before, metrics_before = open_records(answers[1])
+    assert {name: array.tobytes() for name, array in arrays.items()} == {name: array.tobytes() for name, array in arrays_before.items()}
+    assert (header, metrics) == (header_before, metrics_before)
+
+
+def test_with_a_damaged_vault_the_round_before_is_used_and_the_bytes_are_the_same(plants: list[Path], tmp_path: Path) -> None:
+    federate(plants, tmp_path / "whole")
+    with pytest.raises(PowerCut):
+        federate(plants, tmp_path / "cut", tamper=cut_at(3, 5))
+    newest = sorted((tmp_path / "cut" / "state" / plants[0].name / "vault").glob("*/round-*"))[-1]
+    assert newest.name == "round-000003.safetensors"  # node 2 had answered when the power went
+    newest.write_bytes(newest.read_bytes()[:-7])
+    federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"))
+    assert trunk_of(tmp_path / "cut").digest() == trunk_of(tmp_path / "whole").digest()
+
+
+def test_with_a_damaged_checkpoint_the_run_goes_on_from_the_one_before_and_says_so(plants: list[Path], tmp_path: Path) -> None:
+    federate(plants, tmp_path / "whole")
+    with pytest.raises(PowerCut):
+        federate(plants, tmp_path / "cut", tamper=cut_at(3, 2))
+    newest = sorted((tmp_path / "cut" / "checkpoint").iterdir())[-1]
+    newest.write_bytes(b"\0" * 100)
+    federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"))
+    assert any("damaged" in event.get("text", "") and "Going back to round 1" in event["text"] for event in events_of(tmp_path / "cut"))
+    assert trunk_of(tmp_path / "cut").digest() == trunk_of(tmp_path / "whole").digest()
+
+
+def test_resuming_with_another_run_file_is_refused_by_key(plants: list[Path], tmp_path: Path) -> None:
+    federate(plants, tmp_path)
+    with pytest.raises(ConfigError, match=r"different: training"):
+        federate(plants, tmp_path, resume=True, training={"steps": 4, "batch_size": 32})
+
+
+def test_a_site_given_another_trunk_says_so(plants: list[Path], tmp_path: Path) -> None:
+    from trunkline.client.rounds import answer_train
+    from trunkline.client.site import open_site
+    from trunkline.errors import ContractError
+    from trunkline.exchange import LocalPlan, Order, TrunkSpec
+    from trunkline.models.trunk import first_trunk
+
+    site = open_site({"site": str(plants[0]), "state": str(tmp_path)})
+    order = Order(run="r", seed=1, round=1, rounds=2, trunk=TrunkSpec(width=16), plan=LocalPlan(steps=1), lend=("trunk",))
+    with pytest.raises(ContractError, match=r"should have shape .*same trunk"):
+        answer_train(site, order, first_trunk(TrunkSpec(width=32), 1))
+    assert not (tmp_path / "vault").exists()

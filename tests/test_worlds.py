@@ -1,0 +1,156 @@
+"""Loopback, Ray and a real deployment end with the same bytes for the same seed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.loopback import QUICK, federate, trunk_of
+from trunkline.client.vault import Vault
+from trunkline.server.report import read_report
+
+TRUNKLINE = [sys.executable, "-m", "trunkline.cli"]
+RUN = """
+name = "worlds"
+rounds = 3
+seed = 5
+[trunk]
+width = 16
+[training]
+steps = 3
+batch_size = 32
+[strategy]
+name = "fedrep"
+[cohort]
+min_sites = 4
+deadline_s = 60
+gather_s = 120
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def daemon(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One of our daemons as a real process, ended by SIGTERM as systemd would, within its promised 10 s."""
+    with log.open("wb") as file:
+        process = subprocess.Popen([*TRUNKLINE, *arguments], stdout=file, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=10)
+                raise
+
+
+def private_digests(states: dict[str, Path]) -> dict[str, list[bytes]]:
+    """Every site's stem and heads after the last round."""
+    found = {}
+    for site, state in states.items():
+        (run,) = (state / "vault").iterdir()
+        entry = Vault(state, run.name).before(10**6)
+        assert entry is not None
+        found[site] = [entry.private[name].tobytes() for name in sorted(entry.private)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(plants: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("loopback")
+    settings = {**QUICK, "name": "worlds", "strategy": {"name": "fedrep"}, "cohort": {"min_sites": 4, "deadline_s": 60.0, "gather_s": 120.0}}
+    federate(plants, out, **{**settings, "report": {"baseline": True}})
+    return out
+
+
+def assert_same(one: Path, one_states: dict[str, Path], reference: Path, plants: list[Path]) -> None:
+    assert trunk_of(one).digest() == trunk_of(reference).digest()
+    assert private_digests(one_states) == private_digests({plant.name: reference / "state" / plant.name for plant in plants})
+    assert read_report(one)["sites"] == read_report(reference)["sites"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_simulated_run_ends_with_the_bytes_of_the_loopback_run(plants: list[Path], tmp_path: Path, reference: Path, workers: str) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+    command = [*TRUNKLINE, "simulate", str(tmp_path / "run.toml"), "--sites", str(plants[0].parent), "--out", str(tmp_path / "out"), "--workers", workers]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "is federation worth it?" in done.stdout
+    assert_same(tmp_path / "out", {plant.name: tmp_path / "out" / "state" / plant.name for plant in plants}, reference, plants)
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(280)
+def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(plants: list[Path], tmp_path: Path, reference: Path) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+    port = free_port()
+    server_state = tmp_path / "server"
+    states = {plant.name: tmp_path / "plants" / plant.name for plant in plants}
+    with ExitStack() as running:
+        running.enter_context(daemon(tmp_path / "server.log", "server", "start", "--state", str(server_state), "--port", str(port)))
+        wait_for_port(port, tmp_path / "server.log")
+        for plant in plants:
+            log = tmp_path / f"{plant.name}.log"
+            running.enter_context(daemon(log, "client", "start", str(plant), "--server", f"127.0.0.1:{port}", "--state", str(states[plant.name])))
+        command = [*TRUNKLINE, "server", "run", str(tmp_path / "run.toml"), "--state", str(server_state), "--out", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in tmp_path.glob("*.log"))
+        assert done.returncode == 0, done.stdout + done.stderr + logs
+        status = subprocess.run([*TRUNKLINE, "server", "status", "--state", str(server_state)], capture_output=True, text=True, timeout=60, check=False)
+        assert status.returncode == 0
+        assert "superlink" in status.stdout
+    assert_same(tmp_path / "out", states, reference, plants)
+    events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "done"
+    for plant in plants:  # the plant's folder is as it was: state lies where it was told to
+        assert not (plant / ".trunkline").exists()
+
+
+def wait_for_port(port: int, log: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"the server did not listen on {port}:\n{log.read_text()[-3000:]}")
+
+
+@pytest.mark.processes
+def test_ctrl_c_ends_a_simulation_cleanly_and_resume_goes_on_to_the_same_bytes(plants: list[Path], tmp_path: Path, reference: Path) -> None:
+    (tmp_path / "run.toml").write_text(RUN)
+    out = tmp_path / "out"
+    command = [*TRUNKLINE, "simulate", str(tmp_path / "run.toml"), "--sites", str(plants[0].parent), "--out", str(out), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (out / "checkpoint" / "round-000001.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130, complaint
+    assert "--resume" in complaint
+    assert "Traceback" not in complaint
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 1
+    assert "unfinished run" in again.stderr
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=200, check=False, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    assert_same(out, {plant.name: out / "state" / plant.name for plant in plants}, reference, plants)

@@ -1,0 +1,262 @@
+"""Every command. Each body calls a package; torch, Ray and Flower are imported only by the commands that need them."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from trunkline.errors import TrunklineError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Factories train one shared backbone together and keep everything else at home.")  # fmt: skip
+server = typer.Typer(no_args_is_help=True, help="The centre: SuperLink and its supervisor; submit a run; watch it.")
+client = typer.Typer(no_args_is_help=True, help="The plant's daemon.")
+app.add_typer(server, name="server")
+app.add_typer(client, name="client")
+
+Out = TypeVar("Out")
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="What to train; docs/run-toml.md.")]
+SiteDir = Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The folder with site.toml and the data.")]
+OutDir = Annotated[Path, typer.Option("--out", help="Folder of the run: checkpoints, state, report.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the run file; repeatable."),
+]
+StrategyName = Annotated[
+    str | None,
+    typer.Option("--strategy", metavar="NAME", help="Override [strategy] name; its other options fall away."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Override seed.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+ServerState = Annotated[Path, typer.Option("--state", help="The server's folder: database, secret, logs.")]
+
+
+@app.command()
+def sites(
+    name: Annotated[str, typer.Argument(help="`synthetic`, or a known data set.")],
+    out: OutDir,
+    data: Annotated[Path | None, typer.Option(help="Where the data set lies.")] = None,
+    plants: Annotated[int | None, typer.Option(min=1, help="Deal its groups to this many plants.")] = None,
+    groups: Annotated[int | None, typer.Option(min=1, help="Leave each plant this many labelled groups.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write site folders: built-in factories, or a known data set dealt to plants."""
+    from trunkline.simulations.factories import write_sites
+
+    folders = write_sites(name, out, data=data, plants=plants, groups=groups, seed=seed)
+    typer.echo(f"{len(folders)} sites in {out}: {', '.join(folder.name for folder in folders)}")
+    typer.echo(f"Next: trunkline check {folders[0]}")
+
+
+@app.command()
+def check(site_dir: SiteDir) -> None:
+    """What would be trained, on which rows; every problem by file, line and remedy. Exit code 1 if there is one."""
+    from rich.console import Console
+
+    from trunkline.client.check import check_site, render
+
+    report = check_site(site_dir)
+    render(report, Console())
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def simulate(
+    run_toml: RunFile,
+    sites: Annotated[Path, typer.Option("--sites", help="Folder of site folders.")],
+    out: OutDir,
+    workers: Annotated[str, typer.Option(help="Worker processes; `auto`: one a core.")] = "auto",
+    address: Annotated[str | None, typer.Option(help="Join a Ray cluster: ray://HOST:PORT or HOST:PORT.")] = None,
+    resume: Resume = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+    seed: Seed = None,
+    strategy: StrategyName = None,
+    settings: Settings = None,
+) -> None:
+    """The whole run on Ray: real site folders, the apps that are deployed, the worth-it report."""
+    from trunkline.simulations.simulate import prepare, simulate, site_folders
+
+    run = _read_run(run_toml, seed, strategy, settings)
+    folders = site_folders(sites)
+    prepare(out, resume=resume, overwrite=overwrite)
+    count = _workers(workers, len(folders))
+    report = _watched(out, lambda: simulate(run, folders, out, workers=count, resume=resume, address=address))
+    _show(report, out)
+
+
+@app.command()
+def report(out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR")]) -> None:
+    """The worth-it report again: table, report.json, report.html."""
+    from trunkline.server.report import read_report, write_report
+    from trunkline.simulations.simulate import predictions_below
+
+    found = read_report(out_dir)
+    write_report(found, out_dir, predictions_below(out_dir))
+    _show(found, out_dir)
+
+
+@server.command("start")
+def server_start(
+    state: ServerState = Path("trunkline-server"),
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with TLS files.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9140,
+    tls_ca: Annotated[Path | None, typer.Option(help="CA certificate, PEM.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Server certificate, PEM; its names must cover 127.0.0.1 too.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Server key, PEM.")] = None,
+) -> None:
+    """Run the centre until SIGTERM or Ctrl-C."""
+    from trunkline.server import daemon
+
+    daemon.start(state, host=host, port=port, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+
+
+@server.command("run")
+def server_run(
+    run_toml: RunFile,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: STATE/runs/NAME.")] = None,
+    state: ServerState = Path("trunkline-server"),
+    resume: Resume = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+    seed: Seed = None,
+    strategy: StrategyName = None,
+    settings: Settings = None,
+) -> None:
+    """Submit a run to the server of STATE and follow it to its report. Ctrl-C stops watching, not the run."""
+    from trunkline.server import daemon
+    from trunkline.server.report import read_report
+    from trunkline.simulations.simulate import prepare
+
+    run = _read_run(run_toml, seed, strategy, settings)
+    folder = (out or state / "runs" / run.name).resolve()
+    prepare(folder, resume=resume, overwrite=overwrite)
+    run_id = daemon.run(state, run.model_dump_json(), folder, resume=resume)
+    typer.echo(f"Submitted as run {run_id}; its folder is {folder}.")
+    _watched(folder, lambda: daemon.wait(state, run_id, folder))
+    _show(read_report(folder), folder)
+
+
+@server.command("status")
+def server_status(state: ServerState = Path("trunkline-server")) -> None:
+    """What each part of the centre does, who is connected, which runs there were."""
+    from rich.console import Console
+
+    from trunkline.server import daemon
+
+    daemon.print_status(daemon.status(state), Console())
+
+
+@client.command("start")
+def client_start(
+    site_dir: SiteDir,
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT of the centre.")] = "127.0.0.1:9140",
+    state: Annotated[
+        Path | None, typer.Option(help="The plant's state: vault, logs. Default: SITE_DIR/.trunkline")
+    ] = None,
+    tls_ca: Annotated[Path | None, typer.Option(help="CA certificate of the centre, PEM.")] = None,
+) -> None:
+    """Run the plant's daemon until SIGTERM or Ctrl-C."""
+    from trunkline.client import daemon
+
+    daemon.start(site_dir, server=server, state=state, tls_ca=tls_ca)
+
+
+@client.command("status")
+def client_status(
+    site_dir: SiteDir, state: Annotated[Path | None, typer.Option(help="If it is not SITE_DIR/.trunkline")] = None
+) -> None:
+    """What the plant's daemon does now."""
+    from rich.console import Console
+
+    from trunkline.client import daemon
+
+    daemon.print_status(daemon.status(site_dir, state), Console())
+
+
+def _read_run(path: Path, seed: int | None, strategy: str | None, settings: list[str] | None) -> Any:
+    """The run file with the command line laid over it; strategy and options are checked here, before anything starts."""
+    from trunkline.config import parse_value, read_run
+    from trunkline.errors import ConfigError
+    from trunkline.strategies import build_strategy
+
+    overrides: dict[str, Any] = {}
+    if strategy is not None:
+        overrides["strategy"] = {"name": strategy}
+    if seed is not None:
+        overrides["seed"] = seed
+    for setting in settings or []:
+        key, sign, value = setting.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {setting}: expected KEY.PATH=VALUE, for example --set training.steps=40.")
+        overrides[key.strip()] = parse_value(value.strip())
+    run = read_run(path, overrides)
+    build_strategy(run.strategy.name, run.strategy.options, run.training)
+    return run
+
+
+def _workers(text: str, sites: int) -> int:
+    from trunkline.errors import ConfigError
+
+    if text == "auto":
+        return max(1, min(len(os.sched_getaffinity(0)), sites))
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--workers {text}: expected `auto` or a number of at least 1.")
+    return int(text)
+
+
+def _watched(out: Path, work: Callable[[], Out]) -> Out:
+    """Do `work` while a second thread shows the events that the round loop writes."""
+    from rich.console import Console
+
+    from trunkline.progress import Progress, tail
+    from trunkline.server.app import EVENTS
+
+    events = out / EVENTS
+    seen = events.stat().st_size if events.exists() else 0
+    ended = threading.Event()
+    with Progress(Console()) as progress:
+
+        def show() -> None:
+            for event in tail(events, ended.is_set, start=seen):
+                progress(event)
+
+        watcher = threading.Thread(target=show, daemon=True)
+        watcher.start()
+        try:
+            return work()
+        finally:
+            ended.set()
+            watcher.join(timeout=5.0)
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+
+    from trunkline.server.report import print_report
+
+    print_report(report, Console())
+    typer.echo(f"\nReport: {out / 'report.html'}  (figures: {out / 'report.json'})")
+
+
+def main() -> None:
+    """Entry point: a TrunklineError is told in its own words, exit code 1; Ctrl-C leaves the state on disk, exit code 130."""
+    try:
+        app()
+    except TrunklineError as error:
+        sys.stderr.write(f"trunkline: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "trunkline: stopped. Everything up to the last finished round is on disk; go on with --resume.\n"
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

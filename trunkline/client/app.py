@@ -1,0 +1,44 @@
+"""The ClientApp: the same three handlers at a plant, on Ray and in the tests."""
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+import trunkline
+from trunkline.client.rounds import answer_evaluate, answer_offer, answer_train
+from trunkline.client.site import open_site
+from trunkline.errors import ContractError
+from trunkline.exchange import PROTOCOL, Arrays, Order
+from trunkline.flower import open_records, to_records
+
+app = ClientApp()
+
+
+def _order(message: Message) -> tuple[Order, Arrays]:
+    arrays, header, _ = open_records(message.content)
+    order = Order.model_validate_json(header)
+    if order.protocol != PROTOCOL:
+        raise ContractError(
+            f"the server speaks protocol {order.protocol}, this site's Trunkline {trunkline.__version__} speaks {PROTOCOL}: update the older"
+        )
+    return order, Arrays(arrays)
+
+
+@app.query()
+def offer(message: Message, context: Context) -> Message:
+    order, _ = _order(message)
+    made, first = answer_offer(open_site(context.node_config, fresh=True), order)
+    return Message(to_records(first, made.model_dump_json()), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    order, arrays = _order(message)
+    reply, entry = answer_train(open_site(context.node_config), order, arrays)
+    return Message(to_records(entry.delta, reply.model_dump_json(), entry.metrics), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    order, arrays = _order(message)
+    card = answer_evaluate(open_site(context.node_config), order, arrays)
+    return Message(to_records({}, card.model_dump_json()), reply_to=message)

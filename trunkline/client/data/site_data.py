@@ -1,0 +1,222 @@
+"""A site folder -> scaled windows with labels, split without leaks. `survey` collects every problem, `open_data` refuses them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trunkline.client.data.clean import ChannelStatistics
+from trunkline.client.data.inputs import AGE, read_categories, read_inputs
+from trunkline.client.data.layout import Layout, deal, keep_apart, read_groups, sort_rows
+from trunkline.client.data.notes import Findings, Note, counted, some
+from trunkline.client.data.read import Table, read_table
+from trunkline.client.data.scale import Scaler
+from trunkline.client.data.split import PARTS, TEST, TRAIN, Split, write_split
+from trunkline.client.data.windows import WindowSet, ends_of
+from trunkline.config import SiteConfig, read_site
+from trunkline.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from trunkline.models.tasks.task import Task
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteData:
+    """What a site trains on. None of it leaves the plant.
+
+    Args:
+        train, validation, test: samples; no group (or, split by time, no row) is in two of them.
+        tasks: name -> task, fitted on the training labels.
+        channels: inputs in order: those of site.toml, then "age" where asked for.
+        categories: how many codes each categorical column has, 0 = unknown included.
+        category_names: per categorical column, the values of codes 1, 2, ...
+        scaler: learnt from training rows.
+        notes: what cleaning did and what deserves a look.
+    """
+
+    config: SiteConfig
+    train: WindowSet
+    validation: WindowSet
+    test: WindowSet
+    tasks: "dict[str, Task]"
+    channels: tuple[str, ...]
+    categories: tuple[int, ...]
+    category_names: tuple[tuple[str, ...], ...]
+    scaler: Scaler
+    notes: tuple[Note, ...]
+
+
+@dataclass
+class Survey:
+    """How far opening a site came: `site` is there as soon as anything could be made of it, problems or not."""
+
+    config: SiteConfig
+    findings: Findings = field(default_factory=Findings)
+    files: tuple[Path, ...] = ()
+    rows: int = 0
+    groups: dict[str, int] = field(default_factory=dict)
+    statistics: list[ChannelStatistics] = field(default_factory=list)
+    split: Split | None = None
+    site: SiteData | None = None
+
+
+def open_data(folder: Path, state: Path) -> SiteData:
+    """The data of the site in `folder`, split as `state`/split.json says (written on the first call).
+
+    Raises:
+        ConfigError: site.toml is absent or says something that cannot be meant.
+        DataError: the files are not what site.toml describes; one line a problem, all problems at once.
+        StorageError: split.json cannot be written.
+    """
+    result = survey(folder, state)
+    result.findings.refuse()
+    if result.site is None or result.split is None:
+        raise DataError(f"{folder}: nothing to train on. `trunkline check {folder}` says more.")
+    write_split(state / "split.json", result.split)
+    return result.site
+
+
+def survey(folder: Path, state: Path | None = None) -> Survey:
+    """Open the site as far as it goes and write nothing. Without `state` the split is a fresh one.
+
+    Raises:
+        ConfigError: site.toml is absent or says something that cannot be meant.
+    """
+    result = Survey(read_site(folder))
+    config, findings = result.config, result.findings
+    _check_names(folder, config, findings)
+    table = read_table(folder, config, findings)
+    if table is None:
+        return result
+    result.files, result.rows = table.files, table.frame.height
+    tasks, labels = _read_labels(config, table, findings)
+    group, order, names = read_groups(config, table, findings)
+    keep_apart(table, group, names, findings)
+    rows = sort_rows(table, config, group, order, findings)
+    path = state / "split.json" if state else None
+    layout, result.split = deal(table, config, group, order, names, rows, labels, path, findings)
+    result.groups = {name: len(np.unique(layout.group[layout.part == number])) for number, name in enumerate(PARTS)}
+    if result.split is not None and config.data.split.labelled_groups is not None:
+        _unlabel(result.split, layout, labels)
+    values, scaler, result.statistics = read_inputs(table, config, layout, findings)
+    codes, category_names = read_categories(table, config, layout)
+    train, validation, test = (_window_set(number, config, layout, values, codes, labels) for number in range(3))
+    for task in tasks.values():
+        _fit(task, (train, validation, test), str(folder), findings)
+    result.site = SiteData(
+        config=config,
+        train=train,
+        validation=validation,
+        test=test,
+        tasks=tasks,
+        channels=scaler.channels,
+        categories=tuple(len(known) + 1 for known in category_names),
+        category_names=category_names,
+        scaler=scaler,
+        notes=tuple(findings.notes),
+    )
+    return result
+
+
+def _check_names(folder: Path, config: SiteConfig, findings: Findings) -> None:
+    """Names in site.toml that point at nothing."""
+    where = str(folder / "site.toml")
+    for key, table in (("channels", config.data.clean.channels), ("valid", config.data.clean.valid)):
+        for name in table:
+            if name not in config.data.channels:
+                findings.problem(
+                    where,
+                    f"`data.clean.{key}` names `{name}`, which is not a channel.",
+                    f"Channels: {some(list(config.data.channels))}.",
+                )
+    for name, (low, high) in config.data.clean.valid.items():
+        if low >= high:
+            findings.problem(
+                where, f"`data.clean.valid.{name}` = [{low}, {high}] allows nothing.", "Write [lowest, highest]."
+            )
+    if config.data.age and AGE in config.data.channels:
+        findings.problem(
+            where,
+            "`age = true` adds an input called `age`, and `channels` has one too.",
+            "Rename the column or drop one of the two.",
+        )
+
+
+def _read_labels(
+    config: SiteConfig, table: Table, findings: Findings
+) -> "tuple[dict[str, Task], dict[str, NDArray[np.float32]]]":
+    """The tasks whose target could be read, and their labels in file order."""
+    from trunkline.models.tasks import make_task  # here, because it brings torch: reading and scaling data need none
+
+    tasks: dict[str, Task] = {}
+    labels: dict[str, NDArray[np.float32]] = {}
+    where = str(table.files[0]) + (
+        f" (and {counted(len(table.files) - 1, 'further file')})" if len(table.files) > 1 else ""
+    )
+    for name, one in config.tasks.items():
+        if one.target not in table.frame.columns:
+            continue
+        try:
+            task = make_task(name, one)
+            labels[name] = task.read(table.frame[one.target], where)
+            tasks[name] = task
+        except (ConfigError, DataError) as error:
+            findings.problem("", str(error))
+    return tasks, labels
+
+
+def _unlabel(split: Split, layout: Layout, labels: dict[str, NDArray[np.float32]]) -> None:
+    """Take the labels of all training groups but the chosen ones."""
+    keeps = np.isin(np.array(layout.names), split.labelled)
+    rows = layout.rows[layout.training & ~keeps[layout.group]]
+    for name in labels:
+        labels[name] = labels[name].copy()
+        labels[name][rows] = np.nan
+
+
+def _window_set(
+    part: int,
+    config: SiteConfig,
+    layout: Layout,
+    values: NDArray[np.float32],
+    codes: Rows,
+    labels: dict[str, NDArray[np.float32]],
+) -> WindowSet:
+    start, stop = np.searchsorted(layout.part, [part, part + 1]).tolist()
+    first, last = layout.first[start:stop] - start, layout.last[start:stop] - start
+    ends = ends_of(first, last, config.data.stride, only_last=part == TEST and config.data.test_at == "last")
+    here = layout.rows[start:stop][ends]
+    return WindowSet(
+        values=values[start:stop],
+        categorical=codes[start:stop],
+        first=first[ends],
+        ends=ends,
+        window=config.data.window,
+        labels={name: label[here] for name, label in labels.items()},
+        groups=layout.group[start:stop][ends],
+        order=layout.order[start:stop][ends],
+        group_names=layout.names,
+    )
+
+
+def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findings) -> None:
+    """Fit one task on its training labels; note the parts in which it cannot be scored."""
+    try:
+        task.fit(sets[TRAIN].labels[task.name])
+    except DataError as error:
+        findings.problem(where, str(error))
+        return
+    for part, samples in list(zip(PARTS, sets, strict=True))[1:]:
+        label = samples.labels[task.name]
+        known = label[~np.isnan(label)]
+        if not len(known):
+            target = task.config.target
+            findings.warn(f"task {task.name}", f"no {part} sample has a label (`{target}`); it is not scored there.")
+        elif task.kind != "regression" and known.min() == known.max():
+            findings.warn(
+                f"task {task.name}", f"all {part} samples are of one class; ranking metrics mean nothing there."
+            )

@@ -1,0 +1,122 @@
+"""What a site does with each order: offer, train, evaluate. Pure of Flower; the vault is the only memory between calls."""
+
+import hashlib
+
+import numpy as np
+
+import trunkline
+from trunkline.client.evaluation import curve, score_site
+from trunkline.client.site import Site
+from trunkline.client.training import train_site
+from trunkline.client.vault import Entry, Vault
+from trunkline.exchange import (
+    Arrays,
+    Contract,
+    LocalPlan,
+    Offer,
+    Order,
+    Phase,
+    Reply,
+    Scorecard,
+    metric_names,
+    seed_of,
+    specs_of,
+)  # fmt: skip
+from trunkline.models.trunk import TrunkModel
+
+
+def answer_offer(site: Site, order: Order) -> tuple[Offer, Arrays]:
+    """Who this site is and what it would lend; with it the first values of lent parts that only sites can build."""
+    site.consent(order.lend)
+    lent = site.model(order).share(order.lend)
+    trunk = site.model(order).share(("trunk",)) if "trunk" in order.lend else Arrays()
+    offer = Offer(
+        site=site.name,
+        run=order.run,
+        version=trunkline.__version__,
+        arrays=specs_of(lent),
+        tasks=tuple(task.card for task in site.data.tasks.values()),
+    )
+    return offer, Arrays({name: array for name, array in lent.items() if name not in trunk})
+
+
+def contract_of(site: Site, lent: Arrays) -> Contract:
+    """What this site may send in this run; the server makes the same from the site's Offer."""
+    return Contract(arrays=specs_of(lent), metrics=metric_names(tuple(task.card for task in site.data.tasks.values())))
+
+
+def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry]:
+    """One round: adopt what came, train, put everything private on disk, and only then answer.
+
+    A question that was answered before (same order, same arrays) is answered from the vault, byte for byte.
+
+    Raises:
+        ContractError: the run wants more than the site lends, or another trunk than the site builds.
+        StorageError: the vault cannot be read or written; nothing was sent.
+    """
+    vault = Vault(site.state, order.run, site.tell)
+    question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
+    entry = vault.answered(order.round, question)
+    if entry is None:
+        site.consent(order.lend)
+        entry = _train(site, order, arrays, vault, question)
+        vault.put(order.round, entry)
+    reply = Reply(site=site.name, run=order.run, round=order.round, contract=order.contract, weight=entry.weight)
+    return reply, entry
+
+
+def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str) -> Entry:
+    model, twin = _models(site, order, arrays, vault.before(order.round))
+    data = site.data
+    metrics: dict[str, float] = {}
+    for who, one in (("federated", model), ("local", twin)):
+        if one is not None and order.round > 1:  # before round 1 nothing has learnt anything
+            point = curve(one, site.resident("curve"), data.tasks)
+            metrics["validation_loss" if who == "federated" else "local_validation_loss"] = point.loss
+            metrics |= {f"{task}.{who}": value for task, value in point.metrics.items()}
+    seed = seed_of(order.seed, site.name, order.round)
+    metrics["train_loss"] = train_site(
+        model, site.resident("train"), data.tasks, order.plan, seed=seed, done=order.round - 1, rounds=order.rounds
+    )
+    if twin is not None:
+        train_site(
+            twin,
+            site.resident("train"),
+            data.tasks,
+            alone(order.plan),
+            seed=seed,
+            done=order.round - 1,
+            rounds=order.rounds,
+        )
+    after = model.share(order.lend)
+    delta = Arrays({name: np.subtract(array, arrays[name]) for name, array in after.items()})
+    contract_of(site, arrays).check(delta, metrics)
+    weight = float(min(len(data.train), order.weight_cap))
+    return Entry(
+        question, model.private(order.lend), twin.private(()) if twin is not None else {}, delta, metrics, weight
+    )
+
+
+def alone(plan: LocalPlan) -> LocalPlan:
+    """The local twin's plan: the same steps and settings, everything trained together, no pull to anybody."""
+    return plan.model_copy(update={"phases": (Phase(parts=("stem", "trunk", "heads")),), "proximal": 0.0})
+
+
+def _models(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> tuple[TrunkModel, TrunkModel | None]:
+    """The federated model with what arrived, and the local twin, both as the round before left them."""
+    model = site.model(order)
+    model.adopt(arrays, order.lend)
+    twin = site.model(order) if order.baseline else None
+    if before is not None:
+        model.restore(before.private, order.lend)
+        if twin is not None:
+            twin.restore(before.local, ())
+    return model, twin
+
+
+def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
+    """Score the final trunk with this site's stem and heads, and the twin, on the site's own test rows."""
+    site.consent(order.lend)
+    before = Vault(site.state, order.run, site.tell).before(order.round)
+    model, twin = _models(site, order, arrays, before)
+    return Scorecard(site=site.name, run=order.run, rows=score_site(site, model, twin, seed=order.seed, run=order.run))

@@ -1,0 +1,100 @@
+"""What a site keeps of a run: stem, heads, the local twin and its last answers, on the plant's disk before a reply leaves.
+
+Flower's `Context.state` is memory and dies with its process, so nothing of value is put there.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trunkline.errors import StorageError
+from trunkline.exchange import Arrays
+from trunkline.storage import Shelf
+
+State = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One round of one run at one site.
+
+    Args:
+        private: everything of the federated model that is not lent.
+        local: the whole local twin; empty when the run wants no baseline.
+        delta: the answer that was sent, so that a repeated question gets the same bytes.
+        question: digest of the order and the arrays that were answered.
+    """
+
+    question: str
+    private: State
+    local: State
+    delta: Arrays = field(default_factory=Arrays)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 0.0
+
+
+class Vault:
+    """The rounds of one run under `state`/vault/`run`; the last three are kept.
+
+    Args:
+        state: the site's own folder.
+        run: key of the run, checked by the wire type to be a plain name.
+        tell: called with a sentence when a damaged version is passed over.
+    """
+
+    def __init__(self, state: Path, run: str, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.shelf = Shelf(state / "vault" / run, keep=3, tell=tell)
+
+    def put(self, round: int, entry: Entry) -> None:
+        """Raises StorageError (a full disk, say); what was there stays, and no reply may leave."""
+        tensors = {f"private/{name}": array for name, array in entry.private.items()}
+        tensors |= {f"local/{name}": array for name, array in entry.local.items()}
+        tensors |= {f"delta/{name}": array for name, array in entry.delta.items()}
+        meta = {
+            "question": entry.question,
+            "metrics": dict(entry.metrics),
+            "weight": entry.weight,
+            "delta": list(entry.delta),
+        }
+        self.shelf.put(round, tensors, meta)
+
+    def answered(self, round: int, question: str) -> Entry | None:
+        """The entry of `round` if it answers exactly this question and is intact."""
+        if round not in self.shelf.rounds():
+            return None
+        try:
+            entry = self._entry(*self.shelf.get(round))
+        except StorageError as error:
+            self.shelf.tell(f"{error} Round {round} is trained again from the version before it.")
+            return None
+        return entry if entry.question == question else None
+
+    def before(self, round: int) -> Entry | None:
+        """What `round` starts from: the newest intact version of an earlier round; None for a site that is new to the run.
+
+        Raises:
+            StorageError: earlier versions are there but damaged, or only later ones are: training on would silently
+                start stem and heads afresh.
+        """
+        found = self.shelf.newest(below=round)
+        if found is not None:
+            return self._entry(found[1], found[2])
+        if later := [one for one in self.shelf.rounds() if one > round]:
+            raise StorageError(
+                f"{self.shelf.folder}: round {round} was asked, but only rounds {later[0]} and later are kept here. The server went back "
+                "further than this site remembers; start the run anew under another --out."
+            )
+        return None
+
+    @staticmethod
+    def _entry(tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Entry:
+        parts: dict[str, State] = {"private": {}, "local": {}, "delta": {}}
+        for name, array in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = np.asarray(array)
+        delta = Arrays({name: parts["delta"][name] for name in meta["delta"]})
+        return Entry(meta["question"], parts["private"], parts["local"], delta, meta["metrics"], meta["weight"])

@@ -1,0 +1,298 @@
+"""site.toml and run.toml: parsed once at the edge, frozen, and every error names file, key, value and what is allowed."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from trunkline.errors import ConfigError, nearest
+from trunkline.exchange import SITE_NAME, TASK_NAME, Frozen, LocalPlan, Phase, TrunkSpec
+
+Missing = Literal["forward", "linear", "zero", "keep"]
+Outliers = Literal["flag", "clip", "keep"]
+
+
+class CleanConfig(Frozen):
+    """`[data.clean]`: what happens to values that cannot be right. Nothing is dropped in silence; `trunkline check` counts."""
+
+    missing: Missing = Field(
+        default="forward", description="within a group: last value, straight line, channel mean, or left missing"
+    )
+    outliers: Outliers = "flag"
+    robust_z: float = Field(
+        default=12.0, gt=0.0, description="distance from the median in units of 1.4826 MAD that counts as an outlier"
+    )
+    channels: dict[str, Missing] = Field(default={}, description="missing-value policy of single channels")
+    valid: dict[str, tuple[float, float]] = Field(
+        default={}, description="possible range per channel; outside is treated as missing"
+    )
+
+
+class SplitConfig(Frozen):
+    """`[data.split]`: shares of the groups (or, without a group, of the time line) kept for validation and test."""
+
+    validation: float = Field(default=0.2, gt=0.0, lt=1.0)
+    test: float = Field(default=0.2, ge=0.0, lt=1.0, description="ignored where `test_files` names the test data")
+    by: Literal["group", "time"] = "group"
+    seed: int = Field(default=0, ge=0)
+    labelled_groups: int | None = Field(
+        default=None, ge=1, description="keep the labels of this many training groups only"
+    )
+
+
+class DataConfig(Frozen):
+    """`[data]`: where the rows are and what their columns mean."""
+
+    files: str | tuple[str, ...] = Field(description="glob(s) relative to the site folder: csv, parquet, hdf5, npz")
+    test_files: str | tuple[str, ...] = ()
+    group: str | None = Field(default=None, description="column of what must never be split across train and test")
+    order: str | None = Field(default=None, description="column of time or cycle within a group")
+    channels: tuple[str, ...] = Field(min_length=1, max_length=1000)
+    categorical: tuple[str, ...] = ()
+    window: int | None = Field(
+        default=None, ge=1, le=100_000, description="rows a window; absent: every row is a sample of its own"
+    )
+    stride: int = Field(default=1, ge=1)
+    regime: tuple[str, ...] = ()
+    age: bool = False
+    test_at: Literal["all", "last"] = Field(
+        default="all", description="score every test window, or the last of each test group"
+    )
+    clean: CleanConfig = CleanConfig()
+    split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.window is not None and self.categorical:
+            raise ValueError("`categorical` columns are for rows; a site with `window` lists its channels only")
+        if self.age and self.order is None:
+            raise ValueError("`age = true` needs `order`, the column of operating time")
+        if self.test_at == "last" and self.group is None:
+            raise ValueError('`test_at = "last"` needs `group`')
+        if twice := [name for name in self.channels if self.channels.count(name) > 1]:
+            raise ValueError(f"channel {twice[0]!r} is listed twice")
+        return self
+
+
+class TaskConfig(Frozen):
+    """`[tasks.NAME]`: one thing to predict. Which keys a kind understands: docs/site-toml.md."""
+
+    kind: Literal["regression", "binary", "multiclass"]
+    target: str
+    unit: str = ""
+    cap: float | None = Field(default=None, gt=0.0, description="regression: labels above count as this much")
+    loss: Literal["huber", "mse", "pinball"] = "huber"
+    quantile: float = Field(default=0.5, gt=0.0, lt=1.0, description="regression with loss = 'pinball'")
+    classes: tuple[str, ...] | None = Field(
+        default=None, description="multiclass: all class names, in order when ordinal"
+    )
+    ordinal: bool = False
+    weight: float = Field(default=1.0, gt=0.0, description="share of this task in the site's total loss")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind != "regression" and self.cap is not None:
+            raise ValueError(f"`cap` is for kind 'regression', not {self.kind!r}")
+        if self.kind != "multiclass" and (self.classes is not None or self.ordinal):
+            raise ValueError(f"`classes` and `ordinal` are for kind 'multiclass', not {self.kind!r}")
+        return self
+
+
+class PolicyConfig(Frozen):
+    """`[policy]`: the site's own word on what a run may take; it wins over the server."""
+
+    lend: tuple[str, ...] = ("trunk", "stem", "heads")  # nothing is lent unless the run names it too; "heads": any head
+
+
+class SiteConfig(Frozen):
+    """site.toml, as a plant engineer writes it."""
+
+    name: str = Field(pattern=SITE_NAME)
+    data: DataConfig
+    tasks: dict[str, TaskConfig] = Field(min_length=1)
+    policy: PolicyConfig = PolicyConfig()
+
+    @field_validator("tasks")
+    @classmethod
+    def _task_names(cls, tasks: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        import re
+
+        for name in tasks:
+            if not re.match(TASK_NAME, name):
+                raise ValueError(
+                    f"task name {name!r} must start with a letter and hold letters, digits, '_' and '-' only"
+                )
+        return tasks
+
+    @model_validator(mode="after")
+    def _no_label_is_an_input(self) -> Self:
+        for name, task in self.tasks.items():
+            if task.target in (*self.data.channels, *self.data.categorical):
+                raise ValueError(
+                    f"`{task.target}` is the target of task {name!r} and an input too: the model would read its own answer"
+                )
+        return self
+
+
+class StrategyConfig(BaseModel):
+    """`[strategy]`: a name of `trunkline/strategies` and the options of that one algorithm, checked by its own file."""
+
+    model_config = {"frozen": True, "extra": "allow"}
+    name: str = "fedper"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class CohortConfig(Frozen):
+    """`[cohort]`: who must be there, and for how long a round waits."""
+
+    min_sites: int = Field(default=2, ge=1)
+    sites: tuple[str, ...] = Field(
+        default=(), description="names that must all be present at the start; empty: whoever is connected"
+    )
+    quorum: float = Field(default=0.6, gt=0.0, le=1.0, description="share of the cohort a round needs")
+    deadline_s: float = Field(default=600.0, gt=0.0, description="longest a round waits for a site")
+    gather_s: float = Field(default=600.0, gt=0.0, description="longest the start waits for min_sites")
+    resend_s: float = Field(
+        default=60.0, gt=0.0, description="silence after which a site is asked again; doubles each time"
+    )
+    weight_cap: int = Field(default=100_000, ge=1, description="training windows above which a site weighs no more")
+
+
+class ReportConfig(Frozen):
+    """`[report]`."""
+
+    baseline: bool = Field(
+        default=True, description="every site also trains the local-only twin, which doubles its work"
+    )
+
+
+class RunConfig(Frozen):
+    """run.toml, as the operator of the federation writes it."""
+
+    name: str = Field(default="run", pattern=SITE_NAME)
+    rounds: int = Field(default=24, ge=1, le=100_000)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    lend: tuple[str, ...] = Field(default=("trunk",), description='"trunk", "stem", "heads", "head.<task>"')
+    trunk: TrunkSpec = TrunkSpec()
+    training: LocalPlan = LocalPlan()
+    strategy: StrategyConfig = StrategyConfig()
+    cohort: CohortConfig = CohortConfig()
+    report: ReportConfig = ReportConfig()
+
+    @field_validator("lend")
+    @classmethod
+    def _whole_modules(cls, lend: tuple[str, ...]) -> tuple[str, ...]:
+        for part in lend:
+            if part not in ("trunk", "stem", "heads") and not (part.startswith("head.") and len(part) > 5):
+                raise ValueError(f"cannot lend {part!r}: whole modules only, 'trunk', 'stem', 'heads' or 'head.<task>'")
+        return lend
+
+
+Config = TypeVar("Config", SiteConfig, RunConfig)
+
+
+def _parse(kind: type[Config], table: dict[str, Any], origin: str) -> Config:
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, table, item, origin) for item in error.errors())) from None
+
+
+def _explain(kind: type[BaseModel], table: dict[str, Any], item: Any, origin: str) -> str:
+    """One pydantic complaint in words: file, key, value, what is allowed."""
+    path = [str(step) for step in item["loc"]]
+    key = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        known = _keys_beside(kind, path)
+        return f"{origin}: unknown key `{key}`{nearest(path[-1], known)} Allowed here: {', '.join(sorted(known))}."
+    if item["type"] == "missing":
+        return f"{origin}: `{key}` is missing. Add it; docs/ has a page for this file."
+    text = str(item["msg"]).removeprefix("Value error, ")
+    found = "" if isinstance(item["input"], dict) else f" Found {item['input']!r}."
+    return f"{origin}: {f'`{key}`: ' if key else ''}{text}.{found}"
+
+
+def _keys_beside(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys allowed where `path` ends, following nested models and tables of models."""
+    model: type[BaseModel] | None = kind
+    for step in path[:-1]:
+        if model is None:
+            return []
+        if step in model.model_fields:
+            inner: Any = model.model_fields[step].annotation
+            arguments = [inner, *getattr(inner, "__args__", ())]
+            model = next((one for one in arguments if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    return list(model.model_fields) if model else []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file. `trunkline sites` writes example site folders; examples/ has run files."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}.") from None
+
+
+def read_site(folder: Path) -> SiteConfig:
+    """The SiteConfig in `folder`/site.toml."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder. Give the folder that holds site.toml.")
+    path = folder / "site.toml"
+    return _parse(SiteConfig, _read(path), str(path))
+
+
+def read_run(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The RunConfig in `path`, with `key.path: value` overrides laid over it."""
+    return parse_run(_read(path), str(path), overrides)
+
+
+def parse_run(table: dict[str, Any], origin: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """A RunConfig from a parsed table; `origin` names it in errors."""
+    for key, value in (overrides or {}).items():
+        *steps, last = key.split(".")
+        place = table
+        for step in steps:
+            place = place.setdefault(step, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {key}: `{step}` is not a table in {origin}.")
+        place[last] = value
+    return _parse(RunConfig, table, origin)
+
+
+def parse_value(text: str) -> Any:
+    """The TOML value of `text` on a command line; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+__all__ = [
+    "CleanConfig",
+    "CohortConfig",
+    "DataConfig",
+    "LocalPlan",
+    "Phase",
+    "PolicyConfig",
+    "ReportConfig",
+    "RunConfig",
+    "SiteConfig",
+    "SplitConfig",
+    "StrategyConfig",
+    "TaskConfig",
+    "TrunkSpec",
+    "parse_run",
+    "parse_value",
+    "read_run",
+    "read_site",
+]

@@ -1,0 +1,60 @@
+"""Every error Trunkline raises on purpose.
+
+    TrunklineError                 its text is for a person: who, when, expected, found, what to do next
+    ├── ConfigError                site.toml or run.toml says something that cannot be meant
+    ├── DataError                  a plant's files cannot be read as its site.toml describes them
+    │   └── SensorMismatch         a batch has other columns than the site declares
+    ├── ContractError              something would cross the wire that the run's contract does not name
+    │   └── Refused                the server set one site's reply aside; the round goes on
+    ├── StorageError               a vault or checkpoint cannot be written or read
+    ├── QuorumError                too few sites answered; the run stopped with its state on disk
+    └── DeploymentError            a daemon or one of its children cannot start or be reached
+
+The command line prints the text of a TrunklineError and exits with 1. Anything else that escapes is a defect and keeps
+its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrunklineError(Exception):
+    """The root: one `except` for who embeds Trunkline."""
+
+
+class ConfigError(TrunklineError):
+    """A configuration file names file, key, found value and what is allowed."""
+
+
+class DataError(TrunklineError):
+    """A plant's data names file, line or column, what was found and the remedy."""
+
+
+class SensorMismatch(DataError):
+    """A batch has another number of columns than the site declares."""
+
+
+class ContractError(TrunklineError):
+    """An array or metric is not what the run's contract allows."""
+
+
+class Refused(ContractError):
+    """A reply was set aside; the text names site, round, cause and remedy."""
+
+
+class StorageError(TrunklineError):
+    """A file of state could not be written, or no intact version of it is left."""
+
+
+class QuorumError(TrunklineError):
+    """A round ended below its quorum."""
+
+
+class DeploymentError(TrunklineError):
+    """A process of the deployment could not be started or reached."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known word closest to `word`, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,271 @@
+"""Everything that may cross the wire between a factory and the centre, and the contract that checks it.
+
+Down go an `Order` (what to do) and the arrays a site lends; up come an `Offer` (once), an `Update` (every round) and a
+`Scorecard` (at the end). Nothing else has a type here, so nothing else can be sent.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from trunkline.errors import ContractError
+
+PROTOCOL = 1  # raise when a header below changes its meaning; both ends compare it before anything else
+
+Part = Literal["stem", "trunk", "heads"]
+SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # also a folder name, so no separators
+TASK_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"  # part of a parameter name, so no dots
+ROUND_METRICS = (
+    "train_loss",
+    "validation_loss",
+    "local_validation_loss",
+)  # what every Update may report besides the curves
+
+
+class Frozen(BaseModel):
+    """A value object: immutable, and an unknown key is an error rather than a surprise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Arrays(Mapping[str, NDArray[Any]]):
+    """An ordered, read-only map of parameter name -> array; one dtype and shape a name.
+
+    The arrays are views marked read-only: who wants to change one makes a copy, so that a trunk handed to two sites
+    can never be changed by one of them.
+    """
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]] | None = None) -> None:
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for name, array in (arrays or {}).items():
+            view = np.asarray(array).view()
+            view.flags.writeable = False
+            self._arrays[name] = view
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        return f"Arrays({len(self)} names, {self.nbytes} bytes)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together, without names or framing."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def only(self, names: Mapping[str, object] | set[str] | tuple[str, ...]) -> "Arrays":
+        """The arrays of `names`, in the order they have here."""
+        return Arrays({name: array for name, array in self.items() if name in names})
+
+    def digest(self) -> str:
+        """sha256 over names, dtypes, shapes and bytes in order: equal digests are byte-equal trunks."""
+        total = hashlib.sha256()
+        for name, array in self.items():
+            total.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+            total.update(np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()
+
+
+class TrunkSpec(Frozen):
+    """The shared body, `[trunk]` in run.toml: every site builds exactly this from its installed code."""
+
+    backbone: str = "tcn"
+    size: Literal["small", "base"] = "small"
+    width: int | None = Field(
+        default=None, ge=4, le=1024, description="channels the trunk reads; default: the size's own"
+    )
+    norm: Literal["group", "private"] = "group"
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+
+class Phase(Frozen):
+    """One stretch of a site's local training: which parts move, for which share of the round's steps."""
+
+    parts: tuple[Part, ...]
+    share: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class LocalPlan(Frozen):
+    """What a site is asked to do between two exchanges."""
+
+    phases: tuple[Phase, ...] = (Phase(parts=("stem", "trunk", "heads")),)
+    steps: int = Field(default=20, ge=1, le=1_000_000, description="optimiser steps a round")
+    epochs: float | None = Field(
+        default=None, gt=0.0, le=1000.0, description="passes over the training rows a round, instead of steps"
+    )
+    batch_size: int = Field(default=128, ge=1, le=65536)
+    learning_rate: float = Field(default=5e-3, gt=0.0, le=1.0)
+    weight_decay: float = Field(default=1e-2, ge=0.0, le=10.0)
+    clip_norm: float = Field(default=1.0, gt=0.0, description="largest gradient norm of a step")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    proximal: float = Field(default=0.0, ge=0.0, description="pull of the lent parts towards what arrived (FedProx mu)")
+    keep: Literal["last", "best"] = "last"  # which round's model is evaluated at the end, by validation loss
+    patience_rounds: int = Field(
+        default=0,
+        ge=0,
+        description="stop a site's own training after this many rounds without a better validation loss; 0: never",
+    )
+
+
+class Order(Frozen):
+    """Down, with the lent arrays: round `round` of `rounds`. `round` 0 asks for an Offer, `rounds` + 1 for a Scorecard."""
+
+    protocol: int = PROTOCOL
+    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="names a folder in the vault")
+    seed: int = Field(ge=0, lt=2**63)
+    round: int = Field(ge=0)
+    rounds: int = Field(ge=1)
+    trunk: TrunkSpec
+    plan: LocalPlan
+    lend: tuple[str, ...]
+    weight_cap: int = Field(default=100_000, ge=1, description="training windows above which a site weighs no more")
+    baseline: bool = True  # also train the local-only twin the report compares with
+    contract: str = ""  # digest of the contract the arrays below were made for
+
+
+class ArraySpec(Frozen):
+    """Name, shape and dtype of one array that may travel."""
+
+    name: str = Field(max_length=256)
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "float64", "float16"] = "float32"
+
+
+class TaskCard(Frozen):
+    """What a site says of one of its tasks: never a label, only its kind and how it is measured."""
+
+    task: str = Field(pattern=TASK_NAME)
+    kind: str = Field(max_length=32)
+    metric: str = Field(max_length=32, description="the primary metric")
+    unit: str = Field(max_length=32)
+    better: Literal["lower", "higher"]
+
+
+class Offer(Frozen):
+    """Up, once: who the site is and what it would lend in this run."""
+
+    protocol: int = PROTOCOL
+    site: str = Field(pattern=SITE_NAME)
+    run: str
+    version: str = Field(max_length=32)
+    arrays: tuple[ArraySpec, ...]
+    tasks: tuple[TaskCard, ...]
+
+
+class Contract(Frozen):
+    """The allow-list of one site in one run, checked before it sends and before the server admits."""
+
+    arrays: tuple[ArraySpec, ...]
+    metrics: tuple[str, ...]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def check(self, arrays: Arrays, metrics: Mapping[str, float]) -> None:
+        """Raise ContractError naming the first array or metric this contract does not allow."""
+        allowed = {spec.name: spec for spec in self.arrays}
+        if extra := [name for name in arrays if name not in allowed]:
+            raise ContractError(
+                f"`{extra[0]}` is not in this run's contract ({len(extra)} such arrays); only what the run lends may travel"
+            )
+        if missing := [name for name in allowed if name not in arrays]:
+            raise ContractError(
+                f"`{missing[0]}` is missing ({len(missing)} such arrays); a reply carries every lent array"
+            )
+        for name, array in arrays.items():
+            spec = allowed[name]
+            if array.shape != spec.shape:
+                raise ContractError(f"`{name}` has shape {array.shape}; this run's trunk has {spec.shape}")
+            if array.dtype.name != spec.dtype:
+                raise ContractError(f"`{name}` has dtype {array.dtype.name}; this run's trunk has {spec.dtype}")
+        if extra := [name for name in metrics if name not in self.metrics]:
+            raise ContractError(
+                f"metric `{extra[0]}` is not in this run's contract; allowed: {', '.join(self.metrics)}"
+            )
+
+
+def specs_of(arrays: Arrays) -> tuple[ArraySpec, ...]:
+    """The contract lines of `arrays`, in order."""
+    return tuple(ArraySpec(name=name, shape=array.shape, dtype=array.dtype.name) for name, array in arrays.items())  # type: ignore[arg-type]
+
+
+def metric_names(tasks: tuple[TaskCard, ...]) -> tuple[str, ...]:
+    """The numbers a site with these tasks may report each round: losses, and two validation curves a task."""
+    curves = [f"{card.task}.{who}" for card in tasks for who in ("federated", "local")]
+    return (*ROUND_METRICS, *curves)
+
+
+class Reply(Frozen):
+    """The header of an Update on the wire."""
+
+    protocol: int = PROTOCOL
+    site: str = Field(pattern=SITE_NAME)
+    run: str
+    round: int
+    contract: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """Up, every round: what a site's training changed in the lent arrays.
+
+    Args:
+        delta: after minus before, per lent array.
+        weight: how much it counts in a mean (training windows, capped).
+        metrics: a fixed list of numbers, see `metric_names`; weighted like the delta when combined.
+        weights: per-array weight, filled in by a combination over sites of which not all have every array.
+    """
+
+    site: str
+    run: str
+    round: int
+    delta: Arrays
+    weight: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+class TaskRow(Frozen):
+    """One site and task of the worth-it report."""
+
+    task: str = Field(pattern=TASK_NAME)
+    kind: str = Field(max_length=32)
+    metric: str = Field(max_length=32)
+    unit: str = Field(max_length=32)
+    better: Literal["lower", "higher"]
+    n_train: int = Field(ge=0)
+    n_validation: int = Field(ge=0)
+    n_test: int = Field(ge=0)
+    n_groups: int = Field(ge=0, description="test groups behind the interval")
+    local: float | None  # None: no baseline was asked for, or no test rows carry this label
+    federated: float | None
+    chosen: Literal["local", "federated"]
+    interval: tuple[float, float] | None
+    more: dict[str, dict[str, float | None]] = {}
+    candidates: dict[str, float | None] = {}
+
+
+class Scorecard(Frozen):
+    """Up, at the end: aggregates over the site's own test rows, never a row."""
+
+    protocol: int = PROTOCOL
+    site: str = Field(pattern=SITE_NAME)
+    run: str
+    rows: tuple[TaskRow, ...]
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from anything printable, the same on every machine: `seed_of(run_seed, site, round)`."""
+    return int.from_bytes(hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()[:8], "big") >> 1

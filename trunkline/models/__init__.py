@@ -1,0 +1,1 @@
+"""Networks: private stem, lent trunk, private heads."""

@@ -1,0 +1,12 @@
+"""Shared bodies: one file each, and one line here."""
+
+from trunkline.models.backbones.backbone import Backbone
+from trunkline.models.backbones.mlp import MLP
+from trunkline.models.backbones.tcn import TCN
+from trunkline.models.backbones.transformer import Transformer
+
+BACKBONES: dict[str, type[Backbone]] = {
+    "tcn": TCN,
+    "transformer": Transformer,
+    "mlp": MLP,
+}

@@ -1,0 +1,30 @@
+"""Task kinds: one file each, and one line here."""
+
+from trunkline.config import TaskConfig
+from trunkline.errors import ConfigError, nearest
+from trunkline.models.tasks.binary import Binary
+from trunkline.models.tasks.multiclass import Multiclass
+from trunkline.models.tasks.regression import Regression
+from trunkline.models.tasks.task import Metric, Task
+
+TASKS: dict[str, type[Task]] = {
+    "regression": Regression,
+    "binary": Binary,
+    "multiclass": Multiclass,
+}
+
+
+def make_task(name: str, config: TaskConfig) -> Task:
+    """The task of `[tasks.name]` in site.toml.
+
+    Raises:
+        ConfigError: its kind is not installed, or its table cannot be meant.
+    """
+    if config.kind not in TASKS:
+        raise ConfigError(
+            f"[tasks.{name}]: unknown kind {config.kind!r}{nearest(config.kind, TASKS)} Known: {', '.join(TASKS)}."
+        )
+    return TASKS[config.kind](name, config)
+
+
+__all__ = ["TASKS", "Metric", "Task", "make_task"]

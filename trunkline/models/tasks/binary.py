@@ -1,0 +1,157 @@
+"""Yes or no: fails soon, leaks, out of tolerance."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from trunkline.config import TaskConfig
+from trunkline.models.tasks.task import Labels, Metric, Task, effective_number, numbers
+
+WORDS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
+BOUND = 10.0  # largest emphasis of the rarer class: with five positives, more would fit those five
+
+
+class Binary(Task):
+    """Labels may be 0 and 1, booleans, true/false, yes/no, or two words of the site's own.
+
+    Of two words the second in the alphabet is the positive one ("bad" < "ok": predicts the probability of "ok"); write
+    0 and 1 where that is not meant.
+
+    The rarer class counts more, by the effective number of samples (Cui et al. 2019, arXiv:1901.05555), tenfold at
+    most. The probabilities are those of this weighted loss, so a rare failure is called earlier than its frequency
+    alone would; `threshold`, 0.5 until `calibrate` moves it, is where `f1` and `accuracy` cut.
+    """
+
+    kind = "binary"
+    primary = "f1"
+    METRICS = {  # noqa: RUF012  (declared ClassVar in Task)
+        "f1": Metric("of 1", "higher"),
+        "auroc": Metric("of 1", "higher"),
+        "average_precision": Metric("of 1", "higher"),
+        "accuracy": Metric("of 1", "higher"),
+        "brier": Metric("of 1", "lower"),
+    }
+
+    def __init__(self, name: str, config: TaskConfig) -> None:
+        super().__init__(name, config)
+        self.words: tuple[str, ...] = ()  # the site's own two words, negative first
+        self.counts = (1, 1)  # training labels: negative, positive
+        self.threshold = 0.5
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def read(self, column: pl.Series, where: str) -> Labels:
+        remedy = "Write 0 and 1, or leave the cell empty where the label is unknown."
+        if column.dtype in (pl.String, pl.Categorical, pl.Enum):
+            return self._read_words(column, where, remedy)
+        values = numbers(self, column, where, remedy)
+        if wrong := np.flatnonzero(~np.isnan(values) & (values != 0) & (values != 1)).tolist():
+            raise self._bad(column, where, wrong[0], column[wrong[0]], "0 or 1", remedy)
+        return values.astype(np.float32)
+
+    def _read_words(self, column: pl.Series, where: str, remedy: str) -> Labels:
+        text = column.cast(pl.String).str.strip_chars()
+        text = text.set(text == "", None)
+        found = [word for word in text.unique(maintain_order=True).to_list() if word is not None]
+        if not self.words and all(word.lower() in WORDS for word in found):
+            codes = {word: WORDS[word.lower()] for word in found}
+        else:
+            words = self.words or tuple(sorted(found)[:2])
+            codes = dict(zip(words, (0, 1), strict=False))
+            if foreign := [word for word in found if word not in codes]:
+                strangers = [word for word in found if word.lower() not in WORDS]
+                # beside a "yes" it is the "maybe" that is wrong; among strangers, the third
+                wrong = foreign[0] if self.words else strangers[0] if len(strangers) < len(found) else found[2]
+                own = " or ".join(map(repr, words)) if self.words else f"two words of its own, not {len(found)}"
+                row = int((text == wrong).arg_max() or 0)
+                raise self._bad(column, where, row, column[row], f"0 or 1, true or false, yes or no; or {own}", remedy)
+            self.words = words
+        values = text.replace_strict([None, *codes], [None, *map(float, codes.values())], return_dtype=pl.Float32)
+        return np.array(values.fill_null(float("nan")).to_numpy(), dtype=np.float32)
+
+    def fit(self, labels: Labels) -> None:
+        present = labels[~np.isnan(labels)]
+        if not len(present):
+            raise self._no_labels()
+        positive = int((present > 0.5).sum())
+        if positive in (0, len(present)):
+            name = (self.words or ("0", "1"))[positive > 0] if len(self.words) != 1 else self.words[0]
+            raise self._one_class(name, len(present))
+        self.counts = (len(present) - positive, positive)
+
+    @property
+    def emphasis(self) -> float:
+        """How much a positive label weighs beside a negative one."""
+        negative, positive = effective_number(np.array(self.counts, dtype=np.float64))
+        return float(np.clip(negative / positive, 1.0 / BOUND, BOUND))
+
+    def state(self) -> dict[str, object]:
+        return {"kind": self.kind, "words": list(self.words), "counts": list(self.counts), "threshold": self.threshold}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        loaded = self._loaded(state)
+        negative, positive = loaded["counts"]
+        self.counts = (int(negative), int(positive))
+        self.words, self.threshold = tuple(loaded["words"]), float(loaded["threshold"])
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        missing = labels.isnan()
+        logit = torch.where(missing, 0.0, output[:, 0].float())
+        truth = torch.where(missing, 0.0, labels)
+        # softplus(-z) = -log sigmoid(z), without overflow
+        each = self.emphasis * truth * F.softplus(-logit) + (1.0 - truth) * F.softplus(logit)
+        return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
+
+    def predict(self, output: Tensor) -> NDArray[np.float32]:
+        """(batch, 1) -> (batch,) probability of the positive class."""
+        probability: NDArray[np.float32] = output.detach()[:, 0].float().sigmoid().cpu().numpy()
+        return probability
+
+    def calibrate(self, prediction: NDArray[Any], labels: Labels) -> None:
+        """Move `threshold` to the cut with the best F1 on these VALIDATION rows; of equal ones the nearest to 0.5.
+
+        Without a positive label there is no F1, and the threshold stays.
+
+        Args:
+            prediction: (rows,) probabilities.
+            labels: (rows,), NaN where missing.
+        """
+        present = ~np.isnan(labels) & ~np.isnan(prediction)
+        order = np.argsort(-prediction[present], kind="stable")
+        score = prediction[present][order].astype(np.float64)
+        hits = np.cumsum(labels[present][order] > 0.5)
+        below = np.append(score[1:], 0.0)[: len(score)]
+        possible = score > below  # equal scores cannot be told apart
+        if not possible.any() or not hits[-1]:
+            return
+        cut = (score + below) / 2.0  # between two scores: what is called positive is above it
+        f1 = np.where(possible, 2.0 * hits / (np.arange(1, len(score) + 1) + hits[-1]), -1.0)
+        best = cut[f1 == f1.max()]
+        self.threshold = float(best[np.argmin(np.abs(best - 0.5))])
+
+    def _score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
+        called, truth = prediction > self.threshold, labels > 0.5
+        positive = int(truth.sum())
+        return 2.0 * int((called & truth).sum()) / (int(called.sum()) + positive) if positive else None
+
+    def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
+        # here and not above: it takes a second to import, and most commands measure nothing
+        from torchmetrics.functional import mean_squared_error
+        from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_average_precision
+
+        truth = labels.long()
+        both = 0 < int(truth.sum()) < len(truth)  # there is nothing to rank within one class
+        return {
+            "auroc": float(binary_auroc(prediction, truth)) if both else None,
+            "average_precision": float(binary_average_precision(prediction, truth)) if both else None,
+            "accuracy": float(binary_accuracy(prediction, truth, threshold=self.threshold)),
+            "brier": float(mean_squared_error(prediction, labels)),
+        }

@@ -1,0 +1,113 @@
+"""A number in the label's own unit: remaining life, wear, efficiency."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from trunkline.config import TaskConfig
+from trunkline.models.tasks.task import Labels, Metric, Task, numbers
+
+
+class Regression(Task):
+    """Labels are learnt as standard deviations from the training mean, and predicted in their own unit.
+
+    With `cap` every label above it counts as the cap, in training and in every metric but `rmse_uncapped`: far from
+    its end a machine shows no wear, and no model can tell 200 cycles from 300 (Heimes 2008, PHM conference).
+
+    `loss`: "huber" (beyond one standard deviation linear), "mse", or "pinball" for the `quantile` (Koenker and
+    Bassett 1978).
+
+    `nasa_score`, for the unit "cycles" only, is the sum over rows of exp(-d/13) - 1 for early (d < 0) and exp(d/10) - 1
+    for late predictions, d = predicted - true cycles (Saxena et al. 2008, PHM conference).
+    """
+
+    kind = "regression"
+    primary = "rmse"
+    METRICS = {  # noqa: RUF012  (declared ClassVar in Task)
+        "rmse": Metric("", "lower"),
+        "rmse_uncapped": Metric("", "lower"),
+        "mae": Metric("", "lower"),
+        "r2": Metric("of variance", "higher"),
+        "nasa_score": Metric("points", "lower"),
+    }
+
+    def __init__(self, name: str, config: TaskConfig) -> None:
+        super().__init__(name, config)
+        self.mean = 0.0
+        self.std = 1.0
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        return {
+            name: metric
+            for name, metric in self.METRICS.items()
+            if name != "nasa_score" or self.config.unit == "cycles"
+        }
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def read(self, column: pl.Series, where: str) -> Labels:
+        remedy = "Correct the value, or leave the cell empty where the label is unknown."
+        return numbers(self, column, where, remedy).astype(np.float32)
+
+    def fit(self, labels: Labels) -> None:
+        present = self._capped(labels[~np.isnan(labels)].astype(np.float64))
+        if not len(present):
+            raise self._no_labels()
+        self.mean = float(present.mean())
+        spread = float(present.std())
+        # equal labels have no scale of their own; dividing by their rounding noise would blow the loss up
+        self.std = spread if spread > 1e-6 * max(1.0, abs(self.mean)) else 1.0
+
+    def state(self) -> dict[str, object]:
+        return {"kind": self.kind, "mean": self.mean, "std": self.std}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        loaded = self._loaded(state)
+        self.mean, self.std = float(loaded["mean"]), float(loaded["std"])
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        missing = labels.isnan()
+        cap = self.config.cap
+        truth = torch.where(missing, self.mean, labels if cap is None else labels.clamp(max=cap))
+        miss = torch.where(missing, 0.0, (truth - self.mean) / self.std - output[:, 0].float())  # truth minus output
+        if self.config.loss == "huber":
+            each = F.huber_loss(miss, torch.zeros_like(miss), reduction="none")
+        elif self.config.loss == "mse":
+            each = miss.square()
+        else:
+            each = torch.maximum(self.config.quantile * miss, (self.config.quantile - 1.0) * miss)
+        return each.sum() / (~missing).sum().clamp(min=1)
+
+    def predict(self, output: Tensor) -> NDArray[np.float32]:
+        """(batch, 1) -> (batch,), in the label's unit and never above the cap."""
+        values = output.detach()[:, 0].float().cpu().numpy() * self.std + self.mean
+        return self._capped(values).astype(np.float32)
+
+    def _capped(self, values: NDArray[Any]) -> NDArray[Any]:
+        return values if self.config.cap is None else np.minimum(values, self.config.cap)
+
+    def _score(self, prediction: NDArray[Any], labels: Labels) -> float:
+        miss = prediction.astype(np.float64) - self._capped(labels)
+        return float(np.sqrt(np.mean(np.square(miss))))
+
+    def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
+        # here and not above: it takes a second to import, and most commands measure nothing
+        from torchmetrics.functional import mean_absolute_error, mean_squared_error, r2_score
+
+        truth = labels if self.config.cap is None else labels.clamp(max=self.config.cap)
+        late = prediction - truth
+        return {
+            "rmse_uncapped": float(mean_squared_error(prediction, labels, squared=False)),
+            "mae": float(mean_absolute_error(prediction, truth)),
+            "r2": float(r2_score(prediction, truth)) if truth.min() < truth.max() else None,
+            "nasa_score": float(torch.where(late < 0, torch.expm1(-late / 13.0), torch.expm1(late / 10.0)).sum()),
+        }

@@ -1,0 +1,224 @@
+"""What every task kind promises: how its label column is read, what it learns, how it is judged."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trunkline.config import TaskConfig
+from trunkline.errors import ConfigError, DataError, StorageError
+from trunkline.exchange import TaskCard
+
+Labels = NDArray[np.float32]  # (rows,), NaN where a row has no label
+UNIT_LENGTH = 32  # what a TaskCard carries
+BLANKS = ("", "na", "n/a", "nan", "null", "none", "-")  # ways to write "no number" in a text file
+BETA = 0.999  # of the effective number of samples; not 0.9999, because overlapping windows repeat each other
+
+
+class Metric(NamedTuple):
+    """How a number of the report reads."""
+
+    unit: str  # "" = the label's own unit
+    better: Literal["lower", "higher"]
+
+
+class Task(ABC):
+    """One thing to predict at one site: `[tasks.NAME]` of its site.toml.
+
+    A task is used in this order: `read` its label column (all rows of the site), `fit` on the training labels, then
+    `head`, `loss`, `predict`, `measure` as often as wanted. `state` is what `fit` learnt, for the vault.
+
+    Args:
+        name: also the name of its head.
+        config: its table in site.toml.
+
+    Raises:
+        ConfigError: the table cannot be meant, or the name cannot be a head's.
+    """
+
+    kind: ClassVar[str]
+    METRICS: ClassVar[dict[str, Metric]]  # every metric this kind knows
+    primary: ClassVar[str]
+
+    def __init__(self, name: str, config: TaskConfig) -> None:
+        if hasattr(nn.ModuleDict(), name):  # heads live in one, and its own attributes would be shadowed
+            raise ConfigError(
+                f"[tasks.{name}]: PyTorch uses the name {name!r} itself. Rename the table; `target` may stay."
+            )
+        if len(config.unit) > UNIT_LENGTH:
+            raise ConfigError(
+                f"[tasks.{name}]: `unit` should have at most {UNIT_LENGTH} letters. Found {config.unit!r}."
+            )
+        self.name = name
+        self.config = config
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of this task: those of its kind that its configuration gives a meaning."""
+        return self.METRICS
+
+    @property
+    def card(self) -> TaskCard:
+        """What the site may say of this task."""
+        metric = self.METRICS[self.primary]
+        return TaskCard(
+            task=self.name,
+            kind=self.kind,
+            metric=self.primary,
+            unit=metric.unit or self.config.unit,
+            better=metric.better,
+        )
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """Numbers the head gives a sample."""
+
+    @abstractmethod
+    def read(self, column: pl.Series, where: str) -> Labels:
+        """The label column as numbers, NaN where a label is missing.
+
+        Args:
+            column: as the file has it.
+            where: the file, for errors.
+
+        Raises:
+            DataError: a value is no label of this task; the text names file, column, value, row and remedy.
+        """
+
+    @abstractmethod
+    def fit(self, labels: Labels) -> None:
+        """Learn scale or class counts from the TRAINING labels.
+
+        Raises:
+            DataError: no label at all, or all of one class.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, object]:
+        """What `read` and `fit` learnt, ready for JSON."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            StorageError: it is the state of another kind of task.
+        """
+
+    @abstractmethod
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss over the labels that are present; exactly 0, with zero gradient, where none is.
+
+        Shape:
+            output (batch, outputs), labels (batch,) with NaN where missing -> ().
+        """
+
+    @abstractmethod
+    def predict(self, output: Tensor) -> NDArray[np.float32]:
+        """Head outputs (batch, outputs) -> what a person reads: values, or probabilities."""
+
+    @abstractmethod
+    def _score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
+        """The primary metric over rows that all have a label, at least one; a bootstrap calls it thousands of times."""
+
+    @abstractmethod
+    def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
+        """The other metrics over the same rows, float64."""
+
+    def head(self, width: int) -> nn.Module:
+        """The private last layer, (batch, width) -> (batch, outputs): linear, for it learns from the fewest labels."""
+        return nn.Linear(width, self.outputs)
+
+    def calibrate(self, prediction: NDArray[Any], labels: Labels) -> None:
+        """Choose where this task decides, from one model's VALIDATION rows; nothing where a kind has no such choice.
+
+        Two models decide at two places: calibrate a copy of the task for each.
+        """
+        return
+
+    def score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
+        """The primary metric; None where it is undefined (no labels, one class) or not finite.
+
+        Args:
+            prediction: what `predict` gave, one row a sample.
+            labels: (rows,), NaN where missing; such rows do not count.
+        """
+        present = ~np.isnan(labels)
+        return _finite(self._score(prediction[present], labels[present]) if present.any() else None)
+
+    def measure(self, prediction: NDArray[Any], labels: Labels) -> dict[str, float | None]:
+        """One value for each of `metrics`; None where it is undefined or not finite. Arguments as in `score`."""
+        measured: dict[str, float | None] = {self.primary: self.score(prediction, labels)}
+        present = ~np.isnan(labels)
+        if present.any():
+            guess, truth = (torch.from_numpy(one[present].astype(np.float64)) for one in (prediction, labels))
+            measured |= self._others(guess, truth)
+        return {name: _finite(measured.get(name)) for name in self.metrics}
+
+    def _loaded(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        if state.get("kind") != self.kind:
+            raise StorageError(
+                f"Task {self.name!r} is of kind {self.kind!r}; what was stored is of kind {state.get('kind')!r}. "
+                f"Undo the change of `kind` in site.toml, or start a run of another name."
+            )
+        return state
+
+    def _bad(self, column: pl.Series, where: str, row: int, value: object, expected: str, remedy: str) -> DataError:
+        return DataError(
+            f"{where}: column `{column.name}`, data row {row + 1}: {value!r} is no label of task {self.name!r}; "
+            f"expected {expected}. {remedy}"
+        )
+
+    def _no_labels(self) -> DataError:
+        return DataError(
+            f"Task {self.name!r}: column `{self.config.target}` has no label in any training row. Label some training "
+            f"groups, raise `labelled_groups`, or take [tasks.{self.name}] out of site.toml."
+        )
+
+    def _one_class(self, name: str, count: int) -> DataError:
+        return DataError(
+            f"Task {self.name!r}: all {count} training labels of column `{self.config.target}` are {name!r}; there is "
+            f"nothing to tell apart. Add groups where it differs, change `seed` of [data.split], or take "
+            f"[tasks.{self.name}] out of site.toml."
+        )
+
+
+def numbers(task: Task, column: pl.Series, where: str, remedy: str) -> NDArray[np.float64]:
+    """A label column as float64, NaN where blank; text that is a number counts as one.
+
+    Raises:
+        DataError: the first value that is no number, with its row and `remedy`.
+    """
+    if column.dtype == pl.String:
+        text = column.str.strip_chars()
+        text = text.set(text.str.to_lowercase().is_in(BLANKS), None)
+        parsed = text.cast(pl.Float64, strict=False)
+        wrong = (parsed.is_null() & text.is_not_null()).arg_true()
+        if len(wrong):
+            raise task._bad(column, where, wrong[0], column[wrong[0]], "a number", remedy)
+    elif column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.Null):
+        parsed = column.cast(pl.Float64)
+    else:
+        first = column.is_not_null().arg_max() or 0
+        raise task._bad(column, where, first, column[first], f"a number, not {column.dtype}", remedy)
+    values = parsed.fill_null(math.nan).to_numpy().astype(np.float64)
+    if huge := np.flatnonzero(np.abs(values) > np.finfo(np.float32).max).tolist():
+        raise task._bad(column, where, huge[0], column[huge[0]], "a finite number", remedy)
+    return values
+
+
+def effective_number(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How much `counts` samples are worth when samples repeat each other (Cui et al. 2019, arXiv:1901.05555)."""
+    worth: NDArray[np.float64] = (1.0 - BETA ** np.maximum(counts, 1.0)) / (1.0 - BETA)
+    return worth
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,47 @@
+"""State <-> file. A resumed run equals an undisturbed one: everything a round depends on is in here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trunkline.exchange import Arrays
+from trunkline.storage import Shelf
+from trunkline.strategies import State
+
+
+class Checkpoint:
+    """The newest rounds of one run, under `out`/checkpoint.
+
+    Args:
+        out: folder of the run.
+        tell: called with a sentence when a damaged checkpoint is passed over.
+    """
+
+    def __init__(self, out: Path, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.shelf = Shelf(out / "checkpoint", keep=3, tell=tell)
+
+    def save(self, state: State, meta: dict[str, Any]) -> None:
+        """Raises StorageError (a full disk, say); the checkpoint before it stays."""
+        tensors = {f"trunk/{name}": array for name, array in state.trunk.items()}
+        for moment, arrays in state.moments.items():
+            tensors |= {f"moment/{moment}/{name}": array for name, array in arrays.items()}
+        # names in order: safetensors sorts, and share() has an order of its own that digests depend on
+        names = {
+            "trunk": list(state.trunk),
+            "moments": {moment: list(arrays) for moment, arrays in state.moments.items()},
+        }
+        self.shelf.put(state.round, tensors, {"names": names, **meta})
+
+    def load(self) -> tuple[State, dict[str, Any]] | None:
+        """The newest intact state, or None when no round was ever saved."""
+        found = self.shelf.newest()
+        if found is None:
+            return None
+        round, tensors, meta = found
+        names: Any = meta["names"]
+        trunk = Arrays({name: tensors[f"trunk/{name}"] for name in names["trunk"]})
+        moments = {
+            moment: Arrays({name: tensors[f"moment/{moment}/{name}"] for name in order})
+            for moment, order in names["moments"].items()
+        }
+        return State(trunk, moments, round), dict(meta)

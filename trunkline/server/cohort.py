@@ -1,0 +1,159 @@
+"""Who takes part: offers from sites, the contract made of them, and the name behind each node."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from trunkline.config import CohortConfig
+from trunkline.errors import ContractError, QuorumError, Refused
+from trunkline.exchange import Arrays, ArraySpec, Contract, Offer, Order, metric_names, specs_of
+from trunkline.flower import open_records, to_records
+from trunkline.server.calls import ask
+from trunkline.server.intake import read_header
+
+GREET_S = 0.5  # pause between looks for new nodes while the cohort gathers
+
+
+@dataclass(frozen=True)
+class Member:
+    """One site of the cohort."""
+
+    site: str
+    node: int
+    offer: Offer
+    contract: Contract
+    first: Arrays  # what it starts its lent stem and heads from; empty when only the trunk is lent
+
+
+class Cohort:
+    """The sites of one run, by name.
+
+    Args:
+        greeting: the Order of round 0.
+        trunk: the lent trunk's arrays (empty when the trunk stays home); every member has to have exactly these.
+        tell: takes progress events.
+    """
+
+    def __init__(
+        self, grid: Grid, config: CohortConfig, greeting: Order, trunk: Arrays, tell: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.grid = grid
+        self.config = config
+        self.greeting = greeting
+        self.tell = tell
+        self.trunk = specs_of(trunk)
+        self.members: dict[str, Member] = {}
+        self.specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.trunk}
+        self._greeted: set[int] = set()
+
+    def gather(self) -> None:
+        """Wait until min_sites, and every site named in run.toml, have made their offer.
+
+        Raises:
+            QuorumError: they did not within `gather_s`; the text says who came and who is missing.
+        """
+        end = time.monotonic() + self.config.gather_s
+        told: tuple[int, ...] = ()
+        while True:
+            self.greet(deadline_s=max(0.0, end - time.monotonic()))
+            missing = [site for site in self.config.sites if site not in self.members]
+            if len(self.members) >= self.config.min_sites and not missing:
+                return
+            if time.monotonic() >= end:
+                came = ", ".join(sorted(self.members)) or "none"
+                lacking = f"; missing by name: {', '.join(missing)}" if missing else ""
+                raise QuorumError(
+                    f"After {self.config.gather_s:g} s {len(self.members)} of {self.config.min_sites} sites have joined ({came}{lacking}). "
+                    "Start the missing client daemons, or lower [cohort] min_sites, then run again with --resume."
+                )
+            if told != (now := tuple(sorted(self._greeted))):
+                told = now
+                self.tell(
+                    {
+                        "event": "gather",
+                        "sites": sorted(self.members),
+                        "wanted": max(self.config.min_sites, len(self.config.sites)),
+                    }
+                )
+            time.sleep(GREET_S)
+
+    def greet(self, deadline_s: float) -> None:
+        """Ask every node not yet known who it is. A node that restarted comes back under a new id, and its site moves to it."""
+        new = [node for node in self.grid.get_node_ids() if node not in self._greeted]
+        if not new:
+            return
+        content = self.greeting.model_dump_json()
+        offers: dict[int, tuple[Offer, Arrays]] = {}
+        requests: dict[int, Callable[[], RecordDict]] = {node: lambda: to_records({}, content) for node in new}
+        for answer in ask(self.grid, "query", requests, round=0, deadline_s=deadline_s, resend_s=self.config.resend_s):
+            self._greeted.add(answer.node)
+            if answer.content is None:
+                self._leave_out(f"node {answer.node}", answer.failure)
+                continue
+            try:
+                came, header, _ = open_records(answer.content)
+                offer = read_header(Offer, header, f"node {answer.node}", 0)
+                offers[answer.node] = (offer, Arrays(came))
+            except ContractError as error:
+                self._leave_out(f"node {answer.node}", str(error))
+        self._agree_on_shapes(offers)
+        for node, (offer, arrays) in sorted(offers.items(), key=lambda item: item[1][0].site):
+            try:
+                self._join(node, offer, arrays)
+            except ContractError as error:
+                self._leave_out(offer.site, str(error))
+
+    def _agree_on_shapes(self, offers: dict[int, tuple[Offer, Arrays]]) -> None:
+        """A lent stem or head has the shape most sites offer; who differs cannot be averaged with them and is told so."""
+        votes: dict[str, Counter[ArraySpec]] = {}
+        for offer, _ in sorted(offers.values(), key=lambda one: one[0].site):
+            for spec in offer.arrays:
+                votes.setdefault(spec.name, Counter())[spec] += 1
+        for name, vote in votes.items():
+            self.specs.setdefault(name, vote.most_common(1)[0][0])
+
+    def _join(self, node: int, offer: Offer, arrays: Arrays) -> None:
+        if offer.run != self.greeting.run:
+            raise Refused(
+                f"it offered itself for run {offer.run!r}; this is {self.greeting.run!r}. Restart its daemon."
+            )
+        known = self.members.get(offer.site)
+        if known is not None and known.node in set(self.grid.get_node_ids()):
+            raise Refused(
+                f"another node that is online already calls itself {offer.site!r}. Give each site.toml its own `name`."
+            )
+        offered = {spec.name: spec for spec in offer.arrays}
+        for spec in self.trunk:
+            if spec.name not in offered:
+                raise Refused(
+                    f"it has no `{spec.name}`; this run's trunk has. Its Trunkline builds another {self.greeting.trunk.backbone!r}: update it."
+                )
+        for spec in offer.arrays:
+            wanted = self.specs[spec.name]
+            if spec != wanted:
+                remedy = (
+                    "its Trunkline builds another trunk: update it"
+                    if wanted in self.trunk
+                    else "its sensors or classes differ: lend the trunk only"
+                )
+                raise Refused(f"`{spec.name}` has shape {spec.shape}; this run has {wanted.shape} ({remedy}).")
+        contract = Contract(arrays=offer.arrays, metrics=metric_names(offer.tasks))
+        beyond = {spec.name: spec for spec in offer.arrays if spec not in self.trunk}
+        Contract(arrays=tuple(beyond.values()), metrics=()).check(arrays, {})
+        self.members[offer.site] = Member(offer.site, node, offer, contract, arrays)
+
+    def _leave_out(self, who: str, why: str) -> None:
+        self.tell({"event": "note", "text": f"{who} does not take part: {why}"})
+
+    def first_arrays(self, trunk: Arrays) -> Arrays:
+        """What round 1 starts from: the server's trunk, and lent stems and heads as the first site by name built them."""
+        arrays = dict(trunk)
+        for site in sorted(self.members):
+            for name, array in self.members[site].first.items():
+                arrays.setdefault(name, array)
+        return Arrays(arrays)

@@ -1,0 +1,84 @@
+"""Replies -> admitted Updates, or a refusal that names its site. Nothing a site sends is trusted before it passed here."""
+
+import math
+from typing import TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from trunkline.errors import ContractError, Refused
+from trunkline.exchange import PROTOCOL, Arrays, Contract, Order, Reply, Update
+
+LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, far within the exact sum's range
+
+Header = TypeVar("Header", bound=BaseModel)
+
+
+def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
+    """A wire header, or Refused naming the first key that is wrong."""
+    try:
+        header = kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "header"
+        raise Refused(
+            f"{site}, round {round}: reply set aside. `{key}`: {first['msg']}. The site may run another Trunkline; update the older of the two."
+        ) from None
+    protocol = getattr(header, "protocol", PROTOCOL)
+    if protocol != PROTOCOL:
+        raise Refused(
+            f"{site}, round {round}: reply set aside. It speaks protocol {protocol}, this server {PROTOCOL}. Update the older of the two."
+        )
+    return header
+
+
+def admit(
+    site: str, contract: Contract, order: Order, arrays: Arrays, header: str, metrics: dict[str, float]
+) -> Update:
+    """An Update that may enter the sum.
+
+    Args:
+        site: the name the server knows this node by, from its Offer.
+        contract: this site's allow-list in this run.
+        order: what was asked.
+
+    Raises:
+        Refused: anything at all is not as the contract and the order have it; the text names site, round, cause, remedy.
+    """
+    reply = read_header(Reply, header, site, order.round)
+    try:
+        if reply.site != site:
+            raise ContractError(
+                f"it calls itself {reply.site!r}; the node was enrolled as {site!r}. Two daemons may share one site folder"
+            )
+        if reply.run != order.run:
+            raise ContractError(f"it answers run {reply.run!r}; this is {order.run!r}. Nothing to do: it is late")
+        if reply.round != order.round:
+            raise ContractError(f"it answers round {reply.round}. Nothing to do: a late reply is never added")
+        if reply.contract != order.contract:
+            raise ContractError(
+                "it was made for another contract. Restart the site's daemon so that it asks for the run anew"
+            )
+        if not math.isfinite(reply.weight) or not 0 < reply.weight <= order.weight_cap:
+            raise ContractError(
+                f"its weight is {reply.weight:g}; allowed is more than 0, at most {order.weight_cap} training windows"
+            )
+        contract.check(arrays, metrics)
+        for name, array in arrays.items():
+            largest = float(np.max(np.abs(array), initial=0.0))
+            if not math.isfinite(largest):
+                raise ContractError(
+                    f"`{name}` holds NaN or infinity. Look at the site's learning rate and its `trunkline check`"
+                )
+            if largest > LARGEST_CHANGE:
+                raise ContractError(
+                    f"`{name}` changes by {largest:.3g} in one round; allowed is {LARGEST_CHANGE:g}. Lower the learning rate"
+                )
+        for name, number in metrics.items():
+            if not math.isfinite(number):
+                raise ContractError(
+                    f"metric `{name}` is {number}. Look at the site's learning rate and its `trunkline check`"
+                )
+    except ContractError as error:
+        raise Refused(f"{site}, round {order.round}: update set aside. {error}.") from None
+    return Update(site=site, run=reply.run, round=reply.round, delta=arrays, weight=reply.weight, metrics=metrics)

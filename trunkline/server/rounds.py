@@ -1,0 +1,260 @@
+"""The round loop: orders out, updates into the sum as they arrive, a checkpoint a round.
+
+Flower's Strategy classes collect every reply before they look at one and end the run on an inconsistent one, so this loop
+stands on Flower's messages (`Grid.push_messages`, `pull_messages`) instead; docs/decisions.md has the comparison.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from trunkline.config import RunConfig
+from trunkline.errors import ConfigError, ContractError, QuorumError, Refused
+from trunkline.exchange import Arrays, Order, Scorecard, TaskRow, Update
+from trunkline.flower import open_records, to_records
+from trunkline.models.trunk import first_trunk
+from trunkline.server.calls import ask
+from trunkline.server.checkpoint import Checkpoint
+from trunkline.server.cohort import Cohort, Member
+from trunkline.server.intake import admit, read_header
+from trunkline.server.report import Refusal, RoundRecord, build_report
+from trunkline.strategies import State, Strategy, build_strategy
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+def run_rounds(
+    grid: Grid, run: RunConfig, out: Path, *, resume: bool, tell: Tell, key: str | None = None
+) -> dict[str, Any]:
+    """One whole run: gather, `rounds` rounds, evaluation. Returns the report; the final trunk is the last checkpoint.
+
+    Args:
+        out: folder of checkpoints and events; made if absent.
+        resume: go on from the newest checkpoint in `out`; without one, start.
+        key: names the run in the sites' vaults; by default made of the run's name and the time.
+
+    Raises:
+        QuorumError: too few sites, at the start or in a round. The state is on disk; `resume` goes on.
+        ConfigError: `resume` with another run.toml than the checkpoint was made with.
+        StorageError: a checkpoint could not be written; the one before it is intact.
+    """
+    return _Run(grid, run, out, tell, key).execute(resume)
+
+
+@dataclass
+class _Tally:
+    """What a round has brought so far."""
+
+    sites: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class _Run:
+    def __init__(self, grid: Grid, run: RunConfig, out: Path, tell: Tell, key: str | None) -> None:
+        self.grid = grid
+        self.run = run
+        self.tell = tell
+        self.strategy: Strategy = build_strategy(run.strategy.name, run.strategy.options, run.training)
+        if self.strategy.pooled:
+            raise ConfigError(
+                "[strategy] name = 'central' pools rows, which only `trunkline simulate` can. Choose another strategy."
+            )
+        self.lend = self.strategy.lends(run.lend)
+        self.checkpoint = Checkpoint(out, tell=lambda text: tell({"event": "note", "text": text}))
+        self.key = key or f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.records: list[RoundRecord] = []
+        self.silent: set[str] = set()  # missed the last round: asked, but no longer waited for
+        self.seconds = 0.0  # of this run before it was resumed
+        self.digest = json.dumps(run.model_dump(mode="json"), sort_keys=True)
+
+    def execute(self, resume: bool) -> dict[str, Any]:
+        started = time.monotonic()
+        state = self._restore() if resume else None
+        trunk = first_trunk(self.run.trunk, self.run.seed) if "trunk" in self.lend else Arrays()
+        self.cohort = Cohort(self.grid, self.run.cohort, self._order(0), trunk, self.tell)
+        self.cohort.gather()
+        resumed_at = state.round if state else None
+        if state is None:
+            state = self.strategy.start(self.cohort.first_arrays(trunk))
+            self._save(state, started)
+        size = sum(array.size for name, array in state.trunk.items())
+        self.tell(
+            {"event": "start", "run": self.run.name, "strategy": self.run.strategy.name, "rounds": self.run.rounds,
+             "sites": sorted(self.cohort.members), "trunk_parameters": size, "resumed_at": resumed_at}
+        )  # fmt: skip
+        while state.round < self.run.rounds:
+            state = self._round(state)
+            self._save(state, started)
+        rows = self._evaluate(state)
+        seconds = self.seconds + time.monotonic() - started
+        self.tell({"event": "end", "seconds": seconds})
+        return build_report(run=self.run, rows=rows, rounds=self.records, trunk_parameters=size, seconds=seconds)
+
+    def _order(self, round: int) -> Order:
+        return Order(
+            run=self.key, seed=self.run.seed, round=round, rounds=self.run.rounds, trunk=self.run.trunk, plan=self.strategy.plan,
+            lend=self.lend, weight_cap=self.run.cohort.weight_cap, baseline=self.run.report.baseline and bool(self.lend),
+        )  # fmt: skip
+
+    def _round(self, state: State) -> State:
+        started = time.monotonic()
+        round = state.round + 1
+        self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
+        members = dict(sorted(self.cohort.members.items()))
+        tally = _Tally()
+        self.tell({"event": "round", "round": round, "rounds": self.run.rounds})
+        mean = self.strategy.combine(self._updates(state, round, members, tally))
+        needed = max(1, -(-len(members) * self.run.cohort.quorum // 1))
+        if len(tally.sites) < needed:
+            causes = " ".join(f"{one.site}: {one.cause}" for one in tally.refused) or "No site was online."
+            raise QuorumError(
+                f"Round {round}: {len(tally.sites)} of {len(members)} sites were admitted, {needed:g} are needed (quorum {self.run.cohort.quorum:g}). "
+                f"{causes} The run stopped after round {state.round} with its state on disk; mend the sites and run again with --resume."
+            )
+        record = RoundRecord(
+            round=round,
+            sites=sorted(tally.sites),
+            refused=sorted(tally.refused, key=lambda one: one.site),
+            seconds=time.monotonic() - started,
+            bytes_up=tally.bytes_up,
+            bytes_down=tally.bytes_down,
+            train_loss=mean.metrics.get("train_loss"),
+            metrics={site: tally.metrics[site] for site in sorted(tally.metrics)},
+        )
+        self.records.append(record)
+        self.tell(
+            {"event": "round_end", "round": round, "rounds": self.run.rounds, "sites": len(record.sites), "seconds": record.seconds,
+             "train_loss": record.train_loss, "validation_loss": mean.metrics.get("validation_loss"),
+             "local_validation_loss": mean.metrics.get("local_validation_loss"), "bytes_up": record.bytes_up,
+             "bytes_down": record.bytes_down, "refused": len(record.refused)}
+        )  # fmt: skip
+        return self.strategy.step(state, mean)
+
+    def _updates(self, state: State, round: int, members: dict[str, Member], tally: _Tally) -> Iterator[Update]:
+        """Ask every member, admit what comes, and hand it on at once: nothing is collected."""
+        by_node = {member.node: member for member in members.values()}
+        order = self._order(round)
+        orders = {
+            node: order.model_copy(update={"contract": member.contract.digest()}) for node, member in by_node.items()
+        }
+        names = {node: tuple(spec.name for spec in member.contract.arrays) for node, member in by_node.items()}
+
+        def content(node: int) -> Callable[[], RecordDict]:
+            return lambda: to_records(state.trunk.only(names[node]), orders[node].model_dump_json())
+
+        silent, self.silent = self.silent, set()
+        patient = {node for node, member in by_node.items() if member.site not in silent} or set(by_node)
+        tally.bytes_down = sum(state.trunk.only(names[node]).nbytes for node in by_node)
+        answered: set[str] = set()
+        for answer in ask(
+            self.grid, "train", {node: content(node) for node in by_node}, round=round, deadline_s=self.run.cohort.deadline_s,
+            resend_s=self.run.cohort.resend_s, patient_for=patient,
+        ):  # fmt: skip
+            member = by_node[answer.node]
+            cause = None
+            try:
+                if answer.content is None:
+                    if not answer.failure.startswith("no reply"):
+                        answered.add(member.site)
+                    raise Refused(f"{member.site}, round {round}: no update. {answer.failure}")
+                answered.add(member.site)
+                arrays, header, metrics = open_records(answer.content)
+                update = admit(member.site, member.contract, orders[answer.node], Arrays(arrays), header, metrics)
+            except ContractError as error:
+                cause = str(error)
+                if not isinstance(error, Refused):
+                    cause = f"{member.site}, round {round}: reply set aside. {cause}."
+                tally.refused.append(Refusal(site=member.site, cause=cause))
+            else:
+                tally.sites.append(member.site)
+                tally.bytes_up += update.delta.nbytes
+                tally.metrics[member.site] = dict(update.metrics)
+                yield update
+            self.tell(
+                {
+                    "event": "reply",
+                    "round": round,
+                    "site": member.site,
+                    "refused": cause,
+                    "in": len(tally.sites),
+                    "of": len(by_node),
+                }
+            )
+        self.silent = {site for site in members if site not in answered}
+
+    def _evaluate(self, state: State) -> list[tuple[str, TaskRow]]:
+        """Every site scores the final trunk on its own test rows and sends the aggregates."""
+        order = self._order(self.run.rounds + 1)
+        by_node = {member.node: member for member in self.cohort.members.values()}
+
+        def content(member: Member) -> Callable[[], RecordDict]:
+            names = tuple(spec.name for spec in member.contract.arrays)
+            return lambda: to_records(
+                state.trunk.only(names),
+                order.model_copy(update={"contract": member.contract.digest()}).model_dump_json(),
+            )
+
+        rows: list[tuple[str, TaskRow]] = []
+        answers = ask(
+            self.grid,
+            "evaluate",
+            {node: content(member) for node, member in by_node.items()},
+            round=order.round,
+            deadline_s=self.run.cohort.deadline_s,
+            resend_s=self.run.cohort.resend_s,
+        )
+        for done, answer in enumerate(answers, start=1):
+            member = by_node[answer.node]
+            try:
+                if answer.content is None:
+                    raise Refused(f"{member.site}: no scorecard. {answer.failure}")
+                _, header, _ = open_records(answer.content)
+                card = read_header(Scorecard, header, member.site, order.round)
+                allowed = {one.task for one in member.offer.tasks}
+                if card.site != member.site or card.run != self.key or not {row.task for row in card.rows} <= allowed:
+                    raise Refused(
+                        f"{member.site}: scorecard set aside. It is for {card.site!r}, run {card.run!r} or tasks it never offered."
+                    )
+                rows += [(member.site, row) for row in card.rows]
+            except ContractError as error:
+                self.tell({"event": "note", "text": str(error)})
+            self.tell({"event": "evaluate", "in": done, "of": len(by_node)})
+        return sorted(rows, key=lambda one: one[0])
+
+    def _save(self, state: State, started: float) -> None:
+        meta = {
+            "key": self.key,
+            "config": self.digest,
+            "records": [asdict(one) for one in self.records],
+            "seconds": self.seconds + time.monotonic() - started,
+        }
+        self.checkpoint.save(state, meta)
+
+    def _restore(self) -> State | None:
+        found = self.checkpoint.load()
+        if found is None:
+            return None
+        state, meta = found
+        if meta["config"] != self.digest:
+            was, now = json.loads(meta["config"]), json.loads(self.digest)
+            changed = ", ".join(key for key in now if was.get(key) != now[key])
+            raise ConfigError(
+                f"{self.checkpoint.shelf.folder}: this run was started with another run.toml (different: {changed}). "
+                "Resume with the settings it was started with, or give another --out."
+            )
+        self.key = meta["key"]
+        self.seconds = meta["seconds"]
+        self.records = [
+            RoundRecord(**{**one, "refused": [Refusal(**refusal) for refusal in one["refused"]]})
+            for one in meta["records"]
+        ]
+        return state

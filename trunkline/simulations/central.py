@@ -1,0 +1,162 @@
+"""The other bound: one model on everybody's rows, as if no factory minded. It exists to be compared with."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trunkline.client.evaluation import score_site
+from trunkline.client.rounds import alone
+from trunkline.client.site import Site, open_site
+from trunkline.client.training import Resident, steps_of, train_site
+from trunkline.config import RunConfig
+from trunkline.errors import ConfigError
+from trunkline.exchange import Order, TaskRow, seed_of
+from trunkline.models.tasks import make_task
+from trunkline.models.tasks.task import Task
+from trunkline.server.report import RoundRecord, build_report
+
+
+def run_central(
+    folders: Sequence[Path], states: Sequence[Path], run: RunConfig, tell: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Train one model on the concatenated training windows, each scaled by its own site, and score it at every site.
+
+    It takes as many steps in all as the sites of a federation take together.
+
+    Raises:
+        ConfigError: the sites differ in sensors or tasks, so their rows cannot be pooled.
+    """
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    sites = [open_site({"site": folder, "state": state}) for folder, state in zip(folders, states, strict=True)]
+    _same_inputs(sites)
+    tasks = _pooled_tasks(sites)
+    pooled = [replace(site, data=replace(site.data, tasks=tasks), _resident={}) for site in sites]
+    order = Order(
+        run=run.name,
+        seed=run.seed,
+        round=0,
+        rounds=run.rounds,
+        trunk=run.trunk,
+        plan=run.training,
+        lend=("trunk", "stem", "heads"),
+    )
+    model = pooled[0].model(order)
+    data = _concatenate([site.resident("train") for site in sites])
+    plan = alone(run.training)
+    plan = plan.model_copy(
+        update={"epochs": None, "steps": steps_of(plan, len(data)) * (1 if plan.epochs else len(sites))}
+    )
+    twins = [site.model(order) if run.report.baseline else None for site in sites]
+    size = sum(array.size for array in model.share(order.lend).values())
+    names = [site.name for site in sites]
+    tell(
+        {
+            "event": "start",
+            "run": run.name,
+            "strategy": "central",
+            "rounds": run.rounds,
+            "sites": names,
+            "trunk_parameters": size,
+            "resumed_at": None,
+        }
+    )
+    records = []
+    for round in range(1, run.rounds + 1):
+        began = time.monotonic()
+        loss = train_site(
+            model, data, tasks, plan, seed=seed_of(run.seed, "central", round), done=round - 1, rounds=run.rounds
+        )
+        for site, twin in zip(sites, twins, strict=True):
+            if twin is not None:
+                seed = seed_of(run.seed, site.name, round)
+                train_site(
+                    twin,
+                    site.resident("train"),
+                    site.data.tasks,
+                    alone(run.training),
+                    seed=seed,
+                    done=round - 1,
+                    rounds=run.rounds,
+                )
+        seconds = time.monotonic() - began
+        records.append(
+            RoundRecord(
+                round=round,
+                sites=names,
+                refused=[],
+                seconds=seconds,
+                bytes_up=0,
+                bytes_down=0,
+                train_loss=loss,
+                metrics={},
+            )
+        )
+        tell(
+            {
+                "event": "round_end",
+                "round": round,
+                "rounds": run.rounds,
+                "sites": len(sites),
+                "seconds": seconds,
+                "train_loss": loss,
+            }
+        )
+    rows: list[tuple[str, TaskRow]] = []
+    for site, joint, twin in zip(sites, pooled, twins, strict=True):
+        # the twin predicts with its own site's label scale, so that each model is scored as it was trained
+        central_rows = score_site(joint, model, None, seed=run.seed, run=run.name)
+        twin_rows = score_site(site, twin, None, seed=run.seed, run=run.name) if twin is not None else central_rows
+        for row, alone_row in zip(central_rows, twin_rows, strict=True):
+            local = alone_row.federated if twin is not None else None
+            rows.append((site.name, row.model_copy(update={"local": local})))
+    return build_report(run=run, rows=rows, rounds=records, trunk_parameters=size, seconds=time.monotonic() - started)
+
+
+def _same_inputs(sites: Sequence[Site]) -> None:
+    first = sites[0]
+    for site in sites[1:]:
+        same = (
+            len(site.data.channels),
+            site.data.categories,
+            site.config.data.window,
+            {name: task.kind for name, task in site.data.tasks.items()},
+        )
+        if same != (
+            len(first.data.channels),
+            first.data.categories,
+            first.config.data.window,
+            {name: task.kind for name, task in first.data.tasks.items()},
+        ):
+            raise ConfigError(
+                f"strategy 'central' pools rows, so all sites need the same sensors, window and tasks; {site.name} differs from {first.name}. "
+                "Use 'fedper' or 'fedrep' for sites that differ."
+            )
+
+
+def _pooled_tasks(sites: Sequence[Site]) -> dict[str, Task]:
+    tasks = {}
+    for name, config in sites[0].config.tasks.items():
+        tasks[name] = make_task(name, config)
+        tasks[name].load_state(
+            sites[0].data.tasks[name].state()
+        )  # the classes; fit then replaces what is learnt from labels
+        tasks[name].fit(np.concatenate([site.data.train.labels[name] for site in sites]))
+    return tasks
+
+
+def _concatenate(parts: Sequence[Resident]) -> Resident:
+    offsets = np.cumsum([0] + [len(part.values) for part in parts])[:-1]
+    return Resident(
+        values=torch.cat([part.values for part in parts]),
+        categorical=torch.cat([part.categorical for part in parts]),
+        first=torch.cat([part.first + int(offset) for part, offset in zip(parts, offsets, strict=True)]),
+        ends=torch.cat([part.ends + int(offset) for part, offset in zip(parts, offsets, strict=True)]),
+        window=parts[0].window,
+        labels={name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels},
+    )

@@ -1,0 +1,54 @@
+"""One algorithm per file; this table is the only list of them."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from trunkline.errors import ConfigError, nearest
+from trunkline.exchange import LocalPlan
+from trunkline.strategies.central import Central
+from trunkline.strategies.fedadam import FedAdam
+from trunkline.strategies.fedavg import FedAvg
+from trunkline.strategies.fedper import FedPer
+from trunkline.strategies.fedprox import FedProx
+from trunkline.strategies.fedrep import FedRep
+from trunkline.strategies.local import Local
+from trunkline.strategies.strategy import Averaging, State, Strategy
+
+STRATEGIES: dict[str, type[Averaging]] = {
+    "central": Central,
+    "fedadam": FedAdam,
+    "fedavg": FedAvg,
+    "fedper": FedPer,
+    "fedprox": FedProx,
+    "fedrep": FedRep,
+    "local": Local,
+}
+
+
+def build_strategy(name: str, options: dict[str, Any], training: LocalPlan) -> Averaging:
+    """The strategy `[strategy]` asks for.
+
+    Raises:
+        ConfigError: an unknown name or option, or an option out of its range.
+    """
+    if name not in STRATEGIES:
+        raise ConfigError(
+            f"[strategy] name = {name!r} is not known{nearest(name, STRATEGIES)} Allowed: {', '.join(sorted(STRATEGIES))}."
+        )
+    kind = STRATEGIES[name]
+    known = [field for field in kind.model_fields if field != "training"]
+    for key in options:
+        if key not in known:
+            allowed = f"allowed: {', '.join(known)}" if known else "it has no options"
+            raise ConfigError(f"[strategy] {key!r} is not an option of {name!r}{nearest(key, known)} ({allowed}).")
+    try:
+        return kind(training=training, **options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"[strategy] {'.'.join(map(str, first['loc']))} = {first['input']!r} for {name!r}: {first['msg']}."
+        ) from None
+
+
+__all__ = ["STRATEGIES", "State", "Strategy", "build_strategy"]

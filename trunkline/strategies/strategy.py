@@ -1,0 +1,146 @@
+"""What an algorithm is: a plan for the sites, a way to combine their updates, and a step of the shared arrays."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trunkline.errors import ContractError
+from trunkline.exchange import Arrays, Frozen, LocalPlan, Update
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's whole memory between rounds; a checkpoint is exactly this.
+
+    Args:
+        trunk: the lent arrays, as the sites get them next.
+        moments: what a server optimiser remembers, name -> arrays like the trunk's (empty for a plain mean).
+        round: rounds already stepped.
+    """
+
+    trunk: Arrays
+    moments: dict[str, Arrays] = field(default_factory=dict)
+    round: int = 0
+
+
+class Strategy(Protocol):
+    """An algorithm; its file in this folder acts at both ends without importing either."""
+
+    pooled: ClassVar[bool]
+
+    @property
+    def plan(self) -> LocalPlan:
+        """What each site is asked to do."""
+        ...
+
+    def lends(self, named: tuple[str, ...]) -> tuple[str, ...]:
+        """The parts that travel, given what run.toml names."""
+        ...
+
+    def start(self, trunk: Arrays) -> State: ...
+
+    def combine(self, updates: Iterable[Update]) -> Update: ...
+
+    def step(self, state: State, mean: Update) -> State: ...
+
+
+class ExactSum:
+    """A sum of arrays that does not depend on the order of its terms, in memory that does not grow with them.
+
+    Each term is split into an integer part in units of 2^-20 and a remainder in units of 2^-72, both int64; integers
+    add without rounding, so any order (and any grouping) gives the same bits. The idea is that of reproducible
+    summation in fixed bins (Demmel and Nguyen 2015, doi:10.1109/TC.2014.2345391); two bins do here because admitted
+    updates are bounded.
+
+    Raises:
+        ContractError: a term is not finite, or so large (2^42) that the integer part could overflow.
+    """
+
+    COARSE = 20
+    FINE = 52
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.coarse: NDArray[np.int64] = np.zeros(shape, np.int64)
+        self.fine: NDArray[np.int64] = np.zeros(shape, np.int64)
+
+    def add(self, term: NDArray[np.float64]) -> None:
+        if not np.all(np.abs(term) < 2.0**42):  # also false for NaN
+            raise ContractError("a term of the sum is not finite or beyond 2^42")
+        scaled = term * 2.0**self.COARSE
+        whole = np.rint(scaled)
+        self.coarse += whole.astype(np.int64)
+        self.fine += np.rint((scaled - whole) * 2.0**self.FINE).astype(np.int64)
+        carry = (
+            self.fine >> self.FINE
+        )  # keeps `fine` in [0, 2^52): one bit pattern for one value, however it was reached
+        self.fine -= carry << self.FINE
+        self.coarse += carry
+
+    def value(self) -> NDArray[np.float64]:
+        return np.asarray((self.coarse + self.fine * 2.0**-self.FINE) * 2.0**-self.COARSE, dtype=np.float64)
+
+
+def weighted_mean(updates: Iterable[Update]) -> Update:
+    """The mean of `updates` by weight, each array over the sites that have it; streams, and is exact in any order.
+
+    Returns:
+        An Update whose `weight` is the total and whose `weights` holds the total behind each array. No update at all
+        gives no arrays and weight 0.
+    """
+    sums: dict[str, ExactSum] = {}
+    weights: dict[str, ExactSum] = {}
+    total = ExactSum(())
+    dtypes: dict[str, np.dtype[np.generic]] = {}
+    metrics: dict[str, ExactSum] = {}
+    metric_weights: dict[str, ExactSum] = {}
+    run, round = "", 0
+    for update in updates:
+        run, round = update.run, update.round
+        weight = np.float64(update.weight)
+        total.add(np.asarray(weight))
+        for name, array in update.delta.items():
+            dtypes.setdefault(name, array.dtype)
+            sums.setdefault(name, ExactSum(array.shape)).add(array.astype(np.float64) * weight)
+            weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
+        for name, number in update.metrics.items():
+            metrics.setdefault(name, ExactSum(())).add(np.asarray(np.float64(number) * weight))
+            metric_weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
+    return Update(
+        site="",
+        run=run,
+        round=round,
+        # sorted: which site answered first must not decide the order of the names
+        delta=Arrays(
+            {name: (sums[name].value() / weights[name].value()).astype(dtypes[name]) for name in sorted(sums)}
+        ),
+        weight=float(total.value()),
+        metrics={name: float(metrics[name].value() / metric_weights[name].value()) for name in sorted(metrics)},
+        weights={name: float(weights[name].value()) for name in sorted(sums)},
+    )
+
+
+class Averaging(Frozen):
+    """The common case: one weighted mean a round, added to the trunk. Its subclasses change one thing each."""
+
+    training: LocalPlan
+    pooled: ClassVar[bool] = False
+
+    @property
+    def plan(self) -> LocalPlan:
+        return self.training
+
+    def lends(self, named: tuple[str, ...]) -> tuple[str, ...]:
+        return named
+
+    def start(self, trunk: Arrays) -> State:
+        return State(trunk)
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        return weighted_mean(updates)
+
+    def step(self, state: State, mean: Update) -> State:
+        moved = {name: array + mean.delta[name] if name in mean.delta else array for name, array in state.trunk.items()}
+        return replace(state, trunk=Arrays(moved), round=state.round + 1)
