@@ -29,6 +29,7 @@ from trunkline.flower import (
     to_records,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower with pathspec 1.x
 DTYPES = st.sampled_from(["float32", "float64", "float16", "int64", "uint8", "bool", ">f4"])
 ARRAYS = drawn.arrays(DTYPES, drawn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
 

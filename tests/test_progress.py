@@ -147,12 +147,12 @@ def test_no_event_however_odd_stops_the_run(told: list[dict[str, Any]], terminal
 def test_losses_that_diverge_are_left_out_and_the_display_goes_on() -> None:
     console = Console(file=io.StringIO(), width=80)
     progress = Progress(console)
-    losses = (0.5, math.nan, math.inf, 0.25)
+    losses = (0.5, math.nan, math.inf, 1e300, 0.25)
     for at, loss in enumerate(losses, 1):
-        progress({"event": "round_end", "round": at, "rounds": 4, "validation_loss": loss, "seconds": loss})
+        progress({"event": "round_end", "round": at, "rounds": 9, "validation_loss": loss, "seconds": loss})
     with console.capture() as capture:
         console.print(progress._render())
-    assert "validation 0.25  █▁" in capture.get()
+    assert "validation 0.25  ▁█▁" in capture.get()
 
 
 # --- tail --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ def test_what_is_put_comes_back_bit_for_bit_strided_arrays_too(tmp_path: Path) -
     np.testing.assert_array_equal(tensors["strided"], strided)
     assert tensors["empty"].shape == (0, 3)
     assert tensors["scalar"] == 2.5
+    assert tensors["scalar"].shape == ()
     assert meta == {"a": [1, None]}
 
 

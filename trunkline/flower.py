@@ -59,7 +59,11 @@ try:
         make_confirm_message_received_fn_protobuf,
         make_pull_object_fn_protobuf,
     )
-    from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+    from flwr.supercore.inflatable.inflatable_utils import (
+        ObjectPullError,
+        ObjectPushError,
+        pull_and_inflate_object_from_tree,
+    )
     from flwr.supercore.interceptors import (
         RuntimeTokenHttpInterceptor,
         RuntimeVersionHttpInterceptor,
@@ -586,8 +590,13 @@ class NodeTask:
                         self._client.ConfirmMessageReceived, node, metadata.run_id
                     ),
                     return_type=Message,
+                    # a task is there before its content, which the SuperNode is still fetching: Flower's first pause
+                    # of 1 s would cost most rounds that second, and its 500 tries are too few for a slow line
+                    initial_backoff=0.05,
+                    backoff_cap=1.0,
+                    max_tries_per_object=10_000,
                 )
-            except (ValueError, TypeError, KeyError, IndexError) as error:
+            except (ObjectPullError, ValueError, TypeError, KeyError, IndexError) as error:
                 raise ContractError(f"the message's content cannot be read ({type(error).__name__})") from error
         stamp(message, metadata.message_id)
         return message
@@ -602,7 +611,10 @@ class NodeTask:
         metadata = self.envelope.metadata
         to = Context(metadata.run_id, metadata.dst_node_id, {}, RecordDict(), {})
         with self._asking("handing over a reply"):
-            push_message(self._client, reply, to)
+            try:
+                push_message(self._client, reply, to)
+            except ObjectPushError as error:
+                raise ValueError(str(error)) from error
 
     def finish(self, completed: bool, details: str = "") -> None:
         """End the task. The context stays in this process: private state is kept in files, not in the SuperNode."""

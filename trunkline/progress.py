@@ -133,7 +133,7 @@ class Progress:
         self._phase = "end"
         seconds = _number(event, "seconds")
         last = ", ".join(self._losses_in_words())
-        took = f" in {timedelta(seconds=round(seconds))}" if seconds is not None else ""
+        took = f" in {_clock(seconds)}" if seconds is not None else ""
         rounds = _whole(before, "rounds") or "?"
         self._say(f"{self._done} of {rounds} rounds done{took}" + (f"; loss {last}" if last else ""))
 
@@ -216,7 +216,11 @@ class Progress:
         recent = self._seconds[len(self._seconds) // 2 :]
         if not recent or rounds <= 0:
             return ""
-        return f"{timedelta(seconds=round(rounds * sum(recent) / len(recent)))} left"
+        return f"{_clock(rounds * sum(recent) / len(recent))} left"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(min(max(seconds, 0.0), 1e9))))  # a mad clock must not end the display
 
 
 def _clean(text: str) -> str:

@@ -80,7 +80,7 @@ class Shelf:
     def put(self, round: int, tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, object]) -> None:
         """Write one round and forget the oldest beyond `keep`."""
         # safetensors stores raw memory: a strided view would be stored in the wrong order without the copy
-        body = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+        body = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in tensors.items()})
         header = json.dumps(
             {"format": FORMAT, "round": round, "sha256": hashlib.sha256(body).hexdigest(), "meta": meta}
         )

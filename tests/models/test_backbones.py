@@ -82,6 +82,15 @@ def test_every_row_of_a_window_reaches_the_answer_and_order_matters(backbone: st
         assert (model.embed(x) - model.embed(x.flip(-1))).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("backbone", WINDOWS)
+def test_where_a_window_stands_now_weighs_more_than_where_it_began(backbone: str) -> None:
+    model = site(spec_of(backbone)).eval()
+    x = batch(spec_of(backbone), size=20, time=64)[0].requires_grad_()
+    model.embed(x).square().sum().backward()
+    assert x.grad is not None
+    assert x.grad[..., -4:].abs().mean() > 3 * x.grad[..., :4].abs().mean()
+
+
 def test_transformer_knows_where_in_the_window_a_patch_lies() -> None:
     """Without positions a mean over tokens cannot tell two early patches apart."""
     model = site(spec_of("transformer")).eval()
@@ -110,7 +119,7 @@ def learns(model: TrunkModel, spec: TrunkSpec) -> tuple[float, float]:
 def test_loss_falls_on_a_learnable_toy(backbone: str, norm: str) -> None:
     spec = spec_of(backbone, norm, width=16, dropout=0.0)
     before, after = learns(site(spec), spec)
-    assert after < 0.3 * before
+    assert after < 0.5 * before
 
 
 @settings(deadline=None)

@@ -18,10 +18,10 @@ SMALL = {"FD001": (9, 3), "FD002": (11, 4), "FD003": (8, 2), "FD004": (10, 3)}  
 def raw(fleet: str, part: str) -> list[list[float]]:
     """A tiny fleet as NASA prints it: engine, cycle, 3 settings, 21 sensors."""
     rng = np.random.default_rng([int(fleet[-1]), part == "test"])
-    rows = []
+    rows: list[list[float]] = []
     for unit in range(1, SMALL[fleet][part == "test"] + 1):
-        for cycle in range(1, int(rng.integers(20, 220)) + 1):
-            rows.append([unit, cycle, *np.round(rng.normal(0, 1, 24), 4)])
+        life = int(rng.integers(20, 220))
+        rows += [[unit, cycle, *np.round(rng.normal(0, 1, 24), 4)] for cycle in range(1, life + 1)]
     return rows
 
 
@@ -109,7 +109,8 @@ def test_no_engine_is_in_two_plants_or_on_both_sides(
 
 
 def test_names_are_the_fleet_and_a_letter(nasa: Path, tmp_path: Path) -> None:
-    assert [site.name for site in write_sites("cmapss", tmp_path / "4", data=nasa)] == "fd001 fd002 fd003 fd004".split()
+    names = [site.name for site in write_sites("cmapss", tmp_path / "4", data=nasa)]
+    assert names == ["fd001", "fd002", "fd003", "fd004"]
     names = [site.name for site in write_sites("cmapss", tmp_path / "8", data=nasa, plants=8)]
     assert names == [f"fd00{fleet}-{letter}" for fleet in range(1, 5) for letter in "ab"]
 

@@ -63,7 +63,7 @@ def test_a_foreign_or_edited_file_is_refused_and_kept(tmp_path: Path, foreign: s
 def test_a_real_plants_folder_of_the_same_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "press-01").mkdir()
     (tmp_path / "press-01" / "site.toml").write_text('name = "press-01"')
-    with pytest.raises(ConfigError, match="'site.toml' without SHA256SUMS"):
+    with pytest.raises(ConfigError, match=r"'site\.toml' without SHA256SUMS"):
         write_sites("synthetic", tmp_path, groups=2)
     assert content(tmp_path) == {"press-01/site.toml": b'name = "press-01"'}
 
@@ -104,7 +104,9 @@ def test_a_disk_that_fails_midway_leaves_whole_sites_only(tmp_path: Path, monkey
 
 
 def test_an_unknown_set_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown data set 'sinthetic'; did you mean 'synthetic'\?.*cmapss, synthetic"):
+    with pytest.raises(
+        ConfigError, match=r"unknown data set 'sinthetic'; did you mean 'synthetic'\?.*cmapss, synthetic"
+    ):
         write_sites("sinthetic", tmp_path)
 
 

@@ -30,7 +30,7 @@ SUFFIXES = {
 }
 SEPARATORS = ",;\t"
 UNREADABLE = (  # what the readers raise on damaged bytes; polars panics on some
-    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, pl.exceptions.PolarsError, pl.exceptions.PanicException
+    OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, pl.exceptions.PolarsError, pl.exceptions.PanicException
 )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ class Binary(Task):
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         missing = labels.isnan()
-        logit = torch.where(missing, 0.0, output[:, 0].float())
+        logit = output[:, 0].float()
         truth = torch.where(missing, 0.0, labels)
         # softplus(-z) = -log sigmoid(z), without overflow
         each = self.emphasis * truth * F.softplus(-logit) + (1.0 - truth) * F.softplus(logit)

@@ -116,7 +116,7 @@ class Multiclass(Task):
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         missing = labels.isnan()
-        output = torch.where(missing[:, None], 0.0, output.float())
+        output = output.float()
         truth = torch.where(missing, 0.0, labels).long()
         if self.config.ordinal:
             beyond = (truth[:, None] > torch.arange(self.outputs, device=output.device)).float()  # (batch, K - 1)
