@@ -91,7 +91,7 @@ def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str
     after = model.share(order.lend)
     delta = Arrays({name: np.subtract(array, arrays[name]) for name, array in after.items()})
     contract_of(site, arrays).check(delta, metrics)
-    weight = float(min(len(data.train), order.weight_cap))
+    weight = float(min(len(site.resident("train")), order.weight_cap))
     return Entry(
         question, model.private(order.lend), twin.private(()) if twin is not None else {}, delta, metrics, weight
     )

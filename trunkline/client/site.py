@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from trunkline.client.data import SiteData, open_data
 from trunkline.client.training import Resident, device
@@ -39,10 +40,16 @@ class Site:
     def tell(self, text: str) -> None:
         logger.warning("%s: %s", self.name, text)
 
-    def resident(self, part: str) -> Resident:
+    def resident(self, part: Literal["train", "curve", "validation", "test"]) -> Resident:
         """`train`, `validation`, `test`, or `curve` (a spread of the validation windows), on the device."""
         if part not in self._resident:
-            windows = self.data.validation.spread(CURVE_SAMPLES) if part == "curve" else getattr(self.data, part)
+            data = self.data
+            windows = {
+                "train": data.train.labelled,  # a batch of unlabelled windows would be a step that learns nothing
+                "curve": lambda: data.validation.spread(CURVE_SAMPLES),
+                "validation": lambda: data.validation,
+                "test": lambda: data.test,
+            }[part]()
             self._resident[part] = Resident.of(windows, device())
         return self._resident[part]
 

@@ -29,7 +29,7 @@ def test_the_scaler_ignores_validation_and_test_rows(tmp_path: Path, by: str) ->
     mine = pl.Series([(unit, float(cycle)) in train for unit, cycle in frame.select("unit", "cycle").iter_rows()])
     wild = frame.with_columns(
         pl.when(mine).then(pl.col(name)).otherwise(pl.col(name) * -1e6 + 1e9).alias(name)
-        for name in ("c0", "c1", "mode")
+        for name in ("c0", "c1", "mode", "rul")
     )
     two = open_data(write_site(tmp_path, wild, **settings), tmp_path / "state")
     assert json.dumps(one.scaler.to_dict()) == json.dumps(two.scaler.to_dict())
@@ -79,7 +79,7 @@ def test_moments_equal_numpy_regime_by_regime(cells: list[tuple[float | None, in
         assert std[one] == pytest.approx(here.std(), rel=1e-6, abs=1e-4)
 
 
-@pytest.mark.parametrize("constant", [0.1, 1e9 / 3.0, -1e-12, 0.0])
+@pytest.mark.parametrize("constant", [0.1, 518.67, 1e9 / 3.0, -1e-12, 0.0])
 def test_a_channel_constant_within_a_regime_is_zero_there(constant: float) -> None:
     regime = np.repeat([0, 1], 50_000)
     values = np.where(regime == 0, constant, np.random.default_rng(0).normal(size=100_000))

@@ -124,6 +124,7 @@ def test_no_measurement_is_in_the_windows_of_two_parts(
     tmp_path_factory: pytest.TempPathFactory, by: str, lengths: list[int], window: int, seed: int
 ) -> None:
     """Train, validation and test, by group and by time: every value is unique, so a shared one would be a leak."""
+    lengths = lengths[:1] if by == "time" and seed % 2 else lengths  # one group: its parts lie side by side
     size = sum(lengths)
     frame = fleet(lengths).with_columns(
         c0=pl.Series(np.random.default_rng(seed).permutation(size) * 1.0), c1=pl.int_range(size) * 2.0

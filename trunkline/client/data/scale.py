@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from trunkline.client.data.regimes import Regimes
 from trunkline.errors import SensorMismatch
 
-FLAT = 1e-10  # a spread below this share of the mean is rounding, not signal
+FLAT = 1e-13  # a spread below this share of the mean is rounding, not signal
 FARTHEST = 1e6  # scaled values end here, so that a spike beyond float32 stays a number
 Floats = NDArray[np.float64]
 

@@ -140,7 +140,6 @@ def divide(
                     f"was made with {key} = {old!r}; site.toml now says {new!r}. The stored split is kept.",
                     DELETE.format(path=path),
                 )
-        wanted = replace(wanted, by=stored.by, seed=stored.seed, validation=stored.validation, test=stored.test)
     base = stored or wanted
     split = (
         _by_time(data, base) if base.by == "time" else _by_group(data, base, fresh=stored is None, findings=findings)

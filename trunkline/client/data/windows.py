@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Index = NDArray[np.integer[Any]] | slice
+Index = NDArray[np.integer[Any]] | NDArray[np.bool_] | slice
 Rows = NDArray[np.int64]
 
 

@@ -168,7 +168,7 @@ def wear_out(units: int, regimes: int, rng: np.random.Generator) -> dict[str, Ma
         load_all[:, step], wear_all[:, step], heat_all[:, step] = load, wear, heat
     # place and make of each unit, larger than what wear adds: a plant with few units learns these by heart instead of
     # the pattern over time, and that is what a trunk trained on many plants' units saves it from
-    place, make = rng.normal(0.0, 0.7, (units, 1)), rng.normal(0.0, 1.2, (units, 1))
+    place, make = rng.normal(0.0, 0.5, (units, 1)), rng.normal(0.0, 1.0, (units, 1))
     heat_all = heat_all + place
     vibration = make + 1.1 * wear_all * load_all
     alive = (wear_all < 1.0).astype(np.float64)
