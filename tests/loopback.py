@@ -13,7 +13,7 @@ from trunkline.client.app import app as client_app
 from trunkline.config import parse_run
 from trunkline.exchange import Arrays
 from trunkline.flower import LoopbackGrid, open_records
-from trunkline.server.app import EVENTS
+from trunkline.progress import EVENTS
 from trunkline.server.app import app as server_app
 from trunkline.server.checkpoint import Checkpoint
 from trunkline.server.report import read_report
@@ -61,7 +61,13 @@ class WatchedGrid(LoopbackGrid):
 
 
 def federate(
-    folders: list[Path], out: Path, *, tamper: Mapping[int, Tamper] | None = None, resume: bool = False, grid: WatchedGrid | None = None, **settings: Any
+    folders: list[Path],
+    out: Path,
+    *,
+    tamper: Mapping[int, Tamper] | None = None,
+    resume: bool = False,
+    grid: WatchedGrid | None = None,
+    **settings: Any,
 ) -> WatchedGrid:
     """One whole run through the ServerApp; raises what it raises."""
     torch.set_num_threads(1)
@@ -85,7 +91,10 @@ def events_of(out: Path) -> list[dict[str, Any]]:
 
 def refusals_of(out: Path) -> dict[int, dict[str, str]]:
     """round -> site -> cause."""
-    return {one["round"]: {refusal["site"]: refusal["cause"] for refusal in one["refused"]} for one in read_report(out)["rounds"]}
+    return {
+        one["round"]: {refusal["site"]: refusal["cause"] for refusal in one["refused"]}
+        for one in read_report(out)["rounds"]
+    }
 
 
 def arrays_in(content: RecordDict) -> dict[str, np.ndarray]:

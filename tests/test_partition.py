@@ -13,7 +13,9 @@ from trunkline.models.trunk import first_trunk
 
 
 @pytest.mark.parametrize("strategy", ["fedper", "fedrep", "fedprox", "fedadam"])
-def test_a_recorded_run_carries_exactly_the_trunks_names_and_no_private_value(plants: list[Path], tmp_path: Path, strategy: str) -> None:
+def test_a_recorded_run_carries_exactly_the_trunks_names_and_no_private_value(
+    plants: list[Path], tmp_path: Path, strategy: str
+) -> None:
     grid = federate(plants, tmp_path, strategy={"name": strategy})
     names = list(first_trunk(parse_run(dict(QUICK), "test").trunk, QUICK["seed"]))
     assert len(names) > 5
@@ -62,7 +64,9 @@ def test_sites_with_other_sensors_tasks_and_metrics_train_in_one_run(plants: lis
 def test_a_lent_head_is_averaged_over_the_sites_that_have_it(plants: list[Path], tmp_path: Path) -> None:
     grid = federate(plants, tmp_path, lend=["trunk", "head.rul"])
     with_head = {node for kind, node, content in grid.up if kind == "train" and "head.rul.weight" in arrays_in(content)}
-    without = {node for kind, node, content in grid.up if kind == "train" and "head.rul.weight" not in arrays_in(content)}
+    without = {
+        node for kind, node, content in grid.up if kind == "train" and "head.rul.weight" not in arrays_in(content)
+    }
     assert with_head
     assert without
     assert not with_head & without

@@ -27,7 +27,9 @@ def cut_at(round: int, node: int):
 
 @pytest.mark.parametrize("strategy", ["fedrep", "fedadam"])
 @pytest.mark.parametrize(("round", "node"), [(1, 2), (2, 2), (3, 4)])
-def test_a_resumed_run_equals_an_undisturbed_one(plants: list[Path], tmp_path: Path, strategy: str, round: int, node: int) -> None:
+def test_a_resumed_run_equals_an_undisturbed_one(
+    plants: list[Path], tmp_path: Path, strategy: str, round: int, node: int
+) -> None:
     settings = {"strategy": {"name": strategy}}
     federate(plants, tmp_path / "whole", **settings)
     with pytest.raises(PowerCut):
@@ -39,11 +41,17 @@ def test_a_resumed_run_equals_an_undisturbed_one(plants: list[Path], tmp_path: P
     assert [record["curves"] for record in one["rounds"]] == [record["curves"] for record in other["rounds"]]
 
 
-def test_asked_twice_a_site_answers_the_same_bytes_without_training(plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asked_twice_a_site_answers_the_same_bytes_without_training(
+    plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from trunkline.client import rounds
 
     grid = federate(plants, tmp_path, rounds=2)
-    question = next(content for kind, node, content in grid.down if kind == "train" and node == 2 and json.loads(open_records(content)[1])["round"] == 2)
+    question = next(
+        content
+        for kind, node, content in grid.down
+        if kind == "train" and node == 2 and json.loads(open_records(content)[1])["round"] == 2
+    )
     answers = [content for kind, node, content in grid.up if kind == "train" and node == 2]
 
     def trains(*args: object, **kwargs: object) -> float:
@@ -55,11 +63,15 @@ def test_asked_twice_a_site_answers_the_same_bytes_without_training(plants: list
     assert not again.has_error()
     arrays, header, metrics = open_records(again.content)
     arrays_before, header_before, metrics_before = open_records(answers[1])
-    assert {name: array.tobytes() for name, array in arrays.items()} == {name: array.tobytes() for name, array in arrays_before.items()}
+    assert {name: array.tobytes() for name, array in arrays.items()} == {
+        name: array.tobytes() for name, array in arrays_before.items()
+    }
     assert (header, metrics) == (header_before, metrics_before)
 
 
-def test_with_a_damaged_vault_the_round_before_is_used_and_the_bytes_are_the_same(plants: list[Path], tmp_path: Path) -> None:
+def test_with_a_damaged_vault_the_round_before_is_used_and_the_bytes_are_the_same(
+    plants: list[Path], tmp_path: Path
+) -> None:
     federate(plants, tmp_path / "whole")
     with pytest.raises(PowerCut):
         federate(plants, tmp_path / "cut", tamper=cut_at(3, 5))
@@ -70,14 +82,19 @@ def test_with_a_damaged_vault_the_round_before_is_used_and_the_bytes_are_the_sam
     assert trunk_of(tmp_path / "cut").digest() == trunk_of(tmp_path / "whole").digest()
 
 
-def test_with_a_damaged_checkpoint_the_run_goes_on_from_the_one_before_and_says_so(plants: list[Path], tmp_path: Path) -> None:
+def test_with_a_damaged_checkpoint_the_run_goes_on_from_the_one_before_and_says_so(
+    plants: list[Path], tmp_path: Path
+) -> None:
     federate(plants, tmp_path / "whole")
     with pytest.raises(PowerCut):
         federate(plants, tmp_path / "cut", tamper=cut_at(3, 2))
     newest = sorted((tmp_path / "cut" / "checkpoint").iterdir())[-1]
     newest.write_bytes(b"\0" * 100)
     federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"))
-    assert any("damaged" in event.get("text", "") and "Going back to round 1" in event["text"] for event in events_of(tmp_path / "cut"))
+    assert any(
+        "damaged" in event.get("text", "") and "Going back to round 1" in event["text"]
+        for event in events_of(tmp_path / "cut")
+    )
     assert trunk_of(tmp_path / "cut").digest() == trunk_of(tmp_path / "whole").digest()
 
 
@@ -95,7 +112,9 @@ def test_a_site_given_another_trunk_says_so(plants: list[Path], tmp_path: Path) 
     from trunkline.models.trunk import first_trunk
 
     site = open_site({"site": str(plants[0]), "state": str(tmp_path)})
-    order = Order(run="r", seed=1, round=1, rounds=2, trunk=TrunkSpec(width=16), plan=LocalPlan(steps=1), lend=("trunk",))
+    order = Order(
+        run="r", seed=1, round=1, rounds=2, trunk=TrunkSpec(width=16), plan=LocalPlan(steps=1), lend=("trunk",)
+    )
     with pytest.raises(ContractError, match=r"should have shape .*same trunk"):
         answer_train(site, order, first_trunk(TrunkSpec(width=32), 1))
     assert not (tmp_path / "vault").exists()

@@ -21,7 +21,9 @@ def shelf_with(folder: Path, rounds: int, told: list[str]) -> Shelf:
 def test_what_is_put_comes_back_bit_for_bit_strided_arrays_too(tmp_path: Path) -> None:
     strided = np.arange(12, dtype=np.float32).reshape(3, 4).T[::2]
     shelf = Shelf(tmp_path)
-    shelf.put(1, {"strided": strided, "empty": np.zeros((0, 3), np.float32), "scalar": np.float64(2.5)}, {"a": [1, None]})
+    shelf.put(
+        1, {"strided": strided, "empty": np.zeros((0, 3), np.float32), "scalar": np.float64(2.5)}, {"a": [1, None]}
+    )
     tensors, meta = shelf.get(1)
     np.testing.assert_array_equal(tensors["strided"], strided)
     assert tensors["empty"].shape == (0, 3)
@@ -48,7 +50,9 @@ def test_a_damaged_file_is_passed_over_for_the_one_before_and_said_so(tmp_path: 
     data = bytearray(path.read_bytes())
     if damage == "flip":
         data[-1] ^= 1
-    path.write_bytes({"flip": bytes(data), "cut": bytes(data[: len(data) // 2]), "empty": b"", "garbage": b"\xff" * 40}[damage])
+    path.write_bytes(
+        {"flip": bytes(data), "cut": bytes(data[: len(data) // 2]), "empty": b"", "garbage": b"\xff" * 40}[damage]
+    )
     found = shelf.newest()
     assert found is not None
     assert found[0] == 3
@@ -88,7 +92,9 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_version_before_it(tmp_pat
     assert resource.RLIMIT_FSIZE
     assert signal.SIGXFSZ
     shelf = shelf_with(tmp_path, 1, [])
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 7, done.stderr
     assert "could not be written" in done.stdout
     assert "version before it is intact" in done.stdout

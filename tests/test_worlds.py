@@ -73,46 +73,97 @@ def private_digests(states: dict[str, Path]) -> dict[str, list[bytes]]:
 @pytest.fixture(scope="module")
 def reference(plants: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("loopback")
-    settings = {**QUICK, "name": "worlds", "strategy": {"name": "fedrep"}, "cohort": {"min_sites": 4, "deadline_s": 60.0, "gather_s": 120.0}}
+    settings = {
+        **QUICK,
+        "name": "worlds",
+        "strategy": {"name": "fedrep"},
+        "cohort": {"min_sites": 4, "deadline_s": 60.0, "gather_s": 120.0},
+    }
     federate(plants, out, **{**settings, "report": {"baseline": True}})
     return out
 
 
 def assert_same(one: Path, one_states: dict[str, Path], reference: Path, plants: list[Path]) -> None:
     assert trunk_of(one).digest() == trunk_of(reference).digest()
-    assert private_digests(one_states) == private_digests({plant.name: reference / "state" / plant.name for plant in plants})
+    assert private_digests(one_states) == private_digests(
+        {plant.name: reference / "state" / plant.name for plant in plants}
+    )
     assert read_report(one)["sites"] == read_report(reference)["sites"]
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_simulated_run_ends_with_the_bytes_of_the_loopback_run(plants: list[Path], tmp_path: Path, reference: Path, workers: str) -> None:
+def test_a_simulated_run_ends_with_the_bytes_of_the_loopback_run(
+    plants: list[Path], tmp_path: Path, reference: Path, workers: str
+) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    command = [*TRUNKLINE, "simulate", str(tmp_path / "run.toml"), "--sites", str(plants[0].parent), "--out", str(tmp_path / "out"), "--workers", workers]
+    command = [
+        *TRUNKLINE,
+        "simulate",
+        str(tmp_path / "run.toml"),
+        "--sites",
+        str(plants[0].parent),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        workers,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "is federation worth it?" in done.stdout
-    assert_same(tmp_path / "out", {plant.name: tmp_path / "out" / "state" / plant.name for plant in plants}, reference, plants)
+    assert_same(
+        tmp_path / "out", {plant.name: tmp_path / "out" / "state" / plant.name for plant in plants}, reference, plants
+    )
 
 
 @pytest.mark.processes
 @pytest.mark.timeout(280)
-def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(plants: list[Path], tmp_path: Path, reference: Path) -> None:
+def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(
+    plants: list[Path], tmp_path: Path, reference: Path
+) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     port = free_port()
     server_state = tmp_path / "server"
     states = {plant.name: tmp_path / "plants" / plant.name for plant in plants}
     with ExitStack() as running:
-        running.enter_context(daemon(tmp_path / "server.log", "server", "start", "--state", str(server_state), "--port", str(port)))
+        running.enter_context(
+            daemon(tmp_path / "server.log", "server", "start", "--state", str(server_state), "--port", str(port))
+        )
         wait_for_port(port, tmp_path / "server.log")
         for plant in plants:
             log = tmp_path / f"{plant.name}.log"
-            running.enter_context(daemon(log, "client", "start", str(plant), "--server", f"127.0.0.1:{port}", "--state", str(states[plant.name])))
-        command = [*TRUNKLINE, "server", "run", str(tmp_path / "run.toml"), "--state", str(server_state), "--out", str(tmp_path / "out")]
+            running.enter_context(
+                daemon(
+                    log,
+                    "client",
+                    "start",
+                    str(plant),
+                    "--server",
+                    f"127.0.0.1:{port}",
+                    "--state",
+                    str(states[plant.name]),
+                )
+            )
+        command = [
+            *TRUNKLINE,
+            "server",
+            "run",
+            str(tmp_path / "run.toml"),
+            "--state",
+            str(server_state),
+            "--out",
+            str(tmp_path / "out"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         logs = "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in tmp_path.glob("*.log"))
         assert done.returncode == 0, done.stdout + done.stderr + logs
-        status = subprocess.run([*TRUNKLINE, "server", "status", "--state", str(server_state)], capture_output=True, text=True, timeout=60, check=False)
+        status = subprocess.run(
+            [*TRUNKLINE, "server", "status", "--state", str(server_state)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert status.returncode == 0
         assert "superlink" in status.stdout
     assert_same(tmp_path / "out", states, reference, plants)
@@ -134,10 +185,22 @@ def wait_for_port(port: int, log: Path) -> None:
 
 
 @pytest.mark.processes
-def test_ctrl_c_ends_a_simulation_cleanly_and_resume_goes_on_to_the_same_bytes(plants: list[Path], tmp_path: Path, reference: Path) -> None:
+def test_ctrl_c_ends_a_simulation_cleanly_and_resume_goes_on_to_the_same_bytes(
+    plants: list[Path], tmp_path: Path, reference: Path
+) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     out = tmp_path / "out"
-    command = [*TRUNKLINE, "simulate", str(tmp_path / "run.toml"), "--sites", str(plants[0].parent), "--out", str(out), "--workers", "1"]
+    command = [
+        *TRUNKLINE,
+        "simulate",
+        str(tmp_path / "run.toml"),
+        "--sites",
+        str(plants[0].parent),
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while time.monotonic() < end and not (out / "checkpoint" / "round-000001.safetensors").exists():
@@ -151,6 +214,8 @@ def test_ctrl_c_ends_a_simulation_cleanly_and_resume_goes_on_to_the_same_bytes(p
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 1
     assert "unfinished run" in again.stderr
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=200, check=False, env={**os.environ})
+    done = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, timeout=200, check=False, env={**os.environ}
+    )
     assert done.returncode == 0, done.stderr
     assert_same(out, {plant.name: out / "state" / plant.name for plant in plants}, reference, plants)

@@ -79,12 +79,16 @@ def simulate(
     settings: Settings = None,
 ) -> None:
     """The whole run on Ray: real site folders, the apps that are deployed, the worth-it report."""
-    from trunkline.simulations.simulate import prepare, simulate, site_folders
+    from trunkline.simulations.folders import prepare, site_folders
 
     run = _read_run(run_toml, seed, strategy, settings)
     folders = site_folders(sites)
-    prepare(out, resume=resume, overwrite=overwrite)
     count = _workers(workers, len(folders))
+    prepare(out, resume=resume, overwrite=overwrite)
+    from trunkline.simulations.simulate import (
+        simulate,  # seconds of imports, so only once the command is known to be right
+    )
+
     report = _watched(out, lambda: simulate(run, folders, out, workers=count, resume=resume, address=address))
     _show(report, out)
 
@@ -112,7 +116,7 @@ def server_start(
     tls_key: Annotated[Path | None, typer.Option(help="Server key, PEM.")] = None,
 ) -> None:
     """Run the centre until SIGTERM or Ctrl-C."""
-    from trunkline.server import daemon
+    import trunkline.server.daemon as daemon
 
     daemon.start(state, host=host, port=port, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
 
@@ -129,13 +133,14 @@ def server_run(
     settings: Settings = None,
 ) -> None:
     """Submit a run to the server of STATE and follow it to its report. Ctrl-C stops watching, not the run."""
-    from trunkline.server import daemon
-    from trunkline.server.report import read_report
-    from trunkline.simulations.simulate import prepare
+    from trunkline.simulations.folders import prepare
 
     run = _read_run(run_toml, seed, strategy, settings)
     folder = (out or state / "runs" / run.name).resolve()
     prepare(folder, resume=resume, overwrite=overwrite)
+    import trunkline.server.daemon as daemon
+    from trunkline.server.report import read_report
+
     run_id = daemon.run(state, run.model_dump_json(), folder, resume=resume)
     typer.echo(f"Submitted as run {run_id}; its folder is {folder}.")
     _watched(folder, lambda: daemon.wait(state, run_id, folder))
@@ -147,7 +152,7 @@ def server_status(state: ServerState = Path("trunkline-server")) -> None:
     """What each part of the centre does, who is connected, which runs there were."""
     from rich.console import Console
 
-    from trunkline.server import daemon
+    import trunkline.server.daemon as daemon
 
     daemon.print_status(daemon.status(state), Console())
 
@@ -162,7 +167,7 @@ def client_start(
     tls_ca: Annotated[Path | None, typer.Option(help="CA certificate of the centre, PEM.")] = None,
 ) -> None:
     """Run the plant's daemon until SIGTERM or Ctrl-C."""
-    from trunkline.client import daemon
+    import trunkline.client.daemon as daemon
 
     daemon.start(site_dir, server=server, state=state, tls_ca=tls_ca)
 
@@ -174,7 +179,7 @@ def client_status(
     """What the plant's daemon does now."""
     from rich.console import Console
 
-    from trunkline.client import daemon
+    import trunkline.client.daemon as daemon
 
     daemon.print_status(daemon.status(site_dir, state), Console())
 
@@ -214,8 +219,7 @@ def _watched(out: Path, work: Callable[[], Out]) -> Out:
     """Do `work` while a second thread shows the events that the round loop writes."""
     from rich.console import Console
 
-    from trunkline.progress import Progress, tail
-    from trunkline.server.app import EVENTS
+    from trunkline.progress import EVENTS, Progress, tail
 
     events = out / EVENTS
     seen = events.stat().st_size if events.exists() else 0

@@ -55,6 +55,6 @@ class DeploymentError(TrunklineError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word closest to `word`, or nothing when none is close."""
+    """`; did you mean 'x'?` for the known word closest to `word`, or a full stop when none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."

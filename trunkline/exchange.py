@@ -110,11 +110,13 @@ class LocalPlan(Frozen):
     clip_norm: float = Field(default=1.0, gt=0.0, description="largest gradient norm of a step")
     schedule: Literal["cosine", "constant"] = "cosine"
     proximal: float = Field(default=0.0, ge=0.0, description="pull of the lent parts towards what arrived (FedProx mu)")
-    keep: Literal["last", "best"] = "last"  # which round's model is evaluated at the end, by validation loss
+    keep: Literal["best", "last"] = (
+        "best"  # of a site's models over the rounds, by validation loss; alike for both twins
+    )
     patience_rounds: int = Field(
         default=0,
         ge=0,
-        description="stop a site's own training after this many rounds without a better validation loss; 0: never",
+        description="a model that trains alone stops after this many rounds without a better loss; 0: never",
     )
 
 

@@ -22,6 +22,8 @@ from rich.text import Text
 
 Event = dict[str, Any]
 
+EVENTS = "events.jsonl"  # in a run's folder: one JSON object a line, what a progress display reads
+
 SPARKS = "▁▂▃▄▅▆▇█"
 MANY_ROUNDS = 50  # above this a log file gets a line every tenth of the run instead of one a round
 

@@ -16,7 +16,13 @@ from trunkline.server.report import read_report
 LIAR = 3  # node ids count from 2, so this is the second plant by name
 
 
-def changed(reply: Message, message: Message, arrays: Callable | None = None, header: Callable | None = None, metrics: Callable | None = None) -> Message:
+def changed(
+    reply: Message,
+    message: Message,
+    arrays: Callable | None = None,
+    header: Callable | None = None,
+    metrics: Callable | None = None,
+) -> Message:
     """The honest reply with one thing changed, made as a hostile site would make it."""
     honest_arrays, honest_header, honest_metrics = open_records(reply.content)
     copies = {name: array.copy() for name, array in honest_arrays.items()}
@@ -57,9 +63,15 @@ LIES: dict[str, tuple[dict[str, Callable], str]] = {
     "a huge change": ({"arrays": with_value(1e9)}, "changes by 1e+09"),
     "a wrong shape": ({"arrays": with_shape(lambda shape: (*shape, 2))}, "has shape"),
     "one number for many": ({"arrays": with_shape(lambda shape: (1,) * len(shape))}, "has shape"),
-    "an extra key": ({"arrays": lambda arrays: {**arrays, "stem.secret": np.ones(3, np.float32)}}, "`stem.secret` is not in this run's contract"),
+    "an extra key": (
+        {"arrays": lambda arrays: {**arrays, "stem.secret": np.ones(3, np.float32)}},
+        "`stem.secret` is not in this run's contract",
+    ),
     "a missing key": ({"arrays": lambda arrays: dict(list(arrays.items())[1:])}, "is missing"),
-    "another dtype": ({"arrays": lambda arrays: {name: array.astype(np.float64) for name, array in arrays.items()}}, "dtype float64"),
+    "another dtype": (
+        {"arrays": lambda arrays: {name: array.astype(np.float64) for name, array in arrays.items()}},
+        "dtype float64",
+    ),
     "weight 1e12": ({"header": lambda _: {"weight": 1e12}}, "its weight is 1e+12"),
     "weight -1": ({"header": lambda _: {"weight": -1.0}}, "its weight is -1"),
     "weight 0": ({"header": lambda _: {"weight": 0.0}}, "its weight is 0"),
@@ -97,18 +109,24 @@ def _crash(message: Message) -> Message:
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_costs_the_liar_its_round_and_nobody_else_anything(plants: list[Path], tmp_path: Path, honest_three: str, lie: str) -> None:
+def test_a_lie_costs_the_liar_its_round_and_nobody_else_anything(
+    plants: list[Path], tmp_path: Path, honest_three: str, lie: str
+) -> None:
     changes, words = LIES[lie]
 
     def tamper(message: Message, honest: Callable[[], Message]) -> Message:
         reply = honest()
-        return changed(reply, message, **changes) if message.metadata.message_type == "train" and _round(message) == 2 else reply
+        return (
+            changed(reply, message, **changes)
+            if message.metadata.message_type == "train" and _round(message) == 2
+            else reply
+        )
 
     federate(plants, tmp_path, tamper={LIAR: tamper})
     refused = refusals_of(tmp_path)
     assert refused[1] == {}
     assert refused[3] == {}
-    (site, cause), = refused[2].items()
+    ((site, cause),) = refused[2].items()
     assert cause.startswith(f"{site}, round 2:")
     assert words in cause
     assert trunk_of(tmp_path).digest() == honest_three
@@ -126,10 +144,18 @@ def test_a_malformed_message_is_set_aside(plants: list[Path], tmp_path: Path, ho
         _, header, _ = open_records(reply.content)
         bad = RecordDict()
         if content == "text in the metrics":
-            bad = RecordDict({"arrays": ArrayRecord(), "header": ConfigRecord({"json": header}), "metrics": ConfigRecord({"a": "b"})})
+            bad = RecordDict(
+                {"arrays": ArrayRecord(), "header": ConfigRecord({"json": header}), "metrics": ConfigRecord({"a": "b"})}
+            )
         if content == "pickled array":
             array = Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=b"\x80\x04cposix\nsystem\n.")
-            bad = RecordDict({"arrays": ArrayRecord({"trunk.x": array}), "header": ConfigRecord({"json": header}), "metrics": MetricRecord()})
+            bad = RecordDict(
+                {
+                    "arrays": ArrayRecord({"trunk.x": array}),
+                    "header": ConfigRecord({"json": header}),
+                    "metrics": MetricRecord(),
+                }
+            )
         return Message(bad, reply_to=message)
 
     federate(plants, tmp_path, tamper={LIAR: tamper})
@@ -137,12 +163,18 @@ def test_a_malformed_message_is_set_aside(plants: list[Path], tmp_path: Path, ho
     assert trunk_of(tmp_path).digest() == honest_three
 
 
-def test_a_reply_that_never_comes_costs_its_site_the_round_and_later_rounds_do_not_wait(plants: list[Path], tmp_path: Path, honest_three: str) -> None:
+def test_a_reply_that_never_comes_costs_its_site_the_round_and_later_rounds_do_not_wait(
+    plants: list[Path], tmp_path: Path, honest_three: str
+) -> None:
     grid = federate(
         plants, tmp_path, tamper={LIAR: lambda message, honest: trains_but(message, honest, None)},
         cohort={"min_sites": 1, "deadline_s": 2.0, "resend_s": 0.5},
     )  # fmt: skip
-    asked = [node for kind, node, content in grid.down if kind == "train" and json.loads(open_records(content)[1])["round"] == 2]
+    asked = [
+        node
+        for kind, node, content in grid.down
+        if kind == "train" and json.loads(open_records(content)[1])["round"] == 2
+    ]
     assert asked.count(LIAR) >= 2  # silence is answered by asking again
     refused = refusals_of(tmp_path)
     assert "no reply within 2 s" in refused[2][plants[LIAR - 2].name]

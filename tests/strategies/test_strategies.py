@@ -18,7 +18,10 @@ def drawn_updates(seed: int, sites: int = 7):
     rng = np.random.default_rng(seed)
     updates = []
     for site in range(sites):
-        delta = {name: (rng.normal(size=array.shape) * 10.0 ** rng.integers(-6, 3)).astype(np.float32) for name, array in TRUNK.items()}
+        delta = {
+            name: (rng.normal(size=array.shape) * 10.0 ** rng.integers(-6, 3)).astype(np.float32)
+            for name, array in TRUNK.items()
+        }
         updates.append(laws.update(f"s{site}", delta, float(rng.integers(1, 100_000)), train_loss=float(rng.random())))
     return updates
 
@@ -93,14 +96,19 @@ def test_a_mean_keeps_no_update() -> None:
 def test_fedadam_takes_the_first_step_of_the_paper() -> None:
     strategy = build_strategy("fedadam", {"server_learning_rate": 0.1, "tau": 0.001}, LocalPlan())
     delta = np.full(4, 0.5, np.float32)
-    after = laws.step(strategy, strategy.start(Arrays({"w": np.zeros(4, np.float32)})), [laws.update("a", {"w": delta})])
+    after = laws.step(
+        strategy, strategy.start(Arrays({"w": np.zeros(4, np.float32)})), [laws.update("a", {"w": delta})]
+    )
     first, second = 0.1 * 0.5, 0.99 * 0.001**2 + 0.01 * 0.25
     np.testing.assert_allclose(after.trunk["w"], 0.1 * first / (np.sqrt(second) + 0.001), rtol=1e-5)
 
 
 def test_plans_say_what_each_algorithm_does_at_the_site() -> None:
     assert build_strategy("fedprox", {"mu": 0.3}, LocalPlan()).plan.proximal == 0.3
-    assert [phase.parts for phase in build_strategy("fedrep", {}, LocalPlan()).plan.phases] == [("stem", "heads"), ("trunk",)]
+    assert [phase.parts for phase in build_strategy("fedrep", {}, LocalPlan()).plan.phases] == [
+        ("stem", "heads"),
+        ("trunk",),
+    ]
     assert build_strategy("local", {}, LocalPlan()).lends(("trunk",)) == ()
     assert build_strategy("fedavg", {}, LocalPlan()).lends(("trunk",)) == ("trunk", "stem", "heads")
 

@@ -1,6 +1,7 @@
 """What a site does with each order: offer, train, evaluate. Pure of Flower; the vault is the only memory between calls."""
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -8,7 +9,7 @@ import trunkline
 from trunkline.client.evaluation import curve, score_site
 from trunkline.client.site import Site
 from trunkline.client.training import train_site
-from trunkline.client.vault import Entry, Vault
+from trunkline.client.vault import Entry, State, Vault
 from trunkline.exchange import (
     Arrays,
     Contract,
@@ -66,35 +67,63 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
 
 
 def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str) -> Entry:
-    model, twin = _models(site, order, arrays, vault.before(order.round))
-    data = site.data
+    before = vault.before(order.round)
+    model, twin = _models(site, order, arrays, before)
+    tasks, plan = site.data.tasks, order.plan
     metrics: dict[str, float] = {}
+    best = _Best.of(before)
     for who, one in (("federated", model), ("local", twin)):
         if one is not None and order.round > 1:  # before round 1 nothing has learnt anything
-            point = curve(one, site.resident("curve"), data.tasks)
+            point = curve(one, site.resident("curve"), tasks)
             metrics["validation_loss" if who == "federated" else "local_validation_loss"] = point.loss
             metrics |= {f"{task}.{who}": value for task, value in point.metrics.items()}
+            best.see(who, one, point.loss, order)
     seed = seed_of(order.seed, site.name, order.round)
-    metrics["train_loss"] = train_site(
-        model, site.resident("train"), data.tasks, order.plan, seed=seed, done=order.round - 1, rounds=order.rounds
-    )
-    if twin is not None:
-        train_site(
-            twin,
-            site.resident("train"),
-            data.tasks,
-            alone(order.plan),
-            seed=seed,
-            done=order.round - 1,
-            rounds=order.rounds,
-        )
+    data, done = site.resident("train"), order.round - 1
+    if order.lend or best.hopeful("federated", order):
+        metrics["train_loss"] = train_site(model, data, tasks, plan, seed=seed, done=done, rounds=order.rounds)
+    if twin is not None and best.hopeful("local", order):
+        train_site(twin, data, tasks, alone(plan), seed=seed, done=done, rounds=order.rounds)
     after = model.share(order.lend)
     delta = Arrays({name: np.subtract(array, arrays[name]) for name, array in after.items()})
     contract_of(site, arrays).check(delta, metrics)
-    weight = float(min(len(site.resident("train")), order.weight_cap))
     return Entry(
-        question, model.private(order.lend), twin.private(()) if twin is not None else {}, delta, metrics, weight
+        question=question,
+        private=model.private(order.lend),
+        local=twin.private(()) if twin is not None else {},
+        best=best.state,
+        best_loss=best.loss,
+        best_round=best.round,
+        delta=delta,
+        metrics=metrics,
+        weight=float(min(len(data), order.weight_cap)),
     )
+
+
+@dataclass
+class _Best:
+    """The best model so far of each kind, by validation loss: early stopping, alike for who federates and who does not."""
+
+    state: dict[str, State]
+    loss: dict[str, float]
+    round: dict[str, int]
+
+    @classmethod
+    def of(cls, before: Entry | None) -> "_Best":
+        return cls(dict(before.best), dict(before.best_loss), dict(before.best_round)) if before else cls({}, {}, {})
+
+    def see(self, who: str, model: TrunkModel, loss: float, order: Order) -> None:
+        if order.plan.keep == "best" and np.isfinite(loss) and loss < self.loss.get(who, np.inf):
+            self.state[who], self.loss[who], self.round[who] = model.private(()), loss, order.round - 1
+
+    def hopeful(self, who: str, order: Order) -> bool:
+        """Whether one that trains alone should go on; who lends trains on for the others."""
+        patience = order.plan.patience_rounds
+        return not patience or who not in self.round or order.round - 1 - self.round[who] < patience
+
+    def put_back(self, who: str, model: TrunkModel, loss: float) -> None:
+        if self.loss.get(who, np.inf) < loss:
+            model.restore(self.state[who], ())
 
 
 def alone(plan: LocalPlan) -> LocalPlan:
@@ -119,4 +148,8 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     site.consent(order.lend)
     before = Vault(site.state, order.run, site.tell).before(order.round)
     model, twin = _models(site, order, arrays, before)
+    best = _Best.of(before)
+    for who, one in (("federated", model), ("local", twin)):
+        if one is not None and who in best.loss:
+            best.put_back(who, one, curve(one, site.resident("curve"), site.data.tasks).loss)
     return Scorecard(site=site.name, run=order.run, rows=score_site(site, model, twin, seed=order.seed, run=order.run))

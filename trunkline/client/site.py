@@ -43,13 +43,12 @@ class Site:
     def resident(self, part: Literal["train", "curve", "validation", "test"]) -> Resident:
         """`train`, `validation`, `test`, or `curve` (a spread of the validation windows), on the device."""
         if part not in self._resident:
-            data = self.data
-            windows = {
-                "train": data.train.labelled,  # a batch of unlabelled windows would be a step that learns nothing
-                "curve": lambda: data.validation.spread(CURVE_SAMPLES),
-                "validation": lambda: data.validation,
-                "test": lambda: data.test,
-            }[part]()
+            if part == "train":  # a batch of unlabelled windows would be a step that learns nothing
+                windows = self.data.train.labelled()
+            elif part == "curve":
+                windows = self.data.validation.spread(CURVE_SAMPLES)
+            else:
+                windows = self.data.validation if part == "validation" else self.data.test
             self._resident[part] = Resident.of(windows, device())
         return self._resident[part]
 

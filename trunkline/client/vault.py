@@ -25,6 +25,8 @@ class Entry:
     Args:
         private: everything of the federated model that is not lent.
         local: the whole local twin; empty when the run wants no baseline.
+        best: who ("federated", "local") -> the whole model of the round with the lowest validation loss so far.
+        best_loss: who -> that loss; best_round: who -> rounds behind it.
         delta: the answer that was sent, so that a repeated question gets the same bytes.
         question: digest of the order and the arrays that were answered.
     """
@@ -32,6 +34,9 @@ class Entry:
     question: str
     private: State
     local: State
+    best: Mapping[str, State] = field(default_factory=dict)
+    best_loss: Mapping[str, float] = field(default_factory=dict)
+    best_round: Mapping[str, int] = field(default_factory=dict)
     delta: Arrays = field(default_factory=Arrays)
     metrics: Mapping[str, float] = field(default_factory=dict)
     weight: float = 0.0
@@ -54,11 +59,15 @@ class Vault:
         tensors = {f"private/{name}": array for name, array in entry.private.items()}
         tensors |= {f"local/{name}": array for name, array in entry.local.items()}
         tensors |= {f"delta/{name}": array for name, array in entry.delta.items()}
+        for who, state in entry.best.items():
+            tensors |= {f"best-{who}/{name}": array for name, array in state.items()}
         meta = {
             "question": entry.question,
             "metrics": dict(entry.metrics),
             "weight": entry.weight,
             "delta": list(entry.delta),
+            "best_loss": dict(entry.best_loss),
+            "best_round": dict(entry.best_round),
         }
         self.shelf.put(round, tensors, meta)
 
@@ -95,6 +104,15 @@ class Vault:
         parts: dict[str, State] = {"private": {}, "local": {}, "delta": {}}
         for name, array in tensors.items():
             part, _, rest = name.partition("/")
-            parts[part][rest] = np.asarray(array)
-        delta = Arrays({name: parts["delta"][name] for name in meta["delta"]})
-        return Entry(meta["question"], parts["private"], parts["local"], delta, meta["metrics"], meta["weight"])
+            parts.setdefault(part, {})[rest] = np.asarray(array)
+        return Entry(
+            question=meta["question"],
+            private=parts["private"],
+            local=parts["local"],
+            best={who: parts[f"best-{who}"] for who in meta["best_loss"]},
+            best_loss=meta["best_loss"],
+            best_round=meta["best_round"],
+            delta=Arrays({name: parts["delta"][name] for name in meta["delta"]}),
+            metrics=meta["metrics"],
+            weight=meta["weight"],
+        )

@@ -12,10 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from trunkline.config import RunConfig, parse_run, read_run
 from trunkline.errors import ConfigError, TrunklineError
+from trunkline.progress import EVENTS
 from trunkline.server.report import write_report
 from trunkline.server.rounds import run_rounds
-
-EVENTS = "events.jsonl"  # in the run's folder: one JSON object a line, what a progress display reads
 
 app = ServerApp()
 logger = logging.getLogger(__name__)

@@ -115,7 +115,9 @@ class RayGrid(LocalGrid):
             DataError: with the problems of every site that cannot take part. In a simulation all of them are the
                 researcher's own, so the text may be read here; a deployed site keeps it to itself.
         """
-        waiting = {node: self._workers[self._owner[node]].open.remote(context) for node, context in self.contexts.items()}
+        waiting = {
+            node: self._workers[self._owner[node]].open.remote(context) for node, context in self.contexts.items()
+        }
         problems = [text for text in ray.get(list(waiting.values())) if text is not None]
         if problems:
             raise DataError(f"{len(problems)} of {len(waiting)} sites cannot take part.\n" + "\n".join(problems))

@@ -1,7 +1,6 @@
 """`trunkline simulate`: site folders in, a run's folder out, through the apps that are deployed."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,42 +9,9 @@ from flwr.app import Context, RecordDict
 from numpy.typing import NDArray
 
 from trunkline.config import RunConfig
-from trunkline.errors import ConfigError
-from trunkline.server.app import EVENTS
+from trunkline.progress import EVENTS
 from trunkline.server.report import Predictions, read_report, write_report
 from trunkline.strategies import build_strategy
-
-
-def site_folders(root: Path) -> list[Path]:
-    """The folders below `root` that hold a site.toml, by name."""
-    folders = sorted(path.parent for path in root.glob("*/site.toml"))
-    if not folders:
-        raise ConfigError(
-            f"{root}: no site folders (no */site.toml). `trunkline sites synthetic --out {root}` writes some."
-        )
-    return folders
-
-
-def prepare(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make `out` ready for a run without ever losing an earlier one by accident.
-
-    Raises:
-        ConfigError: `out` holds a run and neither `resume` nor `overwrite` says what to do with it.
-    """
-    ours = [out / name for name in ("checkpoint", "state", EVENTS, "report.json", "report.html")]
-    if resume or not any(path.exists() for path in ours):
-        out.mkdir(parents=True, exist_ok=True)
-        return
-    if not overwrite:
-        state = "a finished run" if (out / "report.json").exists() else "an unfinished run"
-        raise ConfigError(
-            f"{out} holds {state}. Go on with --resume, start afresh there with --overwrite, or give another --out."
-        )
-    for path in ours:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def simulate(
@@ -69,7 +35,11 @@ def simulate(
         grid = RayGrid(folders, states, workers=workers, address=address)
         try:
             grid.open_sites()
-            settings: dict[str, bool | float | int | str] = {"run-toml": run.model_dump_json(), "out": str(out), "resume": int(resume)}
+            settings: dict[str, bool | float | int | str] = {
+                "run-toml": run.model_dump_json(),
+                "out": str(out),
+                "resume": int(resume),
+            }
             context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
             app(grid=grid, context=context)
         finally:

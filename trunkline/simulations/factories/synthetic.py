@@ -31,6 +31,7 @@ CAP = 48  # rows of remaining life above which wear leaves no trace yet
 STAGES = ("fresh", "worn", "critical")  # wear below 0.35, below 0.7, above
 
 CROSSTALK = 0.35  # standard deviation of what a sensor sees of the other signals, its own being 1
+NOISE = 0.25  # standard deviation of a sensor's own noise, on the same scale
 BEND = 0.2  # largest share of a sensor's response that is not linear
 
 SIGNALS = ("load", "heat", "vibration")
@@ -121,9 +122,8 @@ def _plant(place: int, wish: Wish) -> Plant:
         # later plants of a kind were fitted out by somebody else: another sensor or two
         channels = kind.channels + place // len(KINDS) % 3
         rows = _rows(kind, name, learn + kind.test, channels, rng)
-        apart = (
-            kind.name == "mill" or wish.groups is not None
-        )  # the test units come from an acceptance run of their own
+        # few units, or a number of them that was asked for, are all there to learn from: others are tested
+        apart = kind.name == "mill" or wish.groups is not None
         names = rows["unit"].unique(maintain_order=True)
         tables = {"history": rows}
         if apart:
@@ -206,11 +206,11 @@ def _rows(kind: Kind, name: str, units: int, channels: int, rng: np.random.Gener
     unit, step = np.nonzero(keep)
     flat = {key: value[keep] for key, value in world.items()}  # (rows,)
     left = keep.sum(axis=1)[unit] - step  # rows until failure, 1 at the last row
-    sensors = sense(np.stack([flat[signal] for signal in SIGNALS], axis=1), flat["regime"], channels, 0.25, rng)
+    sensors = sense(np.stack([flat[signal] for signal in SIGNALS], axis=1), flat["regime"], channels, NOISE, rng)
     drawer = {signal: rng.permutation(len(known)) for signal, known in SENSORS.items()}
     text = np.asarray([f"{name}-{number:04d}" for number in range(1, units + 1)])
     columns: dict[str, NDArray[Any]] = {
-        "unit": text[unit] if kind.file in ("csv", "parquet") else unit + 1,  # arrays files hold numbers
+        "unit": text[unit] if kind.file in ("csv", "parquet") else unit + 1,  # files of arrays hold numbers
         "hour": step * kind.hours,
     }
     if kind.regimes > 1:
@@ -250,9 +250,8 @@ def _encode(file: str, rows: pl.DataFrame) -> list[tuple[str, bytes]]:
         return [(".npz", buffer.getvalue())]
     with h5py.File(buffer, "w") as book:
         for column, values in arrays.items():
-            book.create_dataset(
-                column, data=values, compression="gzip", track_times=False
-            )  # times would differ each run
+            # a stored time would give other bytes each run
+            book.create_dataset(column, data=values, compression="gzip", track_times=False)
     return [(".h5", buffer.getvalue())]
 
 
