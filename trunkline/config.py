@@ -80,7 +80,7 @@ class TaskConfig(Frozen):
 
     kind: Literal["regression", "binary", "multiclass"]
     target: str
-    unit: str = ""
+    unit: str = Field(default="", max_length=32)
     cap: float | None = Field(default=None, gt=0.0, description="regression: labels above count as this much")
     loss: Literal["huber", "mse", "pinball"] = "huber"
     quantile: float = Field(default=0.5, gt=0.0, lt=1.0, description="regression with loss = 'pinball'")

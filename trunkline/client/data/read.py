@@ -172,7 +172,7 @@ def _present(
         holder = next((path for path in headers if path not in without), None)
         beside = f" {holder} has it." if holder else ""
         findings.problem(
-            str(without[0]), f"has no {called[name]} `{name}`{more}{_near(name, there) or '.'}{beside}",
+            str(without[0]), f"has no {called[name]} `{name}`{more}{_near(name, there)}{beside}",
             f"Columns there: {some(there, 40)}. Correct site.toml or the file.",
         )  # fmt: skip
     return usable

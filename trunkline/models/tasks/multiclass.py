@@ -67,7 +67,7 @@ class Multiclass(Task):
         if unknown := [word for word in found if word not in codes]:
             row = int((text == unknown[0]).arg_max() or 0)
             raise self._bad(
-                column, where, row, column[row], f"one of {', '.join(self.classes)}{nearest(unknown[0], self.classes)}",
+                column, where, row, column[row], f"one of {', '.join(self.classes)}{nearest(unknown[0], self.classes).rstrip('.')}",
                 f"Correct it, or list it under `classes` of [tasks.{self.name}].",
             )  # fmt: skip
         values = text.replace_strict([None, *codes], [None, *codes.values()], return_dtype=pl.Float32)

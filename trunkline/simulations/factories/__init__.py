@@ -44,7 +44,7 @@ def write_sites(
     """
     if name not in FACTORIES:
         known = ", ".join(sorted(FACTORIES))
-        raise ConfigError(f"unknown data set {name!r}{nearest(name, FACTORIES) or '.'} Known: {known}.")
+        raise ConfigError(f"unknown data set {name!r}{nearest(name, FACTORIES)} Known: {known}.")
     factory = FACTORIES[name]
     if factory.needs_data and data is not None and not data.is_dir():
         raise DataError(f"{data}: no such folder. Give --data the folder that holds the files of {name}.")
