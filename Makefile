@@ -22,16 +22,19 @@ demo: $(READY)
 	$(BIN)/trunkline simulate examples/demo.toml --sites out/demo-sites --out out/demo --overwrite
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# DATA=DIR adds the real data sets
 bench: $(READY)
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/simulate.py
+	$(BIN)/python benchmarks/commands.py
+	if [ -n "$(DATA)" ]; then $(BIN)/python benchmarks/cmapss.py --data "$(DATA)"; fi
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

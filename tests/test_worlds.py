@@ -18,6 +18,7 @@ from trunkline.client.vault import Vault
 from trunkline.server.report import read_report
 
 TRUNKLINE = [sys.executable, "-m", "trunkline.cli"]
+pytestmark = pytest.mark.xdist_group("worlds")  # one worker: the reference run is made once
 RUN = """
 name = "worlds"
 rounds = 3

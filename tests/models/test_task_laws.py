@@ -210,11 +210,6 @@ def test_every_other_task_name_is_a_head_and_a_card(name: str) -> None:
     assert list(out) == [name]
 
 
-def test_a_unit_too_long_for_the_report_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"`unit` should have at most 32 letters"):
-        make_task("rul", TaskConfig(kind="regression", target="rul", unit="c" * 33))
-
-
 def test_an_unknown_kind_names_the_nearest() -> None:
     config = CONFIGS["rul"].model_copy(update={"kind": "regresion"})
     with pytest.raises(ConfigError, match=r"'regresion'; did you mean 'regression'\? Known: regression, binary"):

@@ -58,6 +58,17 @@ def test_the_exact_sum_is_exact(numbers: list[float]) -> None:
     assert abs(Fraction(float(total.value())) - exact) <= Fraction(len(numbers), 2**72) + abs(exact) / 2**51
 
 
+def test_the_exact_sum_carries_over_thousands_of_terms() -> None:
+    total, other = ExactSum(()), ExactSum(())
+    terms = [0.3 * (-1) ** place * 1.5 ** (place % 40) for place in range(5000)]
+    for one, two in zip(terms, reversed(terms), strict=True):
+        total.add(np.asarray(one))
+        other.add(np.asarray(two))
+    assert total.value() == other.value()
+    exact = sum((Fraction(term) for term in terms), Fraction(0))
+    assert abs(Fraction(float(total.value())) - exact) <= Fraction(5000, 2**72) + abs(exact) / 2**51
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 2.0**43])
 def test_the_exact_sum_refuses_what_it_cannot_hold(bad: float) -> None:
     with pytest.raises(ContractError):

@@ -61,25 +61,36 @@ class ExactSum:
 
     COARSE = 20
     FINE = 52
+    CARRY_EVERY = 1024  # terms: each adds at most 2^51 to `fine`, which holds 2^63
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.coarse: NDArray[np.int64] = np.zeros(shape, np.int64)
         self.fine: NDArray[np.int64] = np.zeros(shape, np.int64)
+        self._since = 0
 
     def add(self, term: NDArray[np.float64]) -> None:
-        if not np.all(np.abs(term) < 2.0**42):  # also false for NaN
+        if term.size and not (term.max() < 2.0**42 and term.min() > -(2.0**42)):  # also false for NaN
             raise ContractError("a term of the sum is not finite or beyond 2^42")
-        scaled = term * 2.0**self.COARSE
-        whole = np.rint(scaled)
+        rest = np.asarray(np.multiply(term, 2.0**self.COARSE))  # a number without dimensions would come back as a scalar
+        whole = np.asarray(np.rint(rest))
+        np.subtract(rest, whole, out=rest)  # exact: the two are within a factor of two, or `whole` is 0
         self.coarse += whole.astype(np.int64)
-        self.fine += np.rint((scaled - whole) * 2.0**self.FINE).astype(np.int64)
-        carry = (
-            self.fine >> self.FINE
-        )  # keeps `fine` in [0, 2^52): one bit pattern for one value, however it was reached
+        np.multiply(rest, 2.0**self.FINE, out=rest)
+        np.rint(rest, out=rest)
+        self.fine += rest.astype(np.int64)
+        self._since += 1
+        if self._since == self.CARRY_EVERY:
+            self._carry()
+
+    def _carry(self) -> None:
+        """Bring `fine` into [0, 2^52): one bit pattern for one value, however it was reached."""
+        carry = self.fine >> self.FINE
         self.fine -= carry << self.FINE
         self.coarse += carry
+        self._since = 0
 
     def value(self) -> NDArray[np.float64]:
+        self._carry()
         return np.asarray((self.coarse + self.fine * 2.0**-self.FINE) * 2.0**-self.COARSE, dtype=np.float64)
 
 

@@ -16,7 +16,6 @@ from trunkline.errors import ConfigError, DataError, StorageError
 from trunkline.exchange import TaskCard
 
 Labels = NDArray[np.float32]  # (rows,), NaN where a row has no label
-UNIT_LENGTH = 32  # what a TaskCard carries
 BLANKS = ("", "na", "n/a", "nan", "null", "none", "-")  # ways to write "no number" in a text file
 BETA = 0.999  # of the effective number of samples; not 0.9999, because overlapping windows repeat each other
 
@@ -50,10 +49,6 @@ class Task(ABC):
         if hasattr(nn.ModuleDict(), name):  # heads live in one, and its own attributes would be shadowed
             raise ConfigError(
                 f"[tasks.{name}]: PyTorch uses the name {name!r} itself. Rename the table; `target` may stay."
-            )
-        if len(config.unit) > UNIT_LENGTH:
-            raise ConfigError(
-                f"[tasks.{name}]: `unit` should have at most {UNIT_LENGTH} letters. Found {config.unit!r}."
             )
         self.name = name
         self.config = config
