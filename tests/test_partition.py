@@ -86,3 +86,10 @@ def test_a_sites_own_policy_wins_over_the_run(plants: list[Path], tmp_path: Path
     assert not [content for kind, node, content in grid.up if node == 2]
     notes = [event["text"] for event in events_of(tmp_path / "out") if event["event"] == "note"]
     assert any("policy" in text and "head.rul" in text for text in notes)
+
+
+def test_sites_whose_stems_cannot_be_averaged_are_told_so_at_once(plants: list[Path], tmp_path: Path) -> None:
+    from trunkline.errors import QuorumError
+
+    with pytest.raises(QuorumError, match=r"1 of 4 sites have joined.*has shape.*lend the trunk only"):
+        federate(plants, tmp_path, strategy={"name": "fedavg"}, cohort={"min_sites": 4, "gather_s": 60.0})

@@ -180,3 +180,11 @@ def test_a_full_disk_at_the_plant_sends_nothing(site: Site, tmp_path: Path) -> N
     lone = Site(site.folder, tmp_path / "state", site.data)
     with pytest.raises(StorageError, match="could not be written"):
         answer_train(lone, order_of(1), first_trunk(SPEC, 1))
+
+
+def test_a_private_rate_of_zero_moves_the_trunk_alone(site: Site) -> None:
+    model = site.model(order_of(1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = LocalPlan(steps=3, batch_size=16, private_rate=0.0)
+    train_site(model, site.resident("train"), site.data.tasks, plan, seed=1, done=0, rounds=2)
+    assert {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {"trunk", "norms"}

@@ -106,6 +106,9 @@ class LocalPlan(Frozen):
     )
     batch_size: int = Field(default=128, ge=1, le=65536)
     learning_rate: float = Field(default=5e-3, gt=0.0, le=1.0)
+    private_rate: float = Field(
+        default=1.0, ge=0.0, le=10.0, description="learning rate of stem and heads, as a multiple of the trunk's"
+    )
     weight_decay: float = Field(default=1e-2, ge=0.0, le=10.0)
     clip_norm: float = Field(default=1.0, gt=0.0, description="largest gradient norm of a step")
     schedule: Literal["cosine", "constant"] = "cosine"

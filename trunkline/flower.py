@@ -184,6 +184,8 @@ class LocalGrid(Grid):
         run_config: what `[tool.flwr.app.config]` and its overrides are in deployment.
     """
 
+    complete = True  # no node will join later, so nobody need wait for one
+
     def __init__(
         self,
         node_configs: Sequence[Mapping[str, Scalar]],

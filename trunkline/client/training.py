@@ -108,12 +108,15 @@ def train_site(
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed_of(seed, "dropout"))
         for position, phase in enumerate(plan.phases):
-            moving = [parameter for part in phase.parts for parameter in model.parameters_of(part)]
+            rates = {part: plan.learning_rate * (1.0 if part == "trunk" else plan.private_rate) for part in phase.parts}
+            groups = [{"params": model.parameters_of(part), "lr": rate} for part, rate in rates.items() if rate > 0.0]
+            moving = [parameter for part, rate in rates.items() if rate > 0.0 for parameter in model.parameters_of(part)]
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             for parameter in moving:
                 parameter.requires_grad_(True)
-            optimiser = torch.optim.AdamW(moving, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+            optimiser = torch.optim.AdamW(groups, weight_decay=plan.weight_decay, fused=True)
+            full = [group["lr"] for group in optimiser.param_groups]
             last = total if position == len(plan.phases) - 1 else min(total, step + max(1, round(total * phase.share)))
             while step < last:
                 if len(order) < min(plan.batch_size, len(data)):
@@ -121,7 +124,8 @@ def train_site(
                 index, order = order[: plan.batch_size], order[plan.batch_size :]
                 if plan.schedule == "cosine":
                     progress = (done + step / total) / rounds
-                    optimiser.param_groups[0]["lr"] = plan.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+                    for group, rate in zip(optimiser.param_groups, full, strict=True):
+                        group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * progress))
                 place = torch.from_numpy(index).to(where)
                 x, categorical = data.batch(place)
                 with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):

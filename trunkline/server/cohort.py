@@ -50,6 +50,7 @@ class Cohort:
         self.members: dict[str, Member] = {}
         self.specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.trunk}
         self._greeted: set[int] = set()
+        self._left_out: dict[str, str] = {}
 
     def gather(self) -> None:
         """Wait until min_sites, and every site named in run.toml, have made their offer.
@@ -64,12 +65,13 @@ class Cohort:
             missing = [site for site in self.config.sites if site not in self.members]
             if len(self.members) >= self.config.min_sites and not missing:
                 return
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or getattr(self.grid, "complete", False):
                 came = ", ".join(sorted(self.members)) or "none"
                 lacking = f"; missing by name: {', '.join(missing)}" if missing else ""
+                why = " ".join(self._left_out.values())
                 raise QuorumError(
-                    f"After {self.config.gather_s:g} s {len(self.members)} of {self.config.min_sites} sites have joined ({came}{lacking}). "
-                    "Start the missing client daemons, or lower [cohort] min_sites, then run again with --resume."
+                    f"{len(self.members)} of {self.config.min_sites} sites have joined ({came}{lacking}). {why + ' ' if why else ''}"
+                    "Start or mend the missing sites, or lower [cohort] min_sites, and run again."
                 )
             if told != (now := tuple(sorted(self._greeted))):
                 told = now
@@ -148,7 +150,8 @@ class Cohort:
         self.members[offer.site] = Member(offer.site, node, offer, contract, arrays)
 
     def _leave_out(self, who: str, why: str) -> None:
-        self.tell({"event": "note", "text": f"{who} does not take part: {why}"})
+        self._left_out[who] = f"{who} does not take part: {why}"
+        self.tell({"event": "note", "text": self._left_out[who]})
 
     def first_arrays(self, trunk: Arrays) -> Arrays:
         """What round 1 starts from: the server's trunk, and lent stems and heads as the first site by name built them."""

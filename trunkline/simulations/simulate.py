@@ -9,6 +9,7 @@ from flwr.app import Context, RecordDict
 from numpy.typing import NDArray
 
 from trunkline.config import RunConfig
+from trunkline.errors import ConfigError
 from trunkline.progress import EVENTS
 from trunkline.server.report import Predictions, read_report, write_report
 from trunkline.strategies import build_strategy
@@ -21,6 +22,9 @@ def simulate(
     states = [out / "state" / folder.name for folder in folders]
     if build_strategy(run.strategy.name, run.strategy.options, run.training).pooled:
         from trunkline.simulations.central import run_central
+
+        if resume:
+            raise ConfigError("strategy 'central' keeps no checkpoints; start it afresh with --overwrite.")
 
         with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
             report = run_central(folders, states, run, lambda event: _write(events.write, event))
