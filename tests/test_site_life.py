@@ -187,4 +187,6 @@ def test_a_private_rate_of_zero_moves_the_trunk_alone(site: Site) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan = LocalPlan(steps=3, batch_size=16, private_rate=0.0)
     train_site(model, site.resident("train"), site.data.tasks, plan, seed=1, done=0, rounds=2)
-    assert {name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {"trunk", "norms"}
+    assert {
+        name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    } == {"trunk", "norms"}

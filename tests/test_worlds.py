@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import trunkline
 from tests.loopback import QUICK, federate, trunk_of
 from trunkline.client.vault import Vault
 from trunkline.server.report import read_report
@@ -64,7 +65,7 @@ def private_digests(states: dict[str, Path]) -> dict[str, list[bytes]]:
     """Every site's stem and heads after the last round."""
     found = {}
     for site, state in states.items():
-        (run,) = (state / "vault").iterdir()
+        run = sorted((state / "vault").iterdir())[0]  # the first, where a site took part in several
         entry = Vault(state, run.name).before(10**6)
         assert entry is not None
         found[site] = [entry.private[name].tobytes() for name in sorted(entry.private)]
@@ -167,11 +168,45 @@ def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(
         )
         assert status.returncode == 0
         assert "superlink" in status.stdout
+        by_flwr_run(port, tmp_path)
+    assert trunk_of(tmp_path / "by-flwr-run").digest() == trunk_of(reference).digest()
     assert_same(tmp_path / "out", states, reference, plants)
     events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "done"
     for plant in plants:  # the plant's folder is as it was: state lies where it was told to
         assert not (plant / ".trunkline").exists()
+
+
+def by_flwr_run(port: int, tmp_path: Path) -> None:
+    """Who already has Flower submits the same app with Flower's own command."""
+    home = tmp_path / "flwr-home"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "ours"\n[superlink.ours]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    out = tmp_path / "by-flwr-run"
+    settings = f'run-toml="{tmp_path / "run.toml"}" out="{out}"'
+    flwr = Path(sys.executable).with_name("flwr")
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    app = Path(trunkline.__file__).parent / "app"
+    done = subprocess.run(
+        [flwr, "run", str(app), "ours", "-c", settings],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    end = time.monotonic() + 120
+    while not (out / "report.json").exists():
+        assert time.monotonic() < end, done.stdout
+        time.sleep(0.2)
 
 
 def wait_for_port(port: int, log: Path) -> None:

@@ -19,7 +19,9 @@ RUN = {
 
 def plants_alike(root: Path, channels: tuple[int, ...]) -> list[Path]:
     for place, count in enumerate(channels):
-        folder = write_site(root / f"plant-{place}", groups=12, length=30, channels=count, window=8, missing=0.0, seed=7)
+        folder = write_site(
+            root / f"plant-{place}", groups=12, length=30, channels=count, window=8, missing=0.0, seed=7
+        )
         config = folder / "site.toml"
         config.write_text(config.read_text().replace('name = "plant"', f'name = "plant-{place}"'))
     return site_folders(root)
