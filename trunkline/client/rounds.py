@@ -128,7 +128,9 @@ class _Best:
 
 def alone(plan: LocalPlan) -> LocalPlan:
     """The local twin's plan: the same steps and settings, everything trained together at full rate, no pull to anybody."""
-    return plan.model_copy(update={"phases": (Phase(parts=("stem", "trunk", "heads")),), "proximal": 0.0, "private_rate": 1.0})
+    return plan.model_copy(
+        update={"phases": (Phase(parts=("stem", "trunk", "heads")),), "proximal": 0.0, "private_rate": 1.0}
+    )
 
 
 def _models(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> tuple[TrunkModel, TrunkModel | None]:

@@ -110,7 +110,9 @@ def train_site(
         for position, phase in enumerate(plan.phases):
             rates = {part: plan.learning_rate * (1.0 if part == "trunk" else plan.private_rate) for part in phase.parts}
             groups = [{"params": model.parameters_of(part), "lr": rate} for part, rate in rates.items() if rate > 0.0]
-            moving = [parameter for part, rate in rates.items() if rate > 0.0 for parameter in model.parameters_of(part)]
+            moving = [
+                parameter for part, rate in rates.items() if rate > 0.0 for parameter in model.parameters_of(part)
+            ]
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             for parameter in moving:

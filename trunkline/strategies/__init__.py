@@ -41,7 +41,9 @@ def build_strategy(name: str, options: dict[str, Any], training: LocalPlan) -> A
     for key in options:
         if key not in known:
             allowed = f"allowed: {', '.join(known)}" if known else "it has no options"
-            raise ConfigError(f"[strategy] {key!r} is not an option of {name!r}{nearest(key, known)} {allowed.capitalize()}.")
+            raise ConfigError(
+                f"[strategy] {key!r} is not an option of {name!r}{nearest(key, known)} {allowed.capitalize()}."
+            )
     try:
         return kind(training=training, **options)
     except ValidationError as error:

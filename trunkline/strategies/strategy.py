@@ -71,7 +71,8 @@ class ExactSum:
     def add(self, term: NDArray[np.float64]) -> None:
         if term.size and not (term.max() < 2.0**42 and term.min() > -(2.0**42)):  # also false for NaN
             raise ContractError("a term of the sum is not finite or beyond 2^42")
-        rest = np.asarray(np.multiply(term, 2.0**self.COARSE))  # a number without dimensions would come back as a scalar
+        # asarray: a number without dimensions would come back as a scalar, which nothing can be written into
+        rest = np.asarray(np.multiply(term, 2.0**self.COARSE))
         whole = np.asarray(np.rint(rest))
         np.subtract(rest, whole, out=rest)  # exact: the two are within a factor of two, or `whole` is 0
         self.coarse += whole.astype(np.int64)
