@@ -89,7 +89,11 @@ def simulate(
         simulate,  # seconds of imports, so only once the command is known to be right
     )
 
-    report = _watched(out, lambda: simulate(run, folders, out, workers=count, resume=resume, address=address))
+    report = _watched(
+        out,
+        lambda: simulate(run, folders, out, workers=count, resume=resume, address=address),
+        stopped="stopped. Everything up to the last finished round is on disk; go on with --resume.",
+    )
     _show(report, out)
 
 
@@ -143,7 +147,11 @@ def server_run(
 
     run_id = daemon.run(state, run.model_dump_json(), folder, resume=resume)
     typer.echo(f"Submitted as run {run_id}; its folder is {folder}.")
-    _watched(folder, lambda: daemon.wait(state, run_id, folder))
+    _watched(
+        folder,
+        lambda: daemon.wait(state, run_id, folder),
+        stopped="no longer watching. The run goes on; `trunkline server status` shows it.",
+    )
     _show(read_report(folder), folder)
 
 
@@ -215,8 +223,8 @@ def _workers(text: str, sites: int) -> int:
     return int(text)
 
 
-def _watched(out: Path, work: Callable[[], Out]) -> Out:
-    """Do `work` while a second thread shows the events that the round loop writes."""
+def _watched(out: Path, work: Callable[[], Out], stopped: str) -> Out:
+    """Do `work` while a second thread shows the events that the round loop writes; `stopped` is said at Ctrl-C."""
     from rich.console import Console
 
     from trunkline.progress import EVENTS, Progress, tail
@@ -234,6 +242,9 @@ def _watched(out: Path, work: Callable[[], Out]) -> Out:
         watcher.start()
         try:
             return work()
+        except KeyboardInterrupt:
+            sys.stderr.write(f"trunkline: {stopped}\n")
+            raise  # typer ends with exit code 130 and says nothing of its own
         finally:
             ended.set()
             watcher.join(timeout=5.0)
@@ -249,17 +260,12 @@ def _show(report: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: a TrunklineError is told in its own words, exit code 1; Ctrl-C leaves the state on disk, exit code 130."""
+    """Entry point: a TrunklineError is told in its own words, exit code 1."""
     try:
         app()
     except TrunklineError as error:
         sys.stderr.write(f"trunkline: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            "trunkline: stopped. Everything up to the last finished round is on disk; go on with --resume.\n"
-        )
-        sys.exit(130)
 
 
 if __name__ == "__main__":
