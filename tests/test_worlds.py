@@ -93,23 +93,19 @@ def assert_same(one: Path, one_states: dict[str, Path], reference: Path, plants:
     assert read_report(one)["sites"] == read_report(reference)["sites"]
 
 
+def simulate(plants: list[Path], tmp_path: Path, workers: str) -> list[str]:
+    """The command line of a simulation into tmp_path/out."""
+    (tmp_path / "run.toml").write_text(RUN)
+    folders = ["--sites", str(plants[0].parent), "--out", str(tmp_path / "out")]
+    return [*TRUNKLINE, "simulate", str(tmp_path / "run.toml"), *folders, "--workers", workers]
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_simulated_run_ends_with_the_bytes_of_the_loopback_run(
     plants: list[Path], tmp_path: Path, reference: Path, workers: str
 ) -> None:
-    (tmp_path / "run.toml").write_text(RUN)
-    command = [
-        *TRUNKLINE,
-        "simulate",
-        str(tmp_path / "run.toml"),
-        "--sites",
-        str(plants[0].parent),
-        "--out",
-        str(tmp_path / "out"),
-        "--workers",
-        workers,
-    ]
+    command = simulate(plants, tmp_path, workers)
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "is federation worth it?" in done.stdout
@@ -224,19 +220,8 @@ def wait_for_port(port: int, log: Path) -> None:
 def test_ctrl_c_ends_a_simulation_cleanly_and_resume_goes_on_to_the_same_bytes(
     plants: list[Path], tmp_path: Path, reference: Path
 ) -> None:
-    (tmp_path / "run.toml").write_text(RUN)
     out = tmp_path / "out"
-    command = [
-        *TRUNKLINE,
-        "simulate",
-        str(tmp_path / "run.toml"),
-        "--sites",
-        str(plants[0].parent),
-        "--out",
-        str(out),
-        "--workers",
-        "1",
-    ]
+    command = simulate(plants, tmp_path, "1")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while time.monotonic() < end and not (out / "checkpoint" / "round-000001.safetensors").exists():
