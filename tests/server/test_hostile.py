@@ -183,6 +183,28 @@ def test_a_reply_that_never_comes_costs_its_site_the_round_and_later_rounds_do_n
     assert trunk_of(tmp_path).digest() == honest_three
 
 
+@pytest.mark.parametrize("name", ["stem.secret", "head.rul.secret", "trunk.secret", "secret"])
+def test_an_offer_never_widens_what_may_travel(plants: list[Path], tmp_path: Path, name: str) -> None:
+    """The allow-list is made of the run's `lend`; a site that offers more takes no part, and its array reaches nobody."""
+
+    def tamper(message: Message, honest: Callable[[], Message]) -> Message:
+        reply = honest()
+        if message.metadata.message_type != "query":
+            return reply
+        arrays, header, _ = open_records(reply.content)
+        table = json.loads(header)
+        table["arrays"].append({"name": name, "shape": [3], "dtype": "float32"})
+        return Message(to_records({**arrays, name: np.ones(3, np.float32)}, json.dumps(table)), reply_to=message)
+
+    federate(plants, tmp_path, tamper={LIAR: tamper})
+    assert name not in trunk_of(tmp_path)
+    notes = [event["text"] for event in events_of(tmp_path) if event["event"] == "note"]
+    assert any(
+        plants[LIAR - 2].name in text and f"`{name}`, which this run does not lend (trunk)" in text for text in notes
+    )
+    assert all(len(one["sites"]) == len(plants) - 1 for one in read_report(tmp_path)["rounds"])
+
+
 def test_a_duplicate_name_does_not_take_over_a_site(plants: list[Path], tmp_path: Path) -> None:
     import shutil
 

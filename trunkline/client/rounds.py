@@ -29,8 +29,9 @@ from trunkline.models.trunk import TrunkModel
 def answer_offer(site: Site, order: Order) -> tuple[Offer, Arrays]:
     """Who this site is and what it would lend; with it the first values of lent parts that only sites can build."""
     site.consent(order.lend)
-    lent = site.model(order).share(order.lend)
-    trunk = site.model(order).share(("trunk",)) if "trunk" in order.lend else Arrays()
+    model = site.model(order)
+    lent = model.share(order.lend)
+    trunk = model.share(("trunk",)) if "trunk" in order.lend else Arrays()
     offer = Offer(
         site=site.name,
         run=order.run,

@@ -23,6 +23,7 @@ class Answer:
     node: int
     content: RecordDict | None
     failure: str = ""
+    silent: bool = False  # the deadline passed; the node may still be at work
 
 
 @dataclass
@@ -93,4 +94,4 @@ def ask(
             time.sleep(poll)
     for node in open_requests:
         if node in patient:
-            yield Answer(node, None, f"no reply within {deadline_s:g} s")
+            yield Answer(node, None, f"no reply within {deadline_s:g} s", silent=True)

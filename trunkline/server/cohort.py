@@ -29,6 +29,11 @@ class Member:
     contract: Contract
     first: Arrays  # what it starts its lent stem and heads from; empty when only the trunk is lent
 
+    @property
+    def lends(self) -> tuple[str, ...]:
+        """Names of the arrays that go to it and come back."""
+        return tuple(spec.name for spec in self.contract.arrays)
+
 
 class Cohort:
     """The sites of one run, by name.
@@ -110,11 +115,23 @@ class Cohort:
             except ContractError as error:
                 self._leave_out(offer.site, str(error))
 
+    def _lends(self, name: str) -> bool:
+        """Whether the run itself names the module an array belongs to: what a site offers never widens what may travel.
+
+        The trunk's own arrays are known exactly, because the centre has built one; of stems and heads it knows the module.
+        """
+        if name in {spec.name for spec in self.trunk}:
+            return True
+        part, _, rest = name.partition(".")
+        if part == "head":
+            return "heads" in self.greeting.lend or f"head.{rest.partition('.')[0]}" in self.greeting.lend
+        return part == "stem" and "stem" in self.greeting.lend
+
     def _agree_on_shapes(self, offers: dict[int, tuple[Offer, Arrays]]) -> None:
         """A lent stem or head has the shape most sites offer; who differs cannot be averaged with them and is told so."""
         votes: dict[str, Counter[ArraySpec]] = {}
         for offer, _ in sorted(offers.values(), key=lambda one: one[0].site):
-            for spec in offer.arrays:
+            for spec in filter(lambda spec: self._lends(spec.name), offer.arrays):
                 votes.setdefault(spec.name, Counter())[spec] += 1
         for name, vote in votes.items():
             self.specs.setdefault(name, vote.most_common(1)[0][0])
@@ -130,6 +147,11 @@ class Cohort:
                 f"another node that is online already calls itself {offer.site!r}. Give each site.toml its own `name`."
             )
         offered = {spec.name: spec for spec in offer.arrays}
+        if foreign := [name for name in offered if not self._lends(name)]:
+            raise Refused(
+                f"it offers `{foreign[0]}`, which this run does not lend ({', '.join(self.greeting.lend) or 'nothing'}). "
+                "Its Trunkline is another version, or not ours: update it."
+            )
         for spec in self.trunk:
             if spec.name not in offered:
                 raise Refused(

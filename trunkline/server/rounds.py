@@ -139,34 +139,38 @@ class _Run:
         )  # fmt: skip
         return self.strategy.step(state, mean)
 
-    def _updates(self, state: State, round: int, members: dict[str, Member], tally: _Tally) -> Iterator[Update]:
-        """Ask every member, admit what comes, and hand it on at once: nothing is collected."""
-        by_node = {member.node: member for member in members.values()}
-        order = self._order(round)
+    def _ask_for(
+        self, state: State, order: Order, by_node: dict[int, Member]
+    ) -> tuple[dict[int, Order], dict[int, Callable[[], RecordDict]]]:
+        """Each member's own order, and the maker of its message: the arrays it lends and nothing else."""
         orders = {
             node: order.model_copy(update={"contract": member.contract.digest()}) for node, member in by_node.items()
         }
-        names = {node: tuple(spec.name for spec in member.contract.arrays) for node, member in by_node.items()}
 
         def content(node: int) -> Callable[[], RecordDict]:
-            return lambda: to_records(state.trunk.only(names[node]), orders[node].model_dump_json())
+            return lambda: to_records(state.trunk.only(by_node[node].lends), orders[node].model_dump_json())
 
+        return orders, {node: content(node) for node in by_node}
+
+    def _updates(self, state: State, round: int, members: dict[str, Member], tally: _Tally) -> Iterator[Update]:
+        """Ask every member, admit what comes, and hand it on at once: nothing is collected."""
+        by_node = {member.node: member for member in members.values()}
+        orders, requests = self._ask_for(state, self._order(round), by_node)
         silent, self.silent = self.silent, set()
         patient = {node for node, member in by_node.items() if member.site not in silent} or set(by_node)
-        tally.bytes_down = sum(state.trunk.only(names[node]).nbytes for node in by_node)
+        tally.bytes_down = sum(state.trunk.only(member.lends).nbytes for member in by_node.values())
         answered: set[str] = set()
         for answer in ask(
-            self.grid, "train", {node: content(node) for node in by_node}, round=round, deadline_s=self.run.cohort.deadline_s,
+            self.grid, "train", requests, round=round, deadline_s=self.run.cohort.deadline_s,
             resend_s=self.run.cohort.resend_s, patient_for=patient,
         ):  # fmt: skip
             member = by_node[answer.node]
             cause = None
             try:
+                if not answer.silent:
+                    answered.add(member.site)
                 if answer.content is None:
-                    if not answer.failure.startswith("no reply"):
-                        answered.add(member.site)
                     raise Refused(f"{member.site}, round {round}: no update. {answer.failure}")
-                answered.add(member.site)
                 arrays, header, metrics = open_records(answer.content)
                 update = admit(member.site, member.contract, orders[answer.node], Arrays(arrays), header, metrics)
             except ContractError as error:
@@ -196,18 +200,12 @@ class _Run:
         order = self._order(self.run.rounds + 1)
         by_node = {member.node: member for member in self.cohort.members.values()}
 
-        def content(member: Member) -> Callable[[], RecordDict]:
-            names = tuple(spec.name for spec in member.contract.arrays)
-            return lambda: to_records(
-                state.trunk.only(names),
-                order.model_copy(update={"contract": member.contract.digest()}).model_dump_json(),
-            )
-
+        _, requests = self._ask_for(state, order, by_node)
         rows: list[tuple[str, TaskRow]] = []
         answers = ask(
             self.grid,
             "evaluate",
-            {node: content(member) for node, member in by_node.items()},
+            requests,
             round=order.round,
             deadline_s=self.run.cohort.deadline_s,
             resend_s=self.run.cohort.resend_s,

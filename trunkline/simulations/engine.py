@@ -81,7 +81,7 @@ class RayGrid(LocalGrid):
         self._gpus = gpus
         self._workers: list[Any] = [self._worker() for _ in range(count)]
         self._owner = {node: place % count for place, node in enumerate(self.contexts)}
-        self._pending: dict[str, tuple[Any, Message, int]] = {}
+        self._pending: dict[str, tuple[Any, Message, int, Any]] = {}
 
     def _worker(self) -> Any:
         return Worker.options(num_cpus=1, num_gpus=self._gpus).remote()  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ class RayGrid(LocalGrid):
     def _dispatch(self, message: Message, context: Context) -> None:
         place = self._owner[context.node_id]
         reference = self._workers[place].answer.remote(message, context)
-        self._pending[message.metadata.message_id] = (reference, message, place)
+        self._pending[message.metadata.message_id] = (reference, message, place, self._workers[place])
 
     def _collect(self, message_ids: Sequence[str]) -> list[Message]:
         references = {self._pending[one][0]: one for one in message_ids if one in self._pending}
@@ -99,13 +99,15 @@ class RayGrid(LocalGrid):
         return [self._reply(references[reference]) for reference in ready]
 
     def _reply(self, message_id: str) -> Message:
-        reference, message, place = self._pending.pop(message_id)
+        reference, message, place, worker = self._pending.pop(message_id)
         try:
             reply: Message = ray.get(reference)
             return reply
         except ray.exceptions.RayActorError:
-            # its sites go on in a new process: what they need is in their vaults
-            self._workers[place] = self._worker()
+            # its sites go on in a new process: what they need is in their vaults. One new process, however many of its
+            # sites were waiting for an answer
+            if self._workers[place] is worker:
+                self._workers[place] = self._worker()
             return error_reply(message, "the worker process died (out of memory?)", code=8)
 
     def open_sites(self) -> None:

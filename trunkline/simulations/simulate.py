@@ -33,7 +33,7 @@ def simulate(
         from trunkline.server.app import app
         from trunkline.simulations.engine import RayGrid
 
-        # in a simulation everybody is there from the start, so the cohort is complete only when all are
+        # all sites of a simulation are there from the start: with fewer than the run file wants, all of them will do
         cohort = run.cohort.model_copy(update={"min_sites": min(run.cohort.min_sites, len(folders))})
         run = run.model_copy(update={"cohort": cohort})
         grid = RayGrid(folders, states, workers=workers, address=address)
