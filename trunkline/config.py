@@ -39,6 +39,13 @@ class SplitConfig(Frozen):
     labelled_groups: int | None = Field(
         default=None, ge=1, description="keep the labels of this many training groups only"
     )
+    folds: int | None = Field(
+        default=None,
+        ge=2,
+        le=100,
+        description="instead of `test`: this many equal shares of the groups, one of them the test",
+    )
+    fold: int = Field(default=0, ge=0, description="which of the `folds` tests; 0 is the first")
 
 
 class DataConfig(Frozen):
@@ -75,27 +82,84 @@ class DataConfig(Frozen):
         return self
 
 
+Kind = Literal["regression", "binary", "multiclass", "ordinal", "multilabel", "forecast", "anomaly"]
+CLASSED = ("binary", "multiclass", "ordinal")  # kinds whose label is one class of several
+# keys of [tasks.NAME] that only some kinds understand
+ONLY_FOR: dict[str, tuple[Kind, ...]] = {
+    "cap": ("regression",),
+    "quantile": ("regression",),
+    "classes": ("multiclass", "ordinal"),
+    "ordinal": ("multiclass",),
+    "targets": ("multilabel",),
+    "horizons": ("forecast",),
+    "season": ("forecast",),
+    "quantiles": ("forecast",),
+    "latent": ("anomaly",),
+    "class_weights": ("binary", "multiclass", "ordinal", "multilabel"),
+    "focal": ("binary", "multiclass", "multilabel"),
+    "label_smoothing": ("binary", "multiclass", "multilabel"),
+}
+LOSSES: dict[str, tuple[Kind, ...]] = {
+    "huber": ("regression",),
+    "mse": ("regression",),
+    "pinball": ("regression",),
+    "weighted": ("multilabel",),
+    "asymmetric": ("multilabel",),
+}
+
+
 class TaskConfig(Frozen):
     """`[tasks.NAME]`: one thing to predict. Which keys a kind understands: docs/site-toml.md."""
 
-    kind: Literal["regression", "binary", "multiclass"]
-    target: str
+    kind: Kind
+    target: str = Field(default="", description="column of the label; an anomaly task may do without")
+    targets: tuple[str, ...] = Field(default=(), max_length=1000, description="multilabel: a column of 0 and 1 each")
     unit: str = Field(default="", max_length=32)
     cap: float | None = Field(default=None, gt=0.0, description="regression: labels above count as this much")
-    loss: Literal["huber", "mse", "pinball"] = "huber"
+    loss: Literal["huber", "mse", "pinball", "weighted", "asymmetric"] | None = Field(
+        default=None, description="default: regression huber, multilabel weighted"
+    )
     quantile: float = Field(default=0.5, gt=0.0, lt=1.0, description="regression with loss = 'pinball'")
     classes: tuple[str, ...] | None = Field(
-        default=None, description="multiclass: all class names, in order when ordinal"
+        default=None, description="multiclass, ordinal: all class names, in order when ordinal"
     )
     ordinal: bool = False
+    horizons: tuple[int, ...] = Field(default=(1,), min_length=1, max_length=1000, description="forecast: rows ahead")
+    season: int = Field(
+        default=1, ge=1, description="forecast: rows a season; the naive forecast is the value one season ago"
+    )
+    quantiles: tuple[float, ...] = Field(
+        default=(0.1, 0.5, 0.9), min_length=1, description="forecast: quantiles to predict"
+    )
+    latent: int = Field(default=8, ge=1, le=1024, description="anomaly: numbers a window is squeezed through")
+    class_weights: Literal["effective", "none"] = "effective"
+    focal: float = Field(default=0.0, ge=0.0, le=10.0, description="gamma of the focal loss; 0: plain cross entropy")
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     weight: float = Field(default=1.0, gt=0.0, description="share of this task in the site's total loss")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The label columns this task reads; none for an anomaly task without labels."""
+        return self.targets or ((self.target,) if self.target else ())
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.kind != "regression" and self.cap is not None:
-            raise ValueError(f"`cap` is for kind 'regression', not {self.kind!r}")
-        if self.kind != "multiclass" and (self.classes is not None or self.ordinal):
-            raise ValueError(f"`classes` and `ordinal` are for kind 'multiclass', not {self.kind!r}")
+        for key, kinds in ONLY_FOR.items():
+            if key in self.model_fields_set and self.kind not in kinds and getattr(self, key) not in (None, False):
+                raise ValueError(f"`{key}` is for kind {' or '.join(map(repr, kinds))}, not {self.kind!r}")
+        if self.loss is not None and self.kind not in LOSSES[self.loss]:
+            raise ValueError(f"`loss = {self.loss!r}` is for kind {LOSSES[self.loss][0]!r}, not {self.kind!r}")
+        if self.kind == "multilabel":
+            if not self.targets or self.target:
+                raise ValueError("kind 'multilabel' needs `targets`, a list of columns, instead of `target`")
+            if twice := [name for name in self.targets if self.targets.count(name) > 1]:
+                raise ValueError(f"`targets` lists {twice[0]!r} twice")
+        elif not self.target and self.kind != "anomaly":
+            raise ValueError(f"kind {self.kind!r} needs `target`, the column of its label")
+        if any(one < 1 for one in self.horizons) or len(set(self.horizons)) < len(self.horizons):
+            raise ValueError("`horizons` are different numbers of rows ahead, each at least 1")
+        if any(not 0.0 < one < 1.0 for one in self.quantiles) or list(self.quantiles) != sorted(set(self.quantiles)):
+            raise ValueError("`quantiles` lie between 0 and 1, ascending")
         return self
 
 
@@ -128,10 +192,13 @@ class SiteConfig(Frozen):
     @model_validator(mode="after")
     def _no_label_is_an_input(self) -> Self:
         for name, task in self.tasks.items():
-            if task.target in (*self.data.channels, *self.data.categorical):
-                raise ValueError(
-                    f"`{task.target}` is the target of task {name!r} and an input too: the model would read its own answer"
-                )
+            if task.kind == "forecast":  # what it reads is past, what it says is to come
+                continue
+            for target in task.columns:
+                if target in (*self.data.channels, *self.data.categorical):
+                    raise ValueError(
+                        f"`{target}` is the target of task {name!r} and an input too: the model would read its own answer"
+                    )
         return self
 
 
@@ -170,25 +237,49 @@ class ReportConfig(Frozen):
     )
 
 
+class NewcomersConfig(Frozen):
+    """`[newcomers]`: simulation only; sites kept out of the federation and onboarded with its trunk at the end."""
+
+    sites: tuple[str, ...] = ()
+    labelled_groups: tuple[int, ...] = Field(
+        default=(), description="also with only this many labelled groups each; empty: with all they have"
+    )
+
+
+class SearchConfig(Frozen):
+    """`[search]`: simulation only; settings chosen on validation before the run, the same budget for the local baseline."""
+
+    trials: int = Field(default=0, ge=0, le=10_000, description="0: no search")
+    minutes: float = Field(default=10.0, gt=0.0, description="no trial starts after this long")
+    rounds: int | None = Field(default=None, ge=1, description="rounds a trial; default: those of the run")
+    space: dict[str, tuple[float | str, ...]] = Field(
+        default={}, description='key path -> values to choose from, such as "training.learning_rate" = [1e-3, 1e-2]'
+    )
+
+
 class RunConfig(Frozen):
     """run.toml, as the operator of the federation writes it."""
 
     name: str = Field(default="run", pattern=SITE_NAME)
     rounds: int = Field(default=24, ge=1, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    lend: tuple[str, ...] = Field(default=("trunk",), description='"trunk", "stem", "heads", "head.<task>"')
+    lend: tuple[str, ...] = Field(default=("trunk",), description='"trunk", "stem", "heads", "head.<task>", "scaler"')
     trunk: TrunkSpec = TrunkSpec()
     training: LocalPlan = LocalPlan()
     strategy: StrategyConfig = StrategyConfig()
     cohort: CohortConfig = CohortConfig()
     report: ReportConfig = ReportConfig()
+    newcomers: NewcomersConfig = NewcomersConfig()
+    search: SearchConfig = SearchConfig()
 
     @field_validator("lend")
     @classmethod
     def _whole_modules(cls, lend: tuple[str, ...]) -> tuple[str, ...]:
         for part in lend:
-            if part not in ("trunk", "stem", "heads") and not (part.startswith("head.") and len(part) > 5):
-                raise ValueError(f"cannot lend {part!r}: whole modules only, 'trunk', 'stem', 'heads' or 'head.<task>'")
+            if part not in ("trunk", "stem", "heads", "scaler") and not (part.startswith("head.") and len(part) > 5):
+                raise ValueError(
+                    f"cannot lend {part!r}: whole modules only, 'trunk', 'stem', 'heads', 'head.<task>' or 'scaler'"
+                )
         return lend
 
 
@@ -278,14 +369,17 @@ def parse_value(text: str) -> Any:
 
 
 __all__ = [
+    "CLASSED",
     "CleanConfig",
     "CohortConfig",
     "DataConfig",
     "LocalPlan",
+    "NewcomersConfig",
     "Phase",
     "PolicyConfig",
     "ReportConfig",
     "RunConfig",
+    "SearchConfig",
     "SiteConfig",
     "SplitConfig",
     "StrategyConfig",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trunkline.errors import ContractError
 
-PROTOCOL = 1  # raise when a header below changes its meaning; both ends compare it before anything else
+PROTOCOL = 2  # raise when a header below changes its meaning; both ends compare it before anything else
 
 Part = Literal["stem", "trunk", "heads"]
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # also a folder name, so no separators
@@ -85,7 +85,10 @@ class TrunkSpec(Frozen):
     width: int | None = Field(
         default=None, ge=4, le=1024, description="channels the trunk reads; default: the size's own"
     )
-    norm: Literal["group", "private"] = "group"
+    norm: Literal["group", "private", "private-group"] = Field(
+        default="group",
+        description="group: GroupNorm, lent; private: BatchNorm that stays home; private-group: GroupNorm that stays home",
+    )
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
 
 
@@ -94,6 +97,20 @@ class Phase(Frozen):
 
     parts: tuple[Part, ...]
     share: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class Augment(Frozen):
+    """`[training.augment]`: how training samples are varied; everything is off by default and belongs to validation."""
+
+    jitter: float = Field(default=0.0, ge=0.0, le=10.0, description="noise added, in training standard deviations")
+    scaling: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="standard deviation of a factor a channel, around 1"
+    )
+    time_mask: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="share of a window's rows set silent, in one stretch"
+    )
+    channel_drop: float = Field(default=0.0, ge=0.0, lt=1.0, description="chance that a channel of a sample is silent")
+    mixup: float = Field(default=0.0, ge=0.0, le=10.0, description="alpha of the Beta that mixes two samples; 0: off")
 
 
 class LocalPlan(Frozen):
@@ -120,6 +137,31 @@ class LocalPlan(Frozen):
         default=0,
         ge=0,
         description="a model that trains alone stops after this many rounds without a better loss; 0: never",
+    )
+    balance: Literal["fixed", "uncertainty", "famo", "upgrad"] = Field(
+        default="fixed", description="how the losses of several tasks become one step; fixed: the weights of site.toml"
+    )
+    sampling: Literal["uniform", "balanced"] = Field(
+        default="uniform", description="balanced: rows of rare classes are drawn more often"
+    )
+    augment: Augment = Augment()
+    personal: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="pull of a personal trunk, trained beside, to the shared one (Ditto lambda); 0: none",
+    )
+    finish_steps: int = Field(
+        default=0, ge=0, le=1_000_000, description="steps a site takes alone with `finish_parts` before it is scored"
+    )
+    finish_parts: tuple[Part, ...] = ("heads",)
+    finetune_steps: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="steps of local fine-tuning behind the gate's further candidates; 0: none",
+    )
+    finetune_rate: float = Field(
+        default=0.1, gt=0.0, le=1.0, description="its learning rate, as a multiple of learning_rate"
     )
 
 
@@ -205,10 +247,18 @@ def specs_of(arrays: Arrays) -> tuple[ArraySpec, ...]:
     return tuple(ArraySpec(name=name, shape=array.shape, dtype=array.dtype.name) for name, array in arrays.items())  # type: ignore[arg-type]
 
 
+def conflict_name(one: str, other: str) -> str:
+    """The round metric that holds the cosine of two tasks' gradients at the trunk's output."""
+    first, second = sorted((one, other))
+    return f"conflict.{first}.{second}"
+
+
 def metric_names(tasks: tuple[TaskCard, ...]) -> tuple[str, ...]:
-    """The numbers a site with these tasks may report each round: losses, and two validation curves a task."""
+    """The numbers a site with these tasks may report each round: losses, two validation curves a task, one cosine a pair."""
     curves = [f"{card.task}.{who}" for card in tasks for who in ("federated", "local")]
-    return (*ROUND_METRICS, *curves)
+    names = sorted(card.task for card in tasks)
+    cosines = [conflict_name(one, other) for place, one in enumerate(names) for other in names[place + 1 :]]
+    return (*ROUND_METRICS, *curves, *cosines)
 
 
 class Reply(Frozen):
@@ -256,10 +306,14 @@ class TaskRow(Frozen):
     n_groups: int = Field(ge=0, description="test groups behind the interval")
     local: float | None  # None: no baseline was asked for, or no test rows carry this label
     federated: float | None
-    chosen: Literal["local", "federated"]
+    chosen: str = Field(max_length=32, description="a key of `candidates`, decided on validation data only")
     interval: tuple[float, float] | None
     more: dict[str, dict[str, float | None]] = {}
-    candidates: dict[str, float | None] = {}
+    candidates: dict[str, float | None] = Field(
+        default={}, description="every model the gate looked at, on the test rows"
+    )
+    gated: float | None = Field(default=None, description="the chosen candidate on the test rows")
+    gated_interval: tuple[float, float] | None = Field(default=None, description="of gated minus local, as `interval`")
 
 
 class Scorecard(Frozen):

@@ -154,7 +154,16 @@ def _tasks(site: SiteData) -> Padding:
         cells = [_labels(task, part.labels[name]) for part in _parts(site).values()]
         unit = f" ({task.config.unit})" if task.config.unit else ""
         grid.add_row(
-            *(Text(cell) for cell in (name, task.kind, task.config.target + unit, f"{task.config.weight:g}", *cells))
+            *(
+                Text(cell)
+                for cell in (
+                    name,
+                    task.kind,
+                    ", ".join(task.config.columns[:3]) + (", ..." if len(task.config.columns) > 3 else "") + unit,
+                    f"{task.config.weight:g}",
+                    *cells,
+                )
+            )
         )
     return Padding(grid, (0, 0, 1, 0))
 

@@ -14,6 +14,7 @@ from trunkline.client.gate import choose
 from trunkline.client.site import Site
 from trunkline.client.training import Resident, outputs_of, total_loss
 from trunkline.exchange import TaskRow, seed_of
+from trunkline.models.labels import known as is_known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.storage import write_atomic
@@ -30,7 +31,7 @@ class Curve:
 
 
 def curve(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> Curve:
-    outputs = outputs_of(model, data)
+    outputs = outputs_of(model, data, tasks)
     labels = {name: column.cpu() for name, column in data.labels.items()}
     metrics: dict[str, float] = {}
     for name, task in tasks.items():
@@ -50,7 +51,7 @@ def paired_bootstrap(
     Returns:
         None below two labelled groups: there is nothing to resample.
     """
-    known = np.flatnonzero(~np.isnan(labels))
+    known = np.flatnonzero(is_known(labels))
     codes, member = np.unique(groups[known], return_inverse=True)
     if len(codes) < 2:
         return None
@@ -92,8 +93,8 @@ def score_site(
         seed: of the bootstrap.
     """
     models = {"federated": federated} | ({"local": local} if local is not None else {})
-    validation = {who: outputs_of(model, site.resident("validation")) for who, model in models.items()}
-    test = {who: outputs_of(model, site.resident("test")) for who, model in models.items()}
+    validation = {who: outputs_of(model, site.resident("validation"), site.data.tasks) for who, model in models.items()}
+    test = {who: outputs_of(model, site.resident("test"), site.data.tasks) for who, model in models.items()}
     rows = []
     for name, task in site.data.tasks.items():
         scored: dict[str, Scored] = {}
@@ -120,7 +121,7 @@ def _row(site: Site, task: Task, scored: dict[str, Scored], seed: int) -> TaskRo
         n_train=_labelled(data.train, name),
         n_validation=_labelled(data.validation, name),
         n_test=_labelled(data.test, name),
-        n_groups=len(np.unique(groups[~np.isnan(truth)])),
+        n_groups=len(np.unique(groups[is_known(truth)])),
         local=measured["local"][primary] if local else None,
         federated=measured["federated"][primary],
         chosen=choose(task, local.on_validation if local else None, federated.on_validation),
@@ -130,7 +131,7 @@ def _row(site: Site, task: Task, scored: dict[str, Scored], seed: int) -> TaskRo
 
 
 def _labelled(windows: WindowSet, task: str) -> int:
-    return int((~np.isnan(windows.labels[task])).sum())
+    return int(is_known(windows.labels[task]).sum())
 
 
 def _keep_predictions(path: Path, truth: NDArray[Any], scored: dict[str, Scored]) -> None:

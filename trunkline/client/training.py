@@ -33,7 +33,7 @@ class Resident:
     first: Tensor  # (n,)
     ends: Tensor  # (n,)
     window: int | None
-    labels: dict[str, Tensor]  # task -> (n,)
+    labels: dict[str, Tensor]  # task -> (n,) or (n, k)
 
     @classmethod
     def of(cls, windows: WindowSet, where: torch.device) -> "Resident":
@@ -132,6 +132,7 @@ def train_site(
                 x, categorical = data.batch(place)
                 with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                     outputs = model(x, categorical)
+                outputs = {name: task.meet(outputs[name].float(), x) for name, task in tasks.items()}
                 loss = total_loss(outputs, {name: column[place] for name, column in data.labels.items()}, tasks)
                 pulled = loss
                 if anchor:
@@ -154,14 +155,15 @@ def train_site(
 
 
 @torch.inference_mode()
-def outputs_of(model: TrunkModel, data: Resident) -> dict[str, Tensor]:
-    """Every task's raw output for every window, on the CPU in float32: task -> (n, outputs)."""
+def outputs_of(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> dict[str, Tensor]:
+    """What every task's `predict` takes, for every window, on the CPU in float32: task -> (n, outputs)."""
     where = data.values.device
     model.eval()
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(data), SCORE_BATCH):
         x, categorical = data.batch(torch.arange(start, min(start + SCORE_BATCH, len(data)), device=where))
         with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-            for task, output in model(x, categorical).items():
-                parts.setdefault(task, []).append(output.float().cpu())
+            outputs = model(x, categorical)
+        for name, task in tasks.items():
+            parts.setdefault(name, []).append(task.meet(outputs[name].float(), x).cpu())
     return {task: torch.cat(some) for task, some in parts.items()}

@@ -27,6 +27,7 @@ class Entry:
         local: the whole local twin; empty when the run wants no baseline.
         best: who ("federated", "local") -> the whole model of the round with the lowest validation loss so far.
         best_loss: who -> that loss; best_round: who -> rounds behind it.
+        personal: the whole personal model (Ditto), and balance: what balancing many losses remembers, who -> its numbers.
         delta: the answer that was sent, so that a repeated question gets the same bytes.
         question: digest of the order and the arrays that were answered.
     """
@@ -37,6 +38,8 @@ class Entry:
     best: Mapping[str, State] = field(default_factory=dict)
     best_loss: Mapping[str, float] = field(default_factory=dict)
     best_round: Mapping[str, int] = field(default_factory=dict)
+    personal: State = field(default_factory=dict)
+    balance: Mapping[str, State] = field(default_factory=dict)
     delta: Arrays = field(default_factory=Arrays)
     metrics: Mapping[str, float] = field(default_factory=dict)
     weight: float = 0.0
@@ -59,6 +62,9 @@ class Vault:
         tensors = {f"private/{name}": array for name, array in entry.private.items()}
         tensors |= {f"local/{name}": array for name, array in entry.local.items()}
         tensors |= {f"delta/{name}": array for name, array in entry.delta.items()}
+        tensors |= {f"personal/{name}": array for name, array in entry.personal.items()}
+        for who, state in entry.balance.items():
+            tensors |= {f"balance-{who}/{name}": array for name, array in state.items()}
         for who, state in entry.best.items():
             tensors |= {f"best-{who}/{name}": array for name, array in state.items()}
         meta = {
@@ -66,6 +72,7 @@ class Vault:
             "metrics": dict(entry.metrics),
             "weight": entry.weight,
             "delta": list(entry.delta),
+            "balance": list(entry.balance),
             "best_loss": dict(entry.best_loss),
             "best_round": dict(entry.best_round),
         }
@@ -112,6 +119,8 @@ class Vault:
             best={who: parts[f"best-{who}"] for who in meta["best_loss"]},
             best_loss=meta["best_loss"],
             best_round=meta["best_round"],
+            personal=parts.get("personal", {}),
+            balance={who: parts[f"balance-{who}"] for who in meta.get("balance", [])},
             delta=Arrays({name: parts["delta"][name] for name in meta["delta"]}),
             metrics=meta["metrics"],
             weight=meta["weight"],

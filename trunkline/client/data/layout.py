@@ -12,7 +12,7 @@ from trunkline.client.data.notes import Findings, counted
 from trunkline.client.data.read import Table
 from trunkline.client.data.split import TEST, TRAIN, Shuffle, Split, divide, read_split
 from trunkline.client.data.windows import segments
-from trunkline.config import SiteConfig
+from trunkline.config import CLASSED, SiteConfig
 from trunkline.errors import DataError
 
 Floats = NDArray[np.float64]
@@ -149,10 +149,10 @@ def deal(
 def _present(
     config: SiteConfig, labels: dict[str, NDArray[np.float32]], rows: Rows, group: NDArray[np.intp], groups: int
 ) -> NDArray[np.bool_]:
-    """(groups, classes): whether a group holds a class, over all binary and multiclass tasks."""
+    """(groups, classes): whether a group holds a class, over all tasks with classes."""
     found = [np.zeros((groups, 0), dtype=bool)]
     for name, label in labels.items():
-        if config.tasks[name].kind != "regression":
+        if config.tasks[name].kind in CLASSED:
             here = label[rows]
             there = ~np.isnan(here)
             classes, code = np.unique(here[there], return_inverse=True)

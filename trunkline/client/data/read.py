@@ -52,23 +52,28 @@ def _place(path: Path, row: int) -> str:
     return f"{path}, line {row + 2}" if kind_of(path) == "csv" else f"{path}, row {row + 1}"
 
 
+NUMBERS = ("regression", "forecast")  # task kinds whose label is a measurement
+
+
 def roles_of(config: SiteConfig) -> tuple[dict[str, Role], dict[str, str]]:
     """How each needed column is read, and what it is called in messages."""
     data = config.data
     uses: list[tuple[str, Role, str]] = [(name, "number", "channel") for name in data.channels]
     uses += [(name, "number", "regime column") for name in data.regime]
     uses += [
-        (task.target, "number", f"target of task {name!r}")
+        (target, "number", f"target of task {name!r}")
         for name, task in config.tasks.items()
-        if task.kind == "regression"
+        if task.kind in NUMBERS
+        for target in task.columns
     ]
     uses += [(data.order, "order", "order column")] if data.order else []
     uses += [(data.group, "text", "group column")] if data.group else []
     uses += [(name, "text", "categorical column") for name in data.categorical]
     uses += [
-        (task.target, "label", f"target of task {name!r}")
+        (target, "label", f"target of task {name!r}")
         for name, task in config.tasks.items()
-        if task.kind != "regression"
+        if task.kind not in NUMBERS
+        for target in task.columns
     ]
     roles: dict[str, Role] = {}
     called: dict[str, str] = {}

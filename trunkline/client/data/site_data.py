@@ -15,8 +15,9 @@ from trunkline.client.data.read import Table, read_table
 from trunkline.client.data.scale import Scaler
 from trunkline.client.data.split import PARTS, TEST, TRAIN, Split, write_split
 from trunkline.client.data.windows import WindowSet, ends_of
-from trunkline.config import SiteConfig, read_site
+from trunkline.config import CLASSED, SiteConfig, read_site
 from trunkline.errors import ConfigError, DataError
+from trunkline.models.labels import Labels, known
 
 if TYPE_CHECKING:
     from trunkline.models.tasks.task import Task
@@ -104,7 +105,7 @@ def survey(folder: Path, state: Path | None = None) -> Survey:
         _unlabel(result.split, layout, labels)
     values, scaler, result.statistics = read_inputs(table, config, layout, findings)
     codes, category_names = read_categories(table, config, layout)
-    train, validation, test = (_window_set(number, config, layout, values, codes, labels) for number in range(3))
+    train, validation, test = (_window_set(number, config, layout, values, codes, labels, tasks) for number in range(3))
     for task in tasks.values():
         _fit(task, (train, validation, test), str(folder), findings)
     result.site = SiteData(
@@ -146,30 +147,28 @@ def _check_names(folder: Path, config: SiteConfig, findings: Findings) -> None:
         )
 
 
-def _read_labels(
-    config: SiteConfig, table: Table, findings: Findings
-) -> "tuple[dict[str, Task], dict[str, NDArray[np.float32]]]":
+def _read_labels(config: SiteConfig, table: Table, findings: Findings) -> "tuple[dict[str, Task], dict[str, Labels]]":
     """The tasks whose target could be read, and their labels in file order."""
     from trunkline.models.tasks import make_task  # here, because it brings torch: reading and scaling data need none
 
     tasks: dict[str, Task] = {}
-    labels: dict[str, NDArray[np.float32]] = {}
+    labels: dict[str, Labels] = {}
     where = str(table.files[0]) + (
         f" (and {counted(len(table.files) - 1, 'further file')})" if len(table.files) > 1 else ""
     )
     for name, one in config.tasks.items():
-        if one.target not in table.frame.columns:
+        if not set(one.columns) <= set(table.frame.columns):
             continue
         try:
             task = make_task(name, one)
-            labels[name] = task.read(table.frame[one.target], where)
+            labels[name] = task.read_from(table.frame, where)
             tasks[name] = task
         except (ConfigError, DataError) as error:
             findings.problem("", str(error))
     return tasks, labels
 
 
-def _unlabel(split: Split, layout: Layout, labels: dict[str, NDArray[np.float32]]) -> None:
+def _unlabel(split: Split, layout: Layout, labels: dict[str, Labels]) -> None:
     """Take the labels of all training groups but the chosen ones."""
     keeps = np.isin(np.array(layout.names), split.labelled)
     rows = layout.rows[layout.training & ~keeps[layout.group]]
@@ -184,19 +183,20 @@ def _window_set(
     layout: Layout,
     values: NDArray[np.float32],
     codes: Rows,
-    labels: dict[str, NDArray[np.float32]],
+    labels: dict[str, Labels],
+    tasks: "dict[str, Task]",
 ) -> WindowSet:
     start, stop = np.searchsorted(layout.part, [part, part + 1]).tolist()
     first, last = layout.first[start:stop] - start, layout.last[start:stop] - start
     ends = ends_of(first, last, config.data.stride, only_last=part == TEST and config.data.test_at == "last")
-    here = layout.rows[start:stop][ends]
+    here = layout.rows[start:stop]
     return WindowSet(
         values=values[start:stop],
         categorical=codes[start:stop],
         first=first[ends],
         ends=ends,
         window=config.data.window,
-        labels={name: label[here] for name, label in labels.items()},
+        labels={name: task.at(labels[name][here], ends, first, last) for name, task in tasks.items()},
         groups=layout.group[start:stop][ends],
         order=layout.order[start:stop][ends],
         group_names=layout.names,
@@ -212,11 +212,11 @@ def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findin
         return
     for part, samples in list(zip(PARTS, sets, strict=True))[1:]:
         label = samples.labels[task.name]
-        known = label[~np.isnan(label)]
-        if not len(known):
-            target = task.config.target
+        there = label[known(label)]
+        if not len(there):
+            target = task.config.columns[0] if task.config.columns else task.name
             findings.warn(f"task {task.name}", f"no {part} sample has a label (`{target}`); it is not scored there.")
-        elif task.kind != "regression" and known.min() == known.max():
+        elif task.kind in CLASSED and there.min() == there.max():
             findings.warn(
                 f"task {task.name}", f"all {part} samples are of one class; ranking metrics mean nothing there."
             )

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trunkline.models.labels import Labels, known
+
 Index = NDArray[np.integer[Any]] | NDArray[np.bool_] | slice
 Rows = NDArray[np.int64]
 
@@ -20,7 +22,7 @@ class WindowSet:
         first: (n,) first row of each sample's group in this part. A window that would reach before it repeats that row.
         ends: (n,) last row (inclusive) of each window.
         window: rows a window; None: each sample is the one row `values[ends]`.
-        labels: task -> (n,) float32, the label of the window's last row, NaN where it is missing.
+        labels: task -> (n,) or (n, k) float32, the label of the window's last row, NaN where it is missing.
         groups: (n,) int32, places in `group_names`.
         order: (n,) time or cycle of the last row.
         group_names: of the whole site, the same for its three parts.
@@ -31,7 +33,7 @@ class WindowSet:
     first: Rows
     ends: Rows
     window: int | None
-    labels: dict[str, NDArray[np.float32]]
+    labels: dict[str, Labels]
     groups: NDArray[np.int32]
     order: NDArray[np.float64]
     group_names: tuple[str, ...]
@@ -65,7 +67,7 @@ class WindowSet:
 
     def labelled(self) -> "WindowSet":
         """The samples that carry a label of at least one task."""
-        return self.subset(~np.all([np.isnan(label) for label in self.labels.values()], axis=0))
+        return self.subset(np.any([known(label) for label in self.labels.values()], axis=0))
 
     def spread(self, most: int) -> "WindowSet":
         """At most `most` samples, evenly over groups and time; the same ones every time."""

@@ -79,7 +79,7 @@ class Regression(Task):
         cap = self.config.cap
         truth = torch.where(missing, self.mean, labels if cap is None else labels.clamp(max=cap))
         miss = torch.where(missing, 0.0, (truth - self.mean) / self.std - output[:, 0].float())  # truth minus output
-        if self.config.loss == "huber":
+        if self.config.loss in (None, "huber"):
             each = F.huber_loss(miss, torch.zeros_like(miss), reduction="none")
         elif self.config.loss == "mse":
             each = miss.square()

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from trunkline.config import TaskConfig
 from trunkline.errors import ConfigError, DataError, StorageError
 from trunkline.exchange import TaskCard
+from trunkline.models.labels import Labels, known
 
-Labels = NDArray[np.float32]  # (rows,), NaN where a row has no label
+__all__ = ["BETA", "Labels", "Metric", "Task", "effective_number", "known", "numbers"]
+
 BLANKS = ("", "na", "n/a", "nan", "null", "none", "-")  # ways to write "no number" in a text file
 BETA = 0.999  # of the effective number of samples; not 0.9999, because overlapping windows repeat each other
 
@@ -87,6 +89,20 @@ class Task(ABC):
             DataError: a value is no label of this task; the text names file, column, value, row and remedy.
         """
 
+    def read_from(self, frame: pl.DataFrame, where: str) -> Labels:
+        """The labels of this task out of a table that has all of `config.columns`: (rows,) or (rows, k), in its order."""
+        return self.read(frame[self.config.target], where)
+
+    def at(self, labels: Labels, ends: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]) -> Labels:
+        """The labels of the samples that end at rows `ends`, out of the labels of all rows of one part.
+
+        Args:
+            labels: (rows,) or (rows, k), sorted by group then order.
+            first, last: (rows,) first and last row of each row's group in this part; what lies behind `last` belongs to
+                another machine or another part, and no label may come from there.
+        """
+        return labels[ends]
+
     @abstractmethod
     def fit(self, labels: Labels) -> None:
         """Learn scale or class counts from the TRAINING labels.
@@ -112,7 +128,7 @@ class Task(ABC):
         """Mean loss over the labels that are present; exactly 0, with zero gradient, where none is.
 
         Shape:
-            output (batch, outputs), labels (batch,) with NaN where missing -> ().
+            output (batch, outputs) as `meet` gave it, labels (batch,) or (batch, k), NaN where missing -> ().
         """
 
     @abstractmethod
@@ -131,6 +147,22 @@ class Task(ABC):
         """The private last layer, (batch, width) -> (batch, outputs): linear, for it learns from the fewest labels."""
         return nn.Linear(width, self.outputs)
 
+    def meet(self, output: Tensor, x: Tensor) -> Tensor:
+        """What the head gave for the samples `x`, made ready for `loss` and `predict`.
+
+        Only a task that learns from its own input (reconstruction) needs `x`; all others take the output as it is.
+
+        Shape:
+            output (batch, outputs), x (batch, channels, time) or (batch, columns) -> (batch, anything).
+        """
+        return output
+
+    settles: ClassVar[bool] = False  # whether `settle` wants the trained model's outputs on the training samples
+
+    def settle(self, output: Tensor, labels: Labels) -> None:
+        """Learn what one trained model's outputs look like on TRAINING samples, before `predict`; see `calibrate`."""
+        return
+
     def calibrate(self, prediction: NDArray[Any], labels: Labels) -> None:
         """Choose where this task decides, from one model's VALIDATION rows; nothing where a kind has no such choice.
 
@@ -143,15 +175,15 @@ class Task(ABC):
 
         Args:
             prediction: what `predict` gave, one row a sample.
-            labels: (rows,), NaN where missing; such rows do not count.
+            labels: (rows,) or (rows, k), NaN where missing; such rows do not count.
         """
-        present = ~np.isnan(labels)
+        present = known(labels)
         return _finite(self._score(prediction[present], labels[present]) if present.any() else None)
 
     def measure(self, prediction: NDArray[Any], labels: Labels) -> dict[str, float | None]:
         """One value for each of `metrics`; None where it is undefined or not finite. Arguments as in `score`."""
         measured: dict[str, float | None] = {self.primary: self.score(prediction, labels)}
-        present = ~np.isnan(labels)
+        present = known(labels)
         if present.any():
             guess, truth = (torch.from_numpy(one[present].astype(np.float64)) for one in (prediction, labels))
             measured |= self._others(guess, truth)
@@ -165,6 +197,9 @@ class Task(ABC):
             )
         return state
 
+    def _column(self) -> str:
+        return f"column `{self.config.columns[0]}`" if self.config.columns else "its label"
+
     def _bad(self, column: pl.Series, where: str, row: int, value: object, expected: str, remedy: str) -> DataError:
         return DataError(
             f"{where}: column `{column.name}`, data row {row + 1}: {value!r} is no label of task {self.name!r}; "
@@ -173,13 +208,13 @@ class Task(ABC):
 
     def _no_labels(self) -> DataError:
         return DataError(
-            f"Task {self.name!r}: column `{self.config.target}` has no label in any training row. Label some training "
+            f"Task {self.name!r}: {self._column()} has no label in any training row. Label some training "
             f"groups, raise `labelled_groups`, or take [tasks.{self.name}] out of site.toml."
         )
 
     def _one_class(self, name: str, count: int) -> DataError:
         return DataError(
-            f"Task {self.name!r}: all {count} training labels of column `{self.config.target}` are {name!r}; there is "
+            f"Task {self.name!r}: all {count} training labels of {self._column()} are {name!r}; there is "
             f"nothing to tell apart. Add groups where it differs, change `seed` of [data.split], or take "
             f"[tasks.{self.name}] out of site.toml."
         )
