@@ -46,7 +46,11 @@ def test_a_plain_site_parses_and_is_frozen(tmp_path: Path) -> None:
         ('unit = "mm"', 'unit = "mm"\ncapp = 3', ["unknown key `tasks.wear.capp`", "did you mean 'cap'"]),
         ('unit = "mm"', f'unit = "{"m" * 33}"', ["`tasks.wear.unit`", "at most 32"]),
         ('kind = "regression"', 'kind = "binary"\ncap = 3', ["`cap` is for kind 'regression'"]),
-        ('kind = "regression"', 'kind = "guess"', ["`tasks.wear.kind`", "'regression', 'binary', 'multiclass', 'ordinal'"]),
+        (
+            'kind = "regression"',
+            'kind = "guess"',
+            ["`tasks.wear.kind`", "'regression', 'binary', 'multiclass', 'ordinal'"],
+        ),
         ('order = "cycle"', "age = true", ["`age = true` needs `order`"]),
         ('channels = ["a", "b"]', 'channels = ["a", "a"]', ["channel 'a' is listed twice"]),
         ('channels = ["a", "b"]', "", ["`data.channels` is missing"]),

@@ -8,12 +8,13 @@ import pytest
 import trunkline
 
 ROOT = Path(trunkline.__file__).parent
-VOCABULARY = {"errors", "exchange", "config", "storage"}
+VOCABULARY = {"errors", "exchange", "config", "storage", "release"}
 MAY = {
     "errors": set(),
     "exchange": {"errors"},
     "config": {"exchange", "errors"},
     "storage": {"errors"},
+    "release": {"exchange", "storage", "errors"},
     "progress": {"errors"},
     "flower": {"errors"},
     "supervise": {"errors", "storage"},

@@ -94,6 +94,12 @@ def simulate(
         lambda: simulate(run, folders, out, workers=count, resume=resume, address=address),
         stopped="stopped. Everything up to the last finished round is on disk; go on with --resume.",
     )
+    if run.search.trials:
+        from rich.console import Console
+
+        from trunkline.simulations.search import print_search, read_search
+
+        print_search(read_search(out), Console())
     _show(report, out)
 
 
@@ -106,6 +112,29 @@ def report(out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR")]) -> None:
     found = read_report(out_dir)
     write_report(found, out_dir, predictions_below(out_dir))
     _show(found, out_dir)
+
+
+@app.command()
+def adapt(
+    site_dir: SiteDir,
+    trunk: Annotated[Path, typer.Option("--trunk", help="A released trunk: trunk.safetensors of a run.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Default: SITE_DIR/.trunkline/adapted")] = None,
+    groups: Annotated[
+        int | None, typer.Option(min=1, help="Use the labels of so many groups only, to see what fewer would do.")
+    ] = None,
+) -> None:
+    """A new plant: the model to use here, from a released trunk and a few labelled groups, with its evidence."""
+    from rich.console import Console
+
+    from trunkline.client import evidence
+    from trunkline.client.adapt import adapt as adapt_site
+
+    folder = out or site_dir / ".trunkline" / "adapted"
+    adapted = adapt_site(site_dir, trunk, labelled=groups)
+    found = evidence.collect(adapted)
+    evidence.write(adapted, found, folder)
+    evidence.render(found, Console())
+    typer.echo(f"Model: {folder / evidence.MODEL}  (evidence: {folder / evidence.PAGE})")
 
 
 @server.command("start")
@@ -256,6 +285,10 @@ def _show(report: dict[str, Any], out: Path) -> None:
     from trunkline.server.report import print_report
 
     print_report(report, Console())
+    if report.get("newcomers"):
+        from trunkline.simulations.newcomers import print_newcomers
+
+        print_newcomers(report["newcomers"], Console())
     typer.echo(f"\nReport: {out / 'report.html'}  (figures: {out / 'report.json'})")
 
 

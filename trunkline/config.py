@@ -1,6 +1,7 @@
 """site.toml and run.toml: parsed once at the edge, frozen, and every error names file, key, value and what is allowed."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -27,6 +28,10 @@ class CleanConfig(Frozen):
     valid: dict[str, tuple[float, float]] = Field(
         default={}, description="possible range per channel; outside is treated as missing"
     )
+    constant: Literal["refuse", "keep"] = Field(
+        default="refuse",
+        description="a channel that never moves in training; keep: where sites lend a stem, all need the same channels",
+    )
 
 
 class SplitConfig(Frozen):
@@ -47,6 +52,18 @@ class SplitConfig(Frozen):
     )
     fold: int = Field(default=0, ge=0, description="which of the `folds` tests; 0 is the first")
 
+    @model_validator(mode="after")
+    def _one_of_the_folds(self) -> Self:
+        if self.folds is None:
+            if self.fold:
+                raise ValueError(f"`fold = {self.fold}` without `folds`: say how many there are")
+            return self
+        if self.fold >= self.folds:
+            raise ValueError(f"`fold = {self.fold}`, but {self.folds} `folds` are numbered 0 to {self.folds - 1}")
+        if self.by == "time":
+            raise ValueError('`folds` deal whole groups, `by = "time"` cuts through them: drop one of the two')
+        return self
+
 
 class DataConfig(Frozen):
     """`[data]`: where the rows are and what their columns mean."""
@@ -62,7 +79,17 @@ class DataConfig(Frozen):
     )
     stride: int = Field(default=1, ge=1)
     regime: tuple[str, ...] = ()
+    scale: Literal["zscore", "none"] = Field(
+        default="zscore",
+        description="per channel and regime, from training rows; none: values go in as they are, alike at every site",
+    )
     age: bool = False
+    reference: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="each channel's mean over a group's first rows, this many, is an input too",
+    )
     test_at: Literal["all", "last"] = Field(
         default="all", description="score every test window, or the last of each test group"
     )
@@ -73,10 +100,16 @@ class DataConfig(Frozen):
     def _consistent(self) -> Self:
         if self.window is not None and self.categorical:
             raise ValueError("`categorical` columns are for rows; a site with `window` lists its channels only")
+        if self.reference and (self.order is None or self.group is None):
+            raise ValueError("`reference` is the mean of a group's first rows: it needs `group` and `order`")
         if self.age and self.order is None:
             raise ValueError("`age = true` needs `order`, the column of operating time")
         if self.test_at == "last" and self.group is None:
             raise ValueError('`test_at = "last"` needs `group`')
+        if self.split.folds is not None and self.group is None:
+            raise ValueError("`split.folds` deals groups: it needs `group`, the column of what belongs together")
+        if self.split.folds is not None and self.test_files:
+            raise ValueError("`split.folds` and `test_files` both name the test data; drop one of the two")
         if twice := [name for name in self.channels if self.channels.count(name) > 1]:
             raise ValueError(f"channel {twice[0]!r} is listed twice")
         return self
@@ -88,6 +121,7 @@ CLASSED = ("binary", "multiclass", "ordinal")  # kinds whose label is one class 
 ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "cap": ("regression",),
     "quantile": ("regression",),
+    "intercept": ("regression",),
     "classes": ("multiclass", "ordinal"),
     "ordinal": ("multiclass",),
     "targets": ("multilabel",),
@@ -95,6 +129,7 @@ ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "season": ("forecast",),
     "quantiles": ("forecast",),
     "latent": ("anomaly",),
+    "alarm_share": ("anomaly",),
     "class_weights": ("binary", "multiclass", "ordinal", "multilabel"),
     "focal": ("binary", "multiclass", "multilabel"),
     "label_smoothing": ("binary", "multiclass", "multilabel"),
@@ -120,6 +155,7 @@ class TaskConfig(Frozen):
         default=None, description="default: regression huber, multilabel weighted"
     )
     quantile: float = Field(default=0.5, gt=0.0, lt=1.0, description="regression with loss = 'pinball'")
+    intercept: bool = Field(default=True, description="regression; false: through the origin, nothing in gives 0 out")
     classes: tuple[str, ...] | None = Field(
         default=None, description="multiclass, ordinal: all class names, in order when ordinal"
     )
@@ -132,9 +168,18 @@ class TaskConfig(Frozen):
         default=(0.1, 0.5, 0.9), min_length=1, description="forecast: quantiles to predict"
     )
     latent: int = Field(default=8, ge=1, le=1024, description="anomaly: numbers a window is squeezed through")
+    alarm_share: float = Field(
+        default=0.005,
+        gt=0.0,
+        lt=1.0,
+        description="anomaly: share of normal validation rows that may alarm, where too few of them are flagged",
+    )
     class_weights: Literal["effective", "none"] = "effective"
     focal: float = Field(default=0.0, ge=0.0, le=10.0, description="gamma of the focal loss; 0: plain cross entropy")
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    metric: str = Field(
+        default="", max_length=32, description="the metric that decides and is reported first; default: the kind's own"
+    )
     weight: float = Field(default=1.0, gt=0.0, description="share of this task in the site's total loss")
 
     @property
@@ -193,6 +238,7 @@ class SiteConfig(Frozen):
     def _no_label_is_an_input(self) -> Self:
         for name, task in self.tasks.items():
             if task.kind == "forecast":  # what it reads is past, what it says is to come
+                _past_only(name, self.data)
                 continue
             for target in task.columns:
                 if target in (*self.data.channels, *self.data.categorical):
@@ -200,6 +246,22 @@ class SiteConfig(Frozen):
                         f"`{target}` is the target of task {name!r} and an input too: the model would read its own answer"
                     )
         return self
+
+
+def _past_only(task: str, data: DataConfig) -> None:
+    """Refuse what would let a forecast see what comes, or leave nothing to come."""
+    clean = data.clean
+    for channel in data.channels:
+        if clean.channels.get(channel, clean.missing) == "linear":
+            raise ValueError(
+                f"`missing = 'linear'` fills a gap of `{channel}` with values from behind it, which task {task!r} has to "
+                "forecast; use 'forward', 'zero' or 'keep'"
+            )
+    if data.test_at == "last":
+        raise ValueError(
+            f'`test_at = "last"` scores the last row of a group, and nothing comes after it for task {task!r} to forecast; '
+            'use "all"'
+        )
 
 
 class StrategyConfig(BaseModel):
@@ -235,6 +297,17 @@ class ReportConfig(Frozen):
     baseline: bool = Field(
         default=True, description="every site also trains the local-only twin, which doubles its work"
     )
+    local: dict[str, int | float | str] = Field(
+        default={}, description="the twin's own settings by key path, where they differ; `[search]` fills them in"
+    )
+
+    @field_validator("local")
+    @classmethod
+    def _of_the_model_or_its_training(cls, local: dict[str, int | float | str]) -> dict[str, int | float | str]:
+        for key in local:
+            if not key.startswith(("training.", "trunk.")):
+                raise ValueError(f"{key!r}: a site that trains alone has settings under [training] and [trunk] only")
+        return local
 
 
 class NewcomersConfig(Frozen):
@@ -360,6 +433,11 @@ def parse_run(table: dict[str, Any], origin: str, overrides: dict[str, Any] | No
     return _parse(RunConfig, table, origin)
 
 
+def with_settings(run: RunConfig, settings: Mapping[str, Any], origin: str) -> RunConfig:
+    """`run` with `key.path: value` laid over it; `origin` names them in errors."""
+    return parse_run(run.model_dump(mode="json"), origin, dict(settings))
+
+
 def parse_value(text: str) -> Any:
     """The TOML value of `text` on a command line; a bare word is a string."""
     try:
@@ -389,4 +467,5 @@ __all__ = [
     "parse_value",
     "read_run",
     "read_site",
+    "with_settings",
 ]

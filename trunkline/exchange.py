@@ -7,11 +7,11 @@ Down go an `Order` (what to do) and the arrays a site lends; up come an `Offer` 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trunkline.errors import ContractError
 
@@ -20,6 +20,8 @@ PROTOCOL = 2  # raise when a header below changes its meaning; both ends compare
 Part = Literal["stem", "trunk", "heads"]
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # also a folder name, so no separators
 TASK_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"  # part of a parameter name, so no dots
+# (regimes, channels) three times; (regimes, settings), in the settings' own units; (settings,), the width of each range
+SCALER_ARRAYS = ("scaler.count", "scaler.mean", "scaler.variance", "scaler.centres", "scaler.widths")
 ROUND_METRICS = (
     "train_loss",
     "validation_loss",
@@ -83,13 +85,26 @@ class TrunkSpec(Frozen):
     backbone: str = "tcn"
     size: Literal["small", "base"] = "small"
     width: int | None = Field(
-        default=None, ge=4, le=1024, description="channels the trunk reads; default: the size's own"
+        default=None, ge=1, le=1024, description="channels the trunk reads; default: the size's own"
+    )
+    columns: int | None = Field(
+        default=None, ge=1, le=100_000, description="linear only: columns it reads as they are, the same at every site"
     )
     norm: Literal["group", "private", "private-group"] = Field(
         default="group",
         description="group: GroupNorm, lent; private: BatchNorm that stays home; private-group: GroupNorm that stays home",
     )
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _columns_are_for_linear(self) -> Self:
+        if (self.backbone == "linear") != (self.columns is not None):
+            raise ValueError(
+                "backbone 'linear' reads a table as it is: it needs `columns`, and no other backbone takes it"
+            )
+        if self.width is not None and self.width < 4 and self.backbone != "linear":
+            raise ValueError(f"`width` of backbone {self.backbone!r} is at least 4")
+        return self
 
 
 class Phase(Frozen):
@@ -125,6 +140,10 @@ class LocalPlan(Frozen):
     learning_rate: float = Field(default=5e-3, gt=0.0, le=1.0)
     private_rate: float = Field(
         default=1.0, ge=0.0, le=10.0, description="learning rate of stem and heads, as a multiple of the trunk's"
+    )
+    optimizer: Literal["adamw", "lbfgs"] = Field(
+        default="adamw",
+        description="lbfgs: all rows at once, `steps` iterations; for some hundred rows, without rates and batches",
     )
     weight_decay: float = Field(default=1e-2, ge=0.0, le=10.0)
     clip_norm: float = Field(default=1.0, gt=0.0, description="largest gradient norm of a step")
@@ -164,6 +183,23 @@ class LocalPlan(Frozen):
         default=0.1, gt=0.0, le=1.0, description="its learning rate, as a multiple of learning_rate"
     )
 
+    @model_validator(mode="after")
+    def _whole_batches_are_plain(self) -> Self:
+        if self.optimizer == "lbfgs":
+            for key, plain in (("balance", "fixed"), ("sampling", "uniform"), ("augment", Augment())):
+                if getattr(self, key) != plain:
+                    raise ValueError(
+                        f"`optimizer = 'lbfgs'` takes all rows as they are: leave `{key}` out, or use 'adamw'"
+                    )
+        return self
+
+
+class Twin(Frozen):
+    """The local baseline's own settings, where a search chose them for it as it chose the federation's."""
+
+    trunk: TrunkSpec
+    plan: LocalPlan
+
 
 class Order(Frozen):
     """Down, with the lent arrays: round `round` of `rounds`. `round` 0 asks for an Offer, `rounds` + 1 for a Scorecard."""
@@ -178,6 +214,7 @@ class Order(Frozen):
     lend: tuple[str, ...]
     weight_cap: int = Field(default=100_000, ge=1, description="training windows above which a site weighs no more")
     baseline: bool = True  # also train the local-only twin the report compares with
+    twin: Twin | None = None  # None: the twin takes the trunk and plan above
     contract: str = ""  # digest of the contract the arrays below were made for
 
 
@@ -199,8 +236,26 @@ class TaskCard(Frozen):
     better: Literal["lower", "higher"]
 
 
+class Inputs(Frozen):
+    """How a site calls what its stem reads: said only where a run lends a stem or statistics, useless without names.
+
+    Args:
+        channels: in the order of the stem's inputs.
+        settings: the `regime` columns of site.toml, in the order of `scaler.centres`.
+        window: rows a window; None: single rows.
+    """
+
+    channels: tuple[str, ...] = Field(max_length=1001)
+    settings: tuple[str, ...] = Field(max_length=64)
+    window: int | None
+
+
 class Offer(Frozen):
-    """Up, once: who the site is and what it would lend in this run."""
+    """Up, once: who the site is and what it would lend in this run.
+
+    `arrays` travel every round. `once` came with this offer and never travel again: the scaler's statistics
+    (`SCALER_ARRAYS` and `scaler.label.<task>`), float64.
+    """
 
     protocol: int = PROTOCOL
     site: str = Field(pattern=SITE_NAME)
@@ -208,6 +263,8 @@ class Offer(Frozen):
     version: str = Field(max_length=32)
     arrays: tuple[ArraySpec, ...]
     tasks: tuple[TaskCard, ...]
+    once: tuple[ArraySpec, ...] = ()
+    inputs: Inputs | None = None
 
 
 class Contract(Frozen):

@@ -64,15 +64,18 @@ def test_every_problem_is_collected_at_once(tmp_path: Path) -> None:
     expected = {
         "names `c7`": "Channels: c0", "'broken'": "Mend", "channel `cO`": "Columns there", "regime column `settng`": "Correct",
         "target of task 'wear' `wear`": "Correct", "`c1` is constant": "Take `c1` out", "`quiet` has no value": "Take `quiet` out",
-        "training labels of column `failing`": "[tasks.failing]",
     }  # fmt: skip
     said = [str(problem) for problem in report.problems]
     for what, remedy in expected.items():
         assert [remedy in one for one in said if what in one] == [True], (what, said)
     assert len(said) == len(expected)
     assert any("data.csv, line 4:" in one for one in said)
+    (aside,) = (note for note in report.notes if note.where == "task failing")
+    assert "is set aside, and the others go on" in aside.what
+    assert "training labels of column `failing` are '0'" in aside.what
+    assert "take [tasks.failing] out" in aside.what
     text = page(report)
-    assert "8 problems to mend before press-07 can train." in text
+    assert "7 problems to mend before press-07 can train." in text
     for problem in report.problems:
         assert problem.what.split(". ")[0] in text
 

@@ -5,18 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.samples import batch, site
+from tests.models.samples import batch, site, spec_of
 from trunkline.exchange import TrunkSpec
 from trunkline.models.backbones import BACKBONES
 from trunkline.models.norms import SiteNorm, group_norm
 from trunkline.models.trunk import TrunkModel
 
 WINDOWS = [name for name, backbone in BACKBONES.items() if backbone.reads == "windows"]
-norms = st.sampled_from(["group", "private"])
-
-
-def spec_of(backbone: str, norm: str = "group", size: str = "small", **more: object) -> TrunkSpec:
-    return TrunkSpec(backbone=backbone, norm=norm, size=size, **more)  # type: ignore[arg-type]
+norms = st.sampled_from(["group", "private", "private-group"])
 
 
 @settings(max_examples=40, deadline=None)
@@ -33,7 +29,7 @@ def spec_of(backbone: str, norm: str = "group", size: str = "small", **more: obj
 def test_any_site_gives_one_finite_row_a_sample(
     backbone: str, norm: str, width: int | None, channels: int, time: int, size: int, training: bool, silent: bool
 ) -> None:
-    spec = spec_of(backbone, norm, width=width)
+    spec = spec_of(backbone, norm, width=width, channels=channels)
     model = site(spec, channels=channels).train(training)
     x, codes = batch(spec, size, channels, time)
     if silent:

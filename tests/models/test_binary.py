@@ -159,6 +159,25 @@ def test_loss_is_weighted_cross_entropy() -> None:
     torch.testing.assert_close(torch.from_numpy(one.predict(output)), output[:, 0].sigmoid())
 
 
+def test_without_class_weights_a_rare_label_counts_as_often_as_it_comes() -> None:
+    one = make_task("leak", TaskConfig(kind="binary", target="leak", class_weights="none"))
+    one.fit(f32(*[0] * 30, *[1] * 2))
+    output, labels = torch.randn(8, 1, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 1] * 4)
+    torch.testing.assert_close(one.loss(output, labels), F.binary_cross_entropy_with_logits(output[:, 0], labels))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_focal_loss_and_smoothing_are_those_of_their_papers(gamma: float, smoothing: float) -> None:
+    settings = {"focal": gamma, "label_smoothing": smoothing}
+    one = make_task("leak", TaskConfig(kind="binary", target="leak", **settings))
+    one.fit(f32(*[0] * 30, *[1] * 10))
+    output, labels = 3 * torch.randn(8, 1, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 1] * 4)
+    p, y = output[:, 0].sigmoid(), labels * (1 - smoothing) + smoothing / 2
+    expected = -(one.emphasis * y * (1 - p) ** gamma * p.log() + (1 - y) * p**gamma * (1 - p).log())
+    torch.testing.assert_close(one.loss(output, labels), expected.mean())
+
+
 @settings(deadline=None)
 @given(st.integers(1, 100_000), st.integers(1, 100_000))
 def test_the_rarer_class_counts_more_within_bounds(negative: int, positive: int) -> None:

@@ -92,6 +92,51 @@ def test_loss_is_weighted_cross_entropy() -> None:
     torch.testing.assert_close(one.loss(output, labels), expected)
 
 
+def test_without_class_weights_loss_is_plain_cross_entropy_smoothed_as_asked() -> None:
+    output, labels = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 1, 2] * 3)
+    for smoothing in (0.0, 0.3):
+        one = make_task(
+            "fault",
+            TaskConfig(
+                kind="multiclass", target="f", classes=("a", "b", "c"), class_weights="none", label_smoothing=smoothing
+            ),
+        )
+        one.fit(f32(*[0] * 30, *[1] * 10, *[2] * 5))
+        expected = F.cross_entropy(output, labels.long(), label_smoothing=smoothing)
+        torch.testing.assert_close(one.loss(output, labels), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_loss_is_that_of_its_paper(gamma: float) -> None:
+    one = make_task("fault", TaskConfig(kind="multiclass", target="f", classes=("a", "b", "c"), focal=gamma))
+    one.fit(f32(*[0] * 30, *[1] * 10, *[2] * 5))
+    output, labels = 3 * torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, 1, 2] * 3)
+    p = output.softmax(dim=1).gather(1, labels.long()[:, None])[:, 0]
+    weight = torch.tensor(one.emphasis)[labels.long()]
+    torch.testing.assert_close(one.loss(output, labels), -(weight * (1 - p) ** gamma * p.log()).mean())
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_a_row_that_is_certain_leaves_a_focal_gradient_finite(gamma: float) -> None:
+    one = make_task("fault", TaskConfig(kind="multiclass", target="f", classes=("a", "b", "c"), focal=gamma))
+    one.fit(f32(0, 1, 2))
+    output = torch.tensor([[1e4, 0.0, 0.0], [0.0, 1e4, 0.0]], requires_grad=True)
+    one.loss(output, torch.tensor([0.0, 2.0])).backward()
+    assert output.grad is not None
+    assert output.grad.isfinite().all()
+
+
+def test_a_class_that_training_never_saw_is_named_and_every_metric_stays_defined() -> None:
+    one = task()
+    one.fit(f32(0, 0, 1, 1))
+    assert one.remarks("validation", f32(0, 1, NAN)) == []
+    (said,) = one.remarks("test", f32(2, 0, 2))
+    assert "test has labels that no training sample has: 'c' (2)" in said
+    assert "`seed` of [data.split]" in said
+    measured = one.measure(one.predict(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))), f32(2, 0, 2))
+    assert all(value is not None for value in measured.values())
+
+
 def test_ordered_loss_is_a_mean_of_yes_or_no_questions() -> None:
     one = task(ordinal=True)
     one.fit(f32(0, 1, 2))
@@ -153,6 +198,18 @@ def test_a_class_nobody_listed_is_refused_by_name_file_and_row(listed: bool) -> 
 def test_a_measurement_is_not_taken_for_classes() -> None:
     with pytest.raises(DataError, match=r"300 different values.*kind = 'regression'"):
         task(None).read(pl.Series("fault", np.linspace(0, 1, 300)), "a.csv")
+
+
+@pytest.mark.parametrize(
+    "column", [pl.Series("fault", np.linspace(0, 1, 40)), pl.Series("fault", [f"{one}.5" for one in range(40)])]
+)
+def test_forty_broken_numbers_are_no_classes(column: pl.Series) -> None:
+    with pytest.raises(
+        DataError, match=r"a\.csv: column `fault`.*40 different numbers with fractions, such as .*kind = 'regression'"
+    ):
+        task(None).read(column, "a.csv")
+    task(None).read(pl.Series("fault", np.arange(40)), "a.csv")
+    task(None).read(pl.Series("fault", [f"F{one}.5" for one in range(40)]), "a.csv")
 
 
 def test_an_empty_column_says_so() -> None:

@@ -152,3 +152,12 @@ def test_blank_cells_are_missing_labels(column: pl.Series, expected: list[float]
 def test_what_is_no_number_names_file_column_row_value_and_remedy(column: pl.Series, words: str) -> None:
     with pytest.raises(DataError, match=words):
         task().read(column, "press/a.csv")
+
+
+def test_without_an_intercept_nothing_in_gives_nothing_out() -> None:
+    one = task(intercept=False)
+    one.fit(np.array([3.0, 4.0, NAN], np.float32))
+    assert (one.mean, one.std) == (0.0, pytest.approx(np.sqrt(12.5)))
+    head = one.head(5)
+    assert float(one.predict(head(torch.zeros(1, 5)))[0]) == 0.0
+    assert float(task().predict(task().head(5)(torch.zeros(1, 5)))[0]) != 0.0

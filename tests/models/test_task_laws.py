@@ -2,6 +2,9 @@
 
 import copy
 import json
+import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.models.samples import CONFIGS, labels_of, tasks_of
-from trunkline.config import TaskConfig
+from tests.models.samples import CONFIGS, labels_of, tasks_of, unlabelled
+from trunkline.config import CLASSED, TaskConfig
 from trunkline.errors import ConfigError, DataError, StorageError
 from trunkline.exchange import TrunkSpec
 from trunkline.models.tasks import TASKS, Task, make_task
@@ -40,13 +43,14 @@ def test_every_metric_has_a_unit_and_a_direction(name: str) -> None:
     assert (card.task, card.kind, card.metric, card.better) == (
         name, task.kind, task.primary, task.metrics[task.primary].better,
     )  # fmt: skip
-    assert card.unit == (CONFIGS[name].unit if task.kind == "regression" else "of 1")
+    assert card.unit == (task.metrics[task.primary].unit or CONFIGS[name].unit)
+    assert task.primary == (CONFIGS[name].metric or type(task).primary)
 
 
 @every_task
 def test_a_missing_label_gives_no_loss_and_no_gradient(name: str) -> None:
     task, out = tasks_of(name)[name], outputs(tasks_of(name)[name], 4)
-    loss = task.loss(out, torch.full((4,), NAN))
+    loss = task.loss(out, torch.from_numpy(unlabelled(task, 4)))
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert out.grad is not None
@@ -58,7 +62,7 @@ def test_rows_without_a_label_change_neither_loss_nor_gradient_of_the_others(nam
     task = tasks_of(name)[name]
     truth = torch.from_numpy(labels_of(task, 6))
     few, many = outputs(task, 6), outputs(task, 6)
-    gaps = torch.cat([truth, torch.full((3,), NAN)])
+    gaps = torch.cat([truth, torch.from_numpy(unlabelled(task, 3))])
     task.loss(few, truth).backward()
     loss = task.loss(torch.cat([many, torch.full((3, task.outputs), 1e4)]), gaps)
     loss.backward()
@@ -94,9 +98,11 @@ def test_a_head_learns_what_its_input_says(name: str) -> None:
         torch.manual_seed(0)
         head = task.head(8)
         x = torch.randn(rows, 8)
-    x[:, 0] = torch.from_numpy(truth) / truth.max() * 4 - 2  # an order
-    for value in range(int(truth.max()) + 1):  # and which
-        x[:, 1 + value % 7] += torch.from_numpy(truth == value) * 3.0
+    if truth.ndim == 1:
+        x[:, 0] = torch.from_numpy(truth) / truth.max() * 4 - 2  # an order
+    says = truth if truth.ndim == 2 else truth[:, None] == np.arange(int(truth.max()) + 1)  # and which
+    for place in range(says.shape[1]):
+        x[:, 1 + place % 7] += torch.from_numpy(says[:, place]) * 3.0
     optimiser = torch.optim.Adam(head.parameters(), lr=0.05)
     losses, scores = [], []
     for _ in range(150):
@@ -117,11 +123,12 @@ def test_a_head_learns_what_its_input_says(name: str) -> None:
 @every_task
 def test_all_labels_missing_is_refused_with_what_to_do(name: str) -> None:
     task = make_task(name, CONFIGS[name])
-    with pytest.raises(DataError, match=rf"'{name}'.*`{name}` has no label in any training row.*site\.toml"):
-        task.fit(np.full(9, NAN, np.float32))
+    column = CONFIGS[name].columns[0]
+    with pytest.raises(DataError, match=rf"'{name}'.*`{column}`.* has no label in any training row.*site\.toml"):
+        task.fit(unlabelled(task, 9))
 
 
-@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.kind != "regression"])
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.kind in CLASSED])
 def test_labels_of_one_class_are_refused_by_name(name: str) -> None:
     task = make_task(name, CONFIGS[name])
     word = (CONFIGS[name].classes or ("0", "1"))[1]
@@ -159,7 +166,7 @@ def test_a_copy_calibrated_for_one_model_leaves_the_task_alone(name: str) -> Non
 def test_without_labels_every_metric_is_undefined(name: str) -> None:
     task = tasks_of(name)[name]
     prediction = task.predict(outputs(task, 4))
-    for truth in (np.full(4, NAN, np.float32), np.empty(0, np.float32)):
+    for truth in (unlabelled(task, 4), unlabelled(task, 4)[:0]):
         assert task.measure(prediction[: len(truth)], truth) == dict.fromkeys(task.metrics)
         assert task.score(prediction[: len(truth)], truth) is None
 
@@ -169,7 +176,8 @@ def test_rows_without_a_label_do_not_count_in_any_metric(name: str) -> None:
     task = tasks_of(name)[name]
     prediction, truth = task.predict(outputs(task, 30)), labels_of(task, 30)
     keep = np.arange(30) % 3 > 0
-    gaps = np.where(keep, truth, np.float32(NAN)).astype(np.float32)
+    gaps = truth.copy()
+    gaps[~keep] = NAN
     assert task.measure(prediction, gaps) == task.measure(prediction[keep], truth[keep])
 
 
@@ -191,6 +199,42 @@ def test_the_primary_metric_is_the_score(name: str) -> None:
     assert task.measure(prediction, truth)[task.primary] == task.score(prediction, truth)
 
 
+@every_task
+def test_any_metric_can_take_the_lead(name: str) -> None:
+    """`metric` in site.toml: card, score and measure follow, and the value is what it was in its old place."""
+    plain = tasks_of(name)[name]
+    out = plain.predict(outputs(plain, 30))
+    truth = labels_of(plain, 30)
+    for metric in plain.metrics:
+        task = make_task(name, CONFIGS[name].model_copy(update={"metric": metric}))
+        task.load_state(plain.state())
+        measured = task.measure(out, truth)
+        assert task.card.metric == metric
+        assert task.card.better == plain.metrics[metric].better
+        assert task.score(out, truth) == measured[metric]
+        assert measured == pytest.approx(plain.measure(out, truth))
+
+
+@every_task
+def test_a_metric_of_no_kind_is_refused_with_those_there_are(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\[tasks\.{name}\]: `metric = 'acuracy'`.*Known: "):
+        make_task(name, CONFIGS[name].model_copy(update={"metric": "acuracy"}))
+
+
+@every_task
+def test_labels_are_described_in_one_line(name: str) -> None:
+    task = tasks_of(name)[name]
+    truth = labels_of(task, 40)
+    text = task.describe(truth)
+    assert text
+    assert "\n" not in text
+    assert "unlabelled" not in text
+    truth[:10] = NAN
+    assert "25% unlabelled" in task.describe(truth)
+    assert task.describe(unlabelled(task, 5)).startswith("no labels")
+    assert task.describe(truth[:0]) == "no samples"
+
+
 @pytest.mark.parametrize("name", ["type", "train", "keys", "half"])
 def test_a_task_name_that_torch_would_shadow_is_refused_early(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"\[tasks\.{name}\].*Rename the table; `target` may stay"):
@@ -208,6 +252,23 @@ def test_every_other_task_name_is_a_head_and_a_card(name: str) -> None:
     assert f"head.{name}.weight" in model.share((f"head.{name}",))
     out = torch.func.functional_call(model, dict(model.named_parameters()), (torch.zeros(2, 1, 3),))
     assert list(out) == [name]
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "site-toml.md"
+
+
+def test_every_task_table_of_the_page_can_be_meant() -> None:
+    blocks = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    tables = {name: table for block in blocks for name, table in tomllib.loads(block).get("tasks", {}).items()}
+    assert {"rul", "valve", "modes"} <= set(tables)
+    for name, table in tables.items():
+        assert make_task(name, TaskConfig.model_validate(table)).card.kind == table["kind"]
+
+
+@pytest.mark.parametrize("kind", ["regression", "binary", "multiclass", "ordinal", "multilabel"])
+def test_the_page_names_every_metric(kind: str) -> None:
+    text = PAGE.read_text()
+    assert [metric for metric in TASKS[kind].METRICS if f"`{metric}`" not in text] == []
 
 
 def test_an_unknown_kind_names_the_nearest() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.models.samples import batch, site, tasks_of
-from trunkline.errors import ConfigError, ContractError, StorageError
+from tests.models.samples import batch, labels_of, site, spec_of, tasks_of
+from trunkline.errors import ConfigError, ContractError, SensorMismatch, StorageError
 from trunkline.exchange import Arrays, TrunkSpec
 from trunkline.models.backbones import BACKBONES
 from trunkline.models.backbones.backbone import Backbone
@@ -22,11 +22,7 @@ LENDS = [
     for size in range(4)
     for lend in itertools.combinations(("trunk", "stem", "head.rul"), size)
 ] + [("trunk", "heads"), ("stem", "trunk", "head.fault", "head.rul")]  # fmt: skip
-SPECS = [
-    TrunkSpec(backbone=backbone, norm=norm, width=12)  # type: ignore[arg-type]
-    for backbone in BACKBONES
-    for norm in ("group", "private")
-]
+SPECS = [spec_of(backbone, norm, width=12) for backbone in BACKBONES for norm in ("group", "private", "private-group")]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.backbone}-{spec.norm}")
 every_lend = pytest.mark.parametrize("lend", LENDS, ids=lambda lend: "+".join(lend) or "nothing")
 
@@ -89,9 +85,11 @@ def test_a_site_restored_from_its_vault_answers_as_before(spec: TrunkSpec) -> No
 def test_the_names_say_what_each_array_is(spec: TrunkSpec) -> None:
     model = site(spec)
     assert all(name.startswith("trunk.") for name in model.share())
-    assert any(name.startswith("trunk.norms.0.") for name in model.share()) == (spec.norm == "group")
-    assert any(name.startswith("norms.0.") for name in model.private()) == (spec.norm == "private")
-    assert {name.split(".")[0] for name in model.share(("stem", "heads"))} == {"stem", "head"}
+    normed = len(model.norms) > 0
+    assert any(name.startswith("trunk.norms.0.") for name in model.share()) == (normed and spec.norm == "group")
+    assert any(name.startswith("norms.0.") for name in model.private()) == (normed and spec.norm != "group")
+    parts = {"head"} if spec.columns else {"stem", "head"}
+    assert {name.split(".")[0] for name in model.share(("stem", "heads"))} == parts
     assert all(array.ndim > 0 for array in (*model.share().values(), *model.private().values()))
 
 
@@ -189,7 +187,7 @@ sites = st.fixed_dictionaries(
         "width": st.sampled_from([None, 4, 7, 16]),
         "size": st.sampled_from(["small", "base"]),
         "backbone": st.sampled_from(sorted(BACKBONES)),
-        "norm": st.sampled_from(["group", "private"]),
+        "norm": st.sampled_from(["group", "private", "private-group"]),
         "seed": st.integers(0, 2**63 - 1),
     }
 )
@@ -198,7 +196,7 @@ sites = st.fixed_dictionaries(
 @settings(max_examples=30, deadline=None)
 @given(sites)
 def test_every_site_of_a_run_starts_from_the_centre_s_first_trunk(drawn: dict[str, object]) -> None:
-    spec = TrunkSpec(**{key: drawn[key] for key in ("width", "size", "backbone", "norm")})  # type: ignore[arg-type]
+    spec = spec_of(**{key: drawn[key] for key in ("width", "size", "backbone", "norm", "channels")})  # type: ignore[arg-type]
     model = site(spec, channels=drawn["channels"], tasks=drawn["tasks"], seed=drawn["seed"])  # type: ignore[arg-type]
     assert model.share().digest() == first_trunk(spec, drawn["seed"]).digest()  # type: ignore[arg-type]
 
@@ -252,8 +250,10 @@ def test_models_stacked_for_vmap_answer_and_learn_as_alone(spec: TrunkSpec) -> N
     models = [site(spec, tasks=tasks, seed=seed) for seed in (1, 2)]
     inputs = [batch(spec, seed=seed) for seed in (1, 2)]
     labels = {
-        name: torch.tensor([[1.0, 0.0, float("nan"), 1.0, 0.0], [0.0, 1.0, 1.0, 0.0, float("nan")]]) for name in tasks
+        name: torch.from_numpy(np.stack([labels_of(task, 5, seed) for seed in (1, 2)])) for name, task in tasks.items()
     }
+    for truth in labels.values():
+        truth[0, 2] = truth[1, 4] = float("nan")
 
     def loss_of(outputs: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
         return torch.stack([task.loss(outputs[name], truth[name]) for name, task in tasks.items()]).sum()
@@ -298,3 +298,45 @@ def test_every_backbone_in_the_table_says_what_it_reads_and_its_sizes() -> None:
         assert backbone.reads in ("windows", "rows"), name
         assert set(backbone.sizes) == {"small", "base"}, name
         assert backbone.sizes["small"].width < backbone.sizes["base"].width, name
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "linear"])
+def test_private_group_norms_compute_as_lent_ones_and_stay_home(backbone: str) -> None:
+    lent, kept = (site(spec_of(backbone, norm, width=12)).eval() for norm in ("group", "private-group"))
+    sample = batch(spec_of(backbone))
+    for name, output in lent(*sample).items():
+        assert torch.equal(output, kept(*sample)[name])
+    beyond = set(lent.share()) - set(kept.share())
+    assert beyond
+    assert all(name.startswith("trunk.norms.") for name in beyond)
+    assert {name.removeprefix("trunk.") for name in beyond} <= set(kept.private())
+    assert set(kept.share()) < set(lent.share())
+
+
+def test_a_trunk_without_stem_refuses_a_site_with_other_columns() -> None:
+    spec = spec_of("linear", channels=3, width=2)
+    assert not list(site(spec).stem.parameters())
+    with pytest.raises(SensorMismatch, match="reads 3 number columns as they are; this site has 4 and 0"):
+        site(spec, channels=4)
+    with pytest.raises(SensorMismatch, match="3 and 1 categorical"):
+        build_model(spec, window=None, channels=3, categories=(5,), tasks=tasks_of("rul"), seed=0)
+
+
+def test_the_linear_trunk_is_its_matrix() -> None:
+    spec = spec_of("linear", channels=3, width=2)
+    model, (x, codes) = site(spec), batch(spec)
+    matrix = torch.from_numpy(model.share()["trunk.matrix.weight"].copy())
+    torch.testing.assert_close(model.embed(x, codes), x @ matrix.T)
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"backbone": "linear"}, "needs `columns`"),
+        ({"backbone": "mlp", "columns": 3}, "no other backbone takes it"),
+        ({"backbone": "mlp", "width": 2}, "`width` of backbone 'mlp' is at least 4"),
+    ],
+)
+def test_a_trunk_that_cannot_be_meant_is_refused_where_it_is_written(table: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrunkSpec(**table)  # type: ignore[arg-type]

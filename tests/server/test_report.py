@@ -17,9 +17,9 @@ from rich.console import Console
 from trunkline.config import RunConfig
 from trunkline.errors import DataError, StorageError
 from trunkline.exchange import TaskRow
+from trunkline.server.conflicts import conflicts_of, sentences
+from trunkline.server.plots import MOST_POINTS, Predictions, average_precision
 from trunkline.server.report import (
-    MOST_POINTS,
-    Predictions,
     Refusal,
     RoundRecord,
     build_report,
@@ -72,11 +72,38 @@ def page(tmp_path: Path, report: dict[str, Any], predictions: dict[tuple[str, st
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def three_kinds(n: int = 200) -> dict[tuple[str, str], Predictions]:
+def every_kind(n: int = 200) -> dict[tuple[str, str], Predictions]:
     draw = np.random.default_rng(0)
     truth, chance = draw.uniform(0, 125, n), draw.random(n)
     names = np.array(["closed", "lag", "open"])
+    several = (draw.random((n, 20)) > 0.8).astype(float)
+    ahead = truth[:, None] + np.arange(3.0)
+    band = ahead[..., None] + np.array([-4.0, 0.0, 4.0])
+    score = np.where(chance > 0.7, 2.0, 0.5) + draw.normal(0, 0.1, n)
     return {
+        ("press-07", "alarms"): Predictions(
+            several,
+            draw.random((n, 20)),
+            draw.random((n, 20)),
+            "",
+            "multilabel",
+            names=tuple(f"A{i}" for i in range(20)),
+        ),
+        ("press-07", "wear"): Predictions(
+            draw.integers(0, 3, n), draw.dirichlet([1, 1, 1], n), None, "", "ordinal", names=("new", "worn", "gone")
+        ),
+        ("press-07", "load"): Predictions(
+            ahead, band, band + 5, "kW", "forecast", order=np.arange(n), quantiles=(0.1, 0.5, 0.9), horizons=(1, 2, 3)
+        ),
+        ("press-07", "leak"): Predictions(
+            (chance > 0.7).astype(float),
+            score,
+            2 * score,
+            "",
+            "anomaly",
+            order=np.arange(n),
+            thresholds={"federated": 1.2},
+        ),
         ("press-07", "rul"): Predictions(truth, truth + draw.normal(0, 5, n), truth + 9, "cycles", "regression"),
         ("press-07", "failing"): Predictions((chance > 0.7).astype(int), chance, draw.random(n), "", "binary"),
         ("press-07", "valve"): Predictions(
@@ -90,11 +117,11 @@ def three_kinds(n: int = 200) -> dict[tuple[str, str], Predictions]:
 
 def test_the_report_has_exactly_the_keys_other_tools_were_promised() -> None:
     report = report_of([("press-07", row())], [record(refused=[Refusal("coil-1", "sent NaN")])])
-    assert list(report) == ["trunkline", "run", "cohort", "sites", "rounds"]
+    assert list(report) == ["trunkline", "run", "cohort", "sites", "conflicts", "rounds"]
     assert set(report["run"]) == {"name", "strategy", "backbone", "rounds", "seed", "trunk_parameters", "seconds"}
     assert set(report["sites"][0]) == {
         "site", "task", "kind", "metric", "unit", "better", "n_train", "n_validation", "n_test", "local", "federated",
-        "chosen", "interval", "verdict", "more", "candidates",
+        "chosen", "interval", "verdict", "more", "candidates", "gated", "gated_interval", "gated_verdict",
     }  # fmt: skip
     assert set(report["rounds"][0]) == {
         "round", "sites", "refused", "seconds", "bytes_up", "bytes_down", "train_loss", "curves",
@@ -207,12 +234,98 @@ def test_the_summary_counts_outcomes_and_names_each_refusal_once() -> None:
     ]
     refused = [Refusal("kiln-02", "`blocks.0` holds NaN")]
     text = " ".join(printed(report_of(rows, [record(n, refused=refused) for n in (1, 2, 3)]), 200).split())
-    assert "helps in 1 of 3 site-tasks, makes no clear difference in 1, hurts in 1." in text
+    assert (
+        "As it came, federation clearly helps in 1 of 3 site-tasks, makes no clear difference in 1, hurts in 1." in text
+    )
     assert "1 more could not be compared" in text
     assert text.count("`blocks.0` holds NaN") == 1
     assert "kiln-02 (3 rounds, 1 to 3)" in text
     assert "667 bytes up and 1.3 kB down a site and round" in text  # 2000 and 4000 bytes over three replies
     assert "3 of 3 rounds" in text
+
+
+def test_what_the_gates_chose_is_counted_beside_what_came() -> None:
+    """Two plants lose by joining as it is: one keeps its own model, for the other an ensemble is no worse than alone."""
+    rows = [
+        ("press-07", row(gated=17.0, gated_interval=(-4.0, -2.0))),
+        ("kiln-02", row(federated=22.0, interval=(1.0, 3.0), chosen="local", gated=20.0, gated_interval=(0.0, 0.0))),
+        (
+            "mill-01",
+            row(federated=22.0, interval=(1.0, 3.0), chosen="ensemble", gated=19.5, gated_interval=(-1.0, 0.2)),
+        ),
+    ]
+    text = " ".join(printed(report_of(rows), 200).split())
+    assert (
+        "As it came, federation clearly helps in 1 of 3 site-tasks, makes no clear difference in none, hurts in 2."
+        in text
+    )
+    assert (
+        "chose on its validation rows, it clearly helps in 1 of 3 site-tasks, makes no clear difference in 2, hurts in none."
+        in text
+    )
+    assert "1 of 3 keep the model trained alone." in text
+    assert [one["gated_verdict"] for one in report_of(rows)["sites"]] == [
+        "keeps its own model", "no clear difference", "15 % lower error",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_chosen_candidate_is_shown_with_its_figure_at_any_width(width: int, tmp_path: Path) -> None:
+    found = {"local": 20.0, "federated": 17.0, "finetuned": 16.25, "fused": 16.125, "ensemble": 16.75}
+    one = row(chosen="fused", gated=16.125, gated_interval=(-5.0, -3.0), candidates=found)
+    report = report_of([("press-07", one)])
+    text = printed(report, width)
+    assert "fused" in text and "16.12" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert ("finetuned 16.25" in text) == (width == 200)
+    shown = Outline(page(tmp_path, report)).text
+    assert all(f"{value:.2f}" in shown for value in found.values())
+
+
+def test_a_report_of_a_version_without_candidates_still_reads(tmp_path: Path) -> None:
+    report = report_of([("press-07", row())])
+    for key in ("gated", "gated_interval", "gated_verdict", "candidates"):
+        del report["sites"][0][key]
+    del report["conflicts"]
+    assert "clearly helps in 1 of 1" in printed(report, 120)
+    assert "clearly helps in 1 of 1" in Outline(page(tmp_path, report)).text
+
+
+def cosines(*rounds: dict[str, float]) -> list[dict[str, dict[str, float]]]:
+    return [{"press-07": {f"conflict.{pair}": value for pair, value in one.items()}} for one in rounds]
+
+
+def test_a_task_that_pulls_against_all_others_in_most_rounds_is_named() -> None:
+    one = {"accumulator.pump": -0.3, "accumulator.valve": -0.2, "pump.valve": 0.4}
+    [entry] = conflicts_of(cosines(one, one, {**one, "accumulator.pump": 0.1, "accumulator.valve": 0.1}))
+    assert entry["tasks"] == ["accumulator", "pump", "valve"] and entry["rounds"] == 3
+    assert entry["cosines"][0][1] == entry["cosines"][1][0] == pytest.approx((-0.3 - 0.3 + 0.1) / 3)
+    assert entry["cosines"][1][2] == pytest.approx(0.4) and entry["cosines"][0][0] is None
+    assert entry["split"] == ["accumulator"]
+    words = "; ".join(sentences(entry))
+    assert "help each other: pump and valve (+0.40)" in words and "try without accumulator" in words
+
+
+def test_one_bad_round_or_a_cosine_near_zero_splits_nothing_off() -> None:
+    wild = [{"a.b": -0.9}, {"a.b": 0.1}, {"a.b": 0.1}, {"a.b": 0.1}]
+    assert conflicts_of(cosines(*wild))[0]["split"] == []  # -0.15 on average, and only once against
+    assert conflicts_of(cosines({"a.b": -0.02}))[0]["split"] == []
+    assert "neither help nor hinder" in sentences(conflicts_of(cosines({"a.b": -0.02}))[0])[0]
+    assert conflicts_of([{"press-07": {"validation_loss": 1.0}}]) == []
+    assert conflicts_of(cosines({"a.b": math.nan})) == []
+
+
+def test_the_page_shows_who_helps_whom_and_who_shares_a_trunk(tmp_path: Path) -> None:
+    metrics = {"press-07": {"conflict.rul.valve": -0.31, "rul.federated": 1.0}}
+    report = report_of([("press-07", row())], [record(metrics=metrics)])
+    assert "Cohorts" not in Outline(page(tmp_path, report)).text
+    report["cohorts"] = {"press-07": 1, "kiln-02": 0, "mill-01": 1}
+    text = Outline(page(tmp_path, report)).text
+    assert "Do the tasks help each other?" in text and "-0.31" in text
+    assert "mill-01, press-07" in text
+    shown = " ".join(printed(report, 200).split())
+    assert "Tasks at press-07: pull against each other: rul and valve (-0.31)" in shown
+    assert "0: kiln-02; 1: mill-01, press-07" in shown
 
 
 def test_colour_means_that_the_interval_excludes_zero() -> None:
@@ -272,7 +385,7 @@ class Outline(HTMLParser):
 
 
 def test_the_page_asks_nothing_of_the_outside(tmp_path: Path) -> None:
-    text = page(tmp_path, report_of([("press-07", row())]), three_kinds())
+    text = page(tmp_path, report_of([("press-07", row())]), every_kind())
     found = Outline(text)
     assert not {"script", "link", "img", "iframe", "object", "image"} & set(found.tags)
     references = [value for name, value in found.attributes if name in ("src", "href", "xlink:href", "action", "data")]
@@ -283,7 +396,7 @@ def test_the_page_asks_nothing_of_the_outside(tmp_path: Path) -> None:
 
 
 def test_every_reference_inside_a_figure_points_at_one_element(tmp_path: Path) -> None:
-    predictions = {(site, task): one for site in ("press-07", "kiln-02") for (_, task), one in three_kinds().items()}
+    predictions = {(site, task): one for site in ("press-07", "kiln-02") for (_, task), one in every_kind().items()}
     found = Outline(page(tmp_path, report_of([("press-07", row()), ("kiln-02", row())]), predictions))
     names = [value for name, value in found.attributes if name == "id"]
     wanted = {value[1:] for name, value in found.attributes if name == "href"}
@@ -311,7 +424,7 @@ def test_names_and_causes_are_text_and_never_markup(tmp_path: Path) -> None:
 def test_equal_reports_give_equal_bytes(tmp_path: Path) -> None:
     report = report_of([("press-07", row())])
     for name in ("one", "two"):
-        write_report(report, tmp_path / name, three_kinds())
+        write_report(report, tmp_path / name, every_kind())
     for file in ("report.json", "report.html"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -337,7 +450,7 @@ def test_words_in_any_script_and_times_nobody_knows_make_a_page_without_a_warnin
     assert "温度" in printed(report, 80)
 
 
-@pytest.mark.parametrize("kind", ["regression", "binary", "multiclass", "a later kind"])
+@pytest.mark.parametrize("kind", ["regression", "binary", "multiclass", "ordinal", "anomaly", "a later kind"])
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_a_handful_of_test_rows_is_enough_for_a_figure_and_none_for_none(tmp_path: Path, kind: str, n: int) -> None:
     ones = np.ones(n)
@@ -370,6 +483,36 @@ def test_the_area_under_the_curve_is_the_chance_to_rank_a_positive_above_a_negat
     assert f"ROC area {np.mean(pairs):.3f} federated, {1 - np.mean(pairs):.3f} alone" in Outline(text).text
 
 
+def test_average_precision_is_that_of_the_library_with_ties() -> None:
+    import torch
+    from torchmetrics.functional.classification import binary_average_precision
+
+    draw = np.random.default_rng(3)
+    for _ in range(20):
+        truth, score = draw.random(60) > 0.7, draw.integers(0, 9, 60) / 8
+        expected = float(binary_average_precision(torch.tensor(score), torch.tensor(truth).long()))
+        assert average_precision(truth, score) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_band_that_holds_what_it_says_is_said_to(tmp_path: Path) -> None:
+    draw = np.random.default_rng(4)
+    truth = draw.normal(size=(2000, 2))
+    band = np.broadcast_to(np.array([-1.2816, 0.0, 1.2816]), (2000, 2, 3))  # the 10 % and 90 % points of a normal
+    one = Predictions(truth, band, None, "kW", "forecast", quantiles=(0.1, 0.5, 0.9), horizons=(1, 24))
+    text = Outline(page(tmp_path, report_of([]), {("press-07", "load"): one})).text
+    found = re.search(r"the 80 % band holds (\d+) %", text)
+    assert found and 77 <= int(found[1]) <= 83
+    assert "24 rows ahead" in text
+
+
+def test_alarms_are_counted_at_each_models_own_threshold(tmp_path: Path) -> None:
+    truth, score = np.array([0.0, 0.0, 1.0, 1.0]), np.array([1.0, 4.0, 4.0, 2.0])
+    one = Predictions(truth, score, score, "", "anomaly", thresholds={"federated": 3.0, "local": 0.5})
+    assert "1 of 2 such rows called, 1 false" in Outline(page(tmp_path, report_of([]), {("press-07", "x"): one})).text
+
+
 def test_predictions_of_another_length_are_refused_with_both_shapes() -> None:
     with pytest.raises(DataError, match=r"local.*\(3,\).*\(4,\)"):
         Predictions(np.zeros(4), np.zeros(4), np.zeros(3), "", "regression")
+    with pytest.raises(DataError, match=r"federated.*'forecast'.*3 axes.*\(4, 2\)"):
+        Predictions(np.zeros((4, 2)), np.zeros((4, 2)), None, "", "forecast")

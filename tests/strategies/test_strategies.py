@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests import laws
 from trunkline.errors import ConfigError, ContractError
-from trunkline.exchange import Arrays, LocalPlan
+from trunkline.exchange import Arrays, LocalPlan, TrunkSpec, Update
 from trunkline.strategies import STRATEGIES, build_strategy
 from trunkline.strategies.strategy import ExactSum, weighted_mean
 
@@ -30,7 +30,8 @@ def drawn_updates(seed: int, sites: int = 7):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_of_sites_changes_no_byte(name: str, seed: int) -> None:
     strategy = build_strategy(name, {}, LocalPlan())
-    laws.assert_order_does_not_matter(strategy, strategy.start(TRUNK), drawn_updates(seed))
+    rounds = [drawn_updates(1000 * seed + round) for round in range(5)]
+    laws.assert_order_does_not_matter(strategy, strategy.start(TRUNK), rounds)
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
@@ -38,6 +39,56 @@ def test_equal_updates_are_handled_alike(name: str) -> None:
     strategy = build_strategy(name, {}, LocalPlan())
     laws.assert_no_change_is_a_fixed_point(strategy, strategy.start(TRUNK))
     laws.assert_agreement_moves_every_weighting_alike(strategy, strategy.start(TRUNK))
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("seed", range(3))
+def test_combining_follows_the_scale(name: str, seed: int) -> None:
+    laws.assert_combining_follows_the_scale(build_strategy(name, {}, LocalPlan()), drawn_updates(seed))
+
+
+def lies(seed: int) -> list[Update]:
+    rng = np.random.default_rng(seed)
+    honest = honest_updates(seed)
+    mean = {name: np.mean([one.delta[name] for one in honest], axis=0) for name in TRUNK}
+    told = [
+        {name: np.full_like(array, 9999.0) for name, array in TRUNK.items()},
+        {name: (rng.normal(size=array.shape) * 1e3).astype(np.float32) for name, array in TRUNK.items()},
+        {name: (-100 * mean[name]).astype(np.float32) for name in TRUNK},
+        {name: np.zeros_like(array) for name, array in TRUNK.items()},
+    ]
+    # a first and a last name: ties and sorting must not favour it; the largest weight that is admitted
+    return [laws.update(site, lie, 100_000.0) for lie in told for site in ("a-liar", "z-liar")]
+
+
+def honest_updates(seed: int) -> list[Update]:
+    rng = np.random.default_rng(100 + seed)
+    common = {name: rng.normal(size=array.shape) for name, array in TRUNK.items()}
+    return [
+        laws.update(
+            f"site-{site}",
+            {
+                name: (common[name] + 0.3 * rng.normal(size=array.shape)).astype(np.float32)
+                for name, array in TRUNK.items()
+            },
+            float(rng.integers(1, 100)),
+        )
+        for site in range(6)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in sorted(STRATEGIES.items()) if kind.robust])
+@pytest.mark.parametrize("seed", range(5))
+def test_one_liar_is_bounded_where_that_is_claimed(name: str, seed: int) -> None:
+    for lie in lies(seed):
+        laws.assert_one_liar_is_bounded(build_strategy(name, {}, LocalPlan()), honest_updates(seed), lie)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "conflict_averse"])
+def test_the_liar_law_finds_what_is_not_robust(name: str) -> None:
+    """Guards the guard: the same lies move a mean beyond the bound."""
+    with pytest.raises(AssertionError):
+        laws.assert_one_liar_is_bounded(build_strategy(name, {}, LocalPlan()), honest_updates(0), lies(0)[0])
 
 
 def test_a_plain_float_sum_would_break_the_order_law() -> None:
@@ -114,7 +165,44 @@ def test_fedadam_takes_the_first_step_of_the_paper() -> None:
     np.testing.assert_allclose(after.trunk["w"], 0.1 * first / (np.sqrt(second) + 0.001), rtol=1e-5)
 
 
+def test_fedyogi_comes_down_more_slowly_than_fedadam() -> None:
+    """After one large update and many small ones Adam has forgotten the large one, Yogi has not: hand-computed squares."""
+    large, small = {"w": np.full(1, 1.0, np.float32)}, {"w": np.full(1, 0.01, np.float32)}
+    squares = {}
+    for name in ("fedadam", "fedyogi"):
+        strategy = build_strategy(name, {"tau": 0.001}, LocalPlan())
+        state = laws.step(strategy, strategy.start(Arrays({"w": np.zeros(1, np.float32)})), [laws.update("a", large)])
+        for _ in range(50):
+            state = laws.step(strategy, state, [laws.update("a", small)])
+        squares[name] = float(state.moments["square"]["w"][0])
+    first = {"fedadam": 0.99e-6 + 0.01, "fedyogi": 1e-6 + 0.01}
+    faded = first["fedadam"] * 0.99**50 + (1 - 0.99**50) * 1e-4
+    assert squares["fedadam"] == pytest.approx(faded, rel=1e-4)
+    assert squares["fedyogi"] == pytest.approx(first["fedyogi"] - 50 * 0.01 * 1e-4, rel=1e-4)
+
+
+def test_fedavgm_adds_up_what_comes_again_and_cancels_what_turns() -> None:
+    strategy = build_strategy("fedavgm", {"momentum": 0.5}, LocalPlan())
+    push = {"w": np.array([1.0, 1.0], np.float32)}
+    turn = {"w": np.array([1.0, -1.0], np.float32)}
+    state = strategy.start(Arrays({"w": np.zeros(2, np.float32)}))
+    for delta in (push, turn, push):
+        state = laws.step(strategy, state, [laws.update("a", delta)])
+    np.testing.assert_allclose(state.trunk["w"], [1 + 1.5 + 1.75, 1 - 0.5 + 0.75])
+
+
 def test_plans_say_what_each_algorithm_does_at_the_site() -> None:
+    babu = build_strategy("fedbabu", {"finish_steps": 7}, LocalPlan()).plan
+    assert ([phase.parts for phase in babu.phases], babu.finish_steps, babu.finish_parts) == (
+        [("stem", "trunk")],
+        7,
+        ("heads",),
+    )
+    assert build_strategy("ditto", {"pull": 0.3}, LocalPlan()).plan.personal == 0.3
+    assert build_strategy("fedbn", {}, LocalPlan()).trunk(TrunkSpec(width=16)) == TrunkSpec(width=16, norm="private")
+    grouped = build_strategy("fedbn", {"norm": "private-group"}, LocalPlan())
+    assert grouped.trunk(TrunkSpec()).norm == "private-group"
+    assert build_strategy("fedper", {}, LocalPlan()).trunk(TrunkSpec(width=16)) == TrunkSpec(width=16)
     assert build_strategy("fedprox", {"mu": 0.3}, LocalPlan()).plan.proximal == 0.3
     assert [phase.parts for phase in build_strategy("fedrep", {}, LocalPlan()).plan.phases] == [
         ("stem", "heads"),

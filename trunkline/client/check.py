@@ -3,9 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
@@ -15,9 +13,6 @@ from trunkline.client.data import Note, Problem, SiteData, Survey, WindowSet, su
 from trunkline.client.data.notes import counted, some
 from trunkline.client.data.split import PARTS
 from trunkline.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trunkline.models.tasks.task import Task
 
 MOST_CHANNELS = 60  # lines of the channel table; a thousand channels are nobody's page
 MARK = {"info": ("i", "cyan"), "warning": ("!", "yellow")}
@@ -83,7 +78,9 @@ def render(report: CheckReport, console: Console) -> None:
         console.print(_section("Problems", wrong))
         verdict = Text(f"{counted(len(report.problems), 'problem')} to mend before {name} can train.", "bold red")
     else:
-        verdict = Text(f"{name} is ready to train.", "bold green")
+        aside = list(result.findings.aside) if result else []
+        without = f", without {counted(len(aside), 'task')}: {some(aside)}" if aside else ""
+        verdict = Text(f"{name} is ready to train{without}.", "bold yellow" if aside else "bold green")
     console.print(verdict)
 
 
@@ -137,6 +134,8 @@ def _facts(result: Survey) -> Padding:
             else f"validation {split.validation:.0%}, test from `test_files`"
         )
         facts["split"] = f"by {split.by}, {shares}, seed {split.seed}"
+        if split.folds is not None:
+            facts["split"] += f"; tested on fold {split.fold} of 0 to {split.folds - 1}"
         if split.labelled:
             facts["split"] += f"; {counted(len(split.labelled), 'training group')} with labels"
     for key, value in facts.items():
@@ -151,7 +150,7 @@ def _parts(site: SiteData) -> dict[str, WindowSet]:
 def _tasks(site: SiteData) -> Padding:
     grid = _grid("task", "kind", "target", "weight", *PARTS, right=("weight",))
     for name, task in site.tasks.items():
-        cells = [_labels(task, part.labels[name]) for part in _parts(site).values()]
+        cells = [task.describe(part.labels[name]) for part in _parts(site).values()]
         unit = f" ({task.config.unit})" if task.config.unit else ""
         grid.add_row(
             *(
@@ -166,20 +165,6 @@ def _tasks(site: SiteData) -> Padding:
             )
         )
     return Padding(grid, (0, 0, 1, 0))
-
-
-def _labels(task: "Task", labels: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> str:
-    """Range of a regression's labels, or share of each class; and how many samples have none."""
-    known = labels[~np.isnan(labels)]
-    if not len(known):
-        return "no labels" if len(labels) else "no samples"
-    without = f", {1 - len(known) / len(labels):.0%} unlabelled" if len(known) < len(labels) else ""
-    if task.kind == "regression":
-        return f"{known.min():.4g} to {known.max():.4g}, median {np.median(known):.4g}{without}"
-    names = tuple(getattr(task, "classes", ())) or tuple(getattr(task, "words", ())) or ("0", "1")
-    codes, counts = np.unique(known.astype(np.int64), return_counts=True)
-    shares = [f"{names[code]} {count / len(known):.1%}" for code, count in zip(codes, counts, strict=True)]
-    return some(shares, 6) + without
 
 
 def _channels(result: Survey) -> Padding:

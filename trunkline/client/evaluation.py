@@ -1,25 +1,31 @@
 """How good the models are on rows nobody trained on, with an interval over what belongs together."""
 
 import copy
-from dataclasses import dataclass
-from pathlib import Path
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from torch import Tensor
 
-from trunkline.client.data import WindowSet
-from trunkline.client.gate import choose
+from trunkline.client.candidates import versions
+from trunkline.client.gate import Tried, choose
 from trunkline.client.site import Site
 from trunkline.client.training import Resident, outputs_of, total_loss
-from trunkline.exchange import TaskRow, seed_of
-from trunkline.models.labels import known as is_known
+from trunkline.exchange import Order, TaskRow, seed_of
+from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.storage import write_atomic
 
 RESAMPLES = 1000  # of the bootstrap; the ends of a 95 % interval then rest on 25 resamples each
+FEWEST = 200  # of a test set so large that a site's evaluation would take minutes; its interval is the surer anyway
+WORK = 100_000_000  # numbers a bootstrap may look at, about a second
+
+Tasks = Mapping[str, Task]
 
 
 @dataclass(frozen=True)
@@ -41,35 +47,6 @@ def curve(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> Curve:
     return Curve(float(total_loss(outputs, labels, tasks)), metrics)
 
 
-def paired_bootstrap(
-    federated: "Scored", local: "Scored", labels: NDArray[np.float32], groups: NDArray[np.int32], seed: int
-) -> tuple[float, float] | None:
-    """95 % interval of (federated minus local) of the primary metric, resampling whole test groups (Efron 1979).
-
-    Rows of one engine or coil are not independent, so groups are drawn, not rows; both models are scored on the same draw.
-
-    Returns:
-        None below two labelled groups: there is nothing to resample.
-    """
-    known = np.flatnonzero(is_known(labels))
-    codes, member = np.unique(groups[known], return_inverse=True)
-    if len(codes) < 2:
-        return None
-    by_group = np.split(known[np.argsort(member, kind="stable")], np.cumsum(np.bincount(member))[:-1])
-    draw = np.random.default_rng(seed)
-    differences = []
-    for _ in range(RESAMPLES):
-        rows = np.concatenate([by_group[one] for one in draw.integers(0, len(codes), len(codes))])
-        one = federated.task.score(federated.prediction[rows], labels[rows])
-        other = local.task.score(local.prediction[rows], labels[rows])
-        if one is not None and other is not None:  # a draw without a single failure has no F1
-            differences.append(one - other)
-    if len(differences) < RESAMPLES // 2:
-        return None
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return float(low), float(high)
-
-
 @dataclass(frozen=True)
 class Scored:
     """One model on one task: what it predicts on the test rows, and how it did on validation.
@@ -82,62 +59,208 @@ class Scored:
     on_validation: float | None
 
 
+def paired_bootstrap(
+    one: Scored, other: Scored, labels: NDArray[np.float32], groups: NDArray[np.int32], seed: int
+) -> tuple[float, float] | None:
+    """95 % interval of (one minus other) of the primary metric, resampling whole test groups (Efron 1979).
+
+    Rows of one engine or coil are not independent, so groups are drawn, not rows; both models are scored on the same draw.
+    A very large test set is drawn less often, see FEWEST.
+
+    Returns:
+        None below two labelled groups: there is nothing to resample.
+    """
+    judged = np.flatnonzero(one.task.judged(labels))
+    codes, member = np.unique(groups[judged], return_inverse=True)
+    if len(codes) < 2:
+        return None
+    by_group = np.split(judged[np.argsort(member, kind="stable")], np.cumsum(np.bincount(member))[:-1])
+    draw = np.random.default_rng(seed)
+    numbers = 2 * len(judged) * one.prediction[:1].size
+    resamples = min(RESAMPLES, max(FEWEST, WORK // numbers))
+    differences = []
+    for _ in range(resamples):
+        rows = np.concatenate([by_group[place] for place in draw.integers(0, len(codes), len(codes))])
+        mine = one.task.score(one.prediction[rows], labels[rows])
+        theirs = other.task.score(other.prediction[rows], labels[rows])
+        if mine is not None and theirs is not None:  # a draw without a single failure has no F1
+            differences.append(mine - theirs)
+    if len(differences) < resamples // 2:
+        return None
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass
+class _Judge:
+    """One model before the site's validation and test rows, task by task; each forward pass is made once."""
+
+    site: Site
+    model: TrunkModel
+    tasks: dict[str, Task]
+    _own: dict[str, Task] = field(default_factory=dict)
+    _outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def own(self, name: str) -> Task:
+        """A copy of the task, settled for this model; `outputs` of training rows are looked at by kinds that want them only."""
+        if not self._own:
+            self._own = {one: copy.copy(task) for one, task in self.tasks.items()}
+            wanting = {one: task for one, task in self._own.items() if task.settles}
+            if wanting:
+                train = self.site.resident("train")
+                for one, output in outputs_of(self.model, train, wanting).items():
+                    wanting[one].settle(output, train.labels[one].cpu().numpy())
+        return self._own[name]
+
+    def outputs(self, part: str, name: str) -> Tensor:
+        if part not in self._outputs:
+            resident = self.site.resident("test" if part == "test" else "validation")
+            self._outputs[part] = outputs_of(self.model, resident, self.tasks)
+        return self._outputs[part][name]
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A single model's predictions."""
+
+    judge: _Judge
+    name: str
+
+    @property
+    def task(self) -> Task:
+        return self.judge.own(self.name)
+
+    def predict(self, task: Task, part: str) -> NDArray[np.float32]:
+        return task.predict(self.judge.outputs(part, self.name))
+
+
+@dataclass(frozen=True)
+class _Together:
+    """An ensemble's predictions: the mean of what two models say, in values, probabilities, quantiles or scores."""
+
+    one: _Alone
+    other: _Alone
+
+    @property
+    def task(self) -> Task:
+        return self.one.task
+
+    def predict(self, task: Task, part: str) -> NDArray[np.float32]:
+        mean: NDArray[np.float32] = (
+            self.one.predict(self.one.task, part) + self.other.predict(self.other.task, part)
+        ) / 2.0
+        return mean
+
+
+Predictor = _Alone | _Together
+
+
 def score_site(
-    site: Site, federated: TrunkModel, local: TrunkModel | None, *, seed: int, run: str
+    site: Site, models: Mapping[str, TrunkModel], order: Order, *, tasks: Mapping[str, dict[str, Task]] | None = None
 ) -> tuple[TaskRow, ...]:
     """The site's rows of the worth-it report; its row-level predictions stay in its state folder.
 
+    What the gate chooses from, a task at a time, is `models`, fine-tuned and fused versions of the federated one where the
+    plan has steps for them (`candidates.versions`), and the ensemble of federated and local.
+
     Args:
-        federated: the final trunk with the site's own stem and heads.
-        local: the twin that trained alone, or None when the run wanted no baseline.
-        seed: of the bootstrap.
+        models: name -> model. "federated" is what the strategy made for this site; "local", the twin that trained alone,
+            is absent where the run wanted no baseline. "shared", with a personal model, is the one that was averaged.
+        order: of the run; its seed is the bootstrap's and its plan says whether and how to fine-tune.
+        tasks: name of a model -> the tasks it was trained with, where they are not the site's own.
     """
-    models = {"federated": federated} | ({"local": local} if local is not None else {})
-    validation = {who: outputs_of(model, site.resident("validation"), site.data.tasks) for who, model in models.items()}
-    test = {who: outputs_of(model, site.resident("test"), site.data.tasks) for who, model in models.items()}
+    given = tasks or {}
+    judges = {name: _Judge(site, model, given.get(name, site.data.tasks)) for name, model in models.items()}
+    tries = {
+        candidate: [_Judge(site, model, site.data.tasks) for model in some.values()]
+        for candidate, some in versions(site, models["federated"], order).items()
+    }
     rows = []
-    for name, task in site.data.tasks.items():
-        scored: dict[str, Scored] = {}
-        for who in models:
-            own, labels = copy.copy(task), site.data.validation.labels[name]
-            known = own.predict(validation[who][name])
-            own.calibrate(known, labels)
-            scored[who] = Scored(own, own.predict(test[who][name]), own.score(known, labels))
-        rows.append(_row(site, task, scored, seed))
-        _keep_predictions(site.state / "evaluation" / run / f"{name}.safetensors", site.data.test.labels[name], scored)
+    for name in site.data.tasks:
+        predictors: dict[str, Predictor] = {who: _Alone(judge, name) for who, judge in judges.items()}
+        tried = {who: _try(site, name, one) for who, one in predictors.items()}
+        for candidate, some in tries.items():
+            found = [_Alone(judge, name) for judge in some]
+            results = [_try(site, name, one) for one in found]
+            best = _best(results)
+            predictors[candidate], tried[candidate] = found[best], replace(results[best], tries=len(results))
+        if "local" in models and "local" not in given and "federated" not in given:
+            predictors["ensemble"] = _Together(_Alone(judges["federated"], name), _Alone(judges["local"], name))
+            tried["ensemble"] = _try(site, name, predictors["ensemble"])
+        data = site.data.validation
+        chosen = choose(tried, data.labels[name], data.groups)
+        if trouble := tried[chosen].task.trouble:
+            site.tell(f"task {name}, model {chosen}: {trouble}")
+        scored = {
+            who: Scored(tried[who].task, one.predict(tried[who].task, "test"), tried[who].score)
+            for who, one in predictors.items()
+        }
+        rows.append(_row(site, name, scored, chosen, order.seed))
+        _keep_predictions(site, order.run, name, scored, chosen)
     return tuple(rows)
 
 
-def _row(site: Site, task: Task, scored: dict[str, Scored], seed: int) -> TaskRow:
-    data, name = site.data, task.name
+def _try(site: Site, name: str, predictor: Predictor) -> Tried:
+    task, labels = copy.copy(predictor.task), site.data.validation.labels[name]
+    prediction = predictor.predict(task, "validation")
+    task.calibrate(prediction, labels)
+    return Tried(task, prediction, task.score(prediction, labels))
+
+
+def _best(results: list[Tried]) -> int:
+    """The first with the best validation figure; the first of all where there is none."""
+    better = 1.0 if results[0].task.card.better == "higher" else -1.0
+    values = [-np.inf if one.score is None else better * one.score for one in results]
+    return int(np.argmax(values))
+
+
+def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, seed: int) -> TaskRow:
+    data, task = site.data, site.data.tasks[name]
     truth, groups = data.test.labels[name], data.test.groups
-    measured = {who: one.task.measure(one.prediction, truth) for who, one in scored.items()}
-    federated, local = scored["federated"], scored.get("local")
-    interval = paired_bootstrap(federated, local, truth, groups, seed_of(seed, site.name, name)) if local else None
-    primary = task.card.metric
+    shown = {who: one for who, one in scored.items() if who in ("local", "federated", chosen)}
+    measured = {who: one.task.measure(one.prediction, truth) for who, one in shown.items()}
+    primary, local = task.card.metric, scored.get("local")
+    intervals = {
+        who: paired_bootstrap(one, local, truth, groups, seed_of(seed, site.name, name))
+        for who, one in shown.items()
+        if local is not None and who != "local"
+    }
+    interval = intervals.get("federated")
+    if chosen == "local":
+        intervals["local"] = (0.0, 0.0) if interval is not None else None  # the same model: not a question of chance
     others = sorted({metric for one in measured.values() for metric in one} - {primary})
+    candidates = {who: one.task.score(one.prediction, truth) for who, one in scored.items()}
     return TaskRow(
         **task.card.model_dump(),
-        n_train=_labelled(data.train, name),
-        n_validation=_labelled(data.validation, name),
-        n_test=_labelled(data.test, name),
-        n_groups=len(np.unique(groups[is_known(truth)])),
-        local=measured["local"][primary] if local else None,
-        federated=measured["federated"][primary],
-        chosen=choose(task, local.on_validation if local else None, federated.on_validation),
+        n_train=int(known(data.train.labels[name]).sum()),
+        n_validation=int(task.judged(data.validation.labels[name]).sum()),
+        n_test=int(task.judged(truth).sum()),
+        n_groups=len(np.unique(groups[task.judged(truth)])),
+        local=candidates.get("local"),
+        federated=candidates["federated"],
+        chosen=chosen,
         interval=interval,
         more={metric: {who: one.get(metric) for who, one in measured.items()} for metric in others},
+        candidates=candidates,
+        gated=candidates[chosen],
+        gated_interval=intervals.get(chosen),
     )
 
 
-def _labelled(windows: WindowSet, task: str) -> int:
-    return int(is_known(windows.labels[task]).sum())
-
-
-def _keep_predictions(path: Path, truth: NDArray[Any], scored: dict[str, Scored]) -> None:
+def _keep_predictions(site: Site, run: str, name: str, scored: dict[str, Scored], chosen: str) -> None:
     """Row-level results for the plant's own plots. They are data: they lie beside the vault and no message has a type for them."""
-    tensors = {
-        "truth": np.ascontiguousarray(truth),
-        **{who: np.ascontiguousarray(one.prediction, dtype=np.float32) for who, one in scored.items()},
+    test = site.data.test
+    kept = {who: one for who, one in scored.items() if who in ("local", "federated", chosen)}
+    tensors: dict[str, NDArray[Any]] = {
+        "truth": np.ascontiguousarray(test.labels[name]),
+        "groups": np.ascontiguousarray(test.groups),
+        "order": np.ascontiguousarray(test.order),
+        **{who: np.ascontiguousarray(one.prediction, dtype=np.float32) for who, one in kept.items()},
     }
-    write_atomic(path, safetensors.numpy.save(tensors))
+    about = {
+        "chosen": chosen,
+        "task": site.data.tasks[name].config.model_dump(mode="json"),
+        "states": {who: one.task.state() for who, one in kept.items()},
+    }
+    path = site.state / "evaluation" / run / f"{name}.safetensors"
+    write_atomic(path, safetensors.numpy.save(tensors, {"about": json.dumps(about)}))

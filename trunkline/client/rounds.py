@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import trunkline
+from trunkline.client.candidates import finish
+from trunkline.client.data.statistics import lent_statistics, names_of
 from trunkline.client.evaluation import curve, score_site
 from trunkline.client.site import Site
 from trunkline.client.training import train_site
@@ -32,14 +34,18 @@ def answer_offer(site: Site, order: Order) -> tuple[Offer, Arrays]:
     model = site.model(order)
     lent = model.share(order.lend)
     trunk = model.share(("trunk",)) if "trunk" in order.lend else Arrays()
+    once = lent_statistics(site.data) if "scaler" in order.lend and "scaler" in site.config.policy.lend else Arrays()
     offer = Offer(
         site=site.name,
         run=order.run,
         version=trunkline.__version__,
         arrays=specs_of(lent),
         tasks=tuple(task.card for task in site.data.tasks.values()),
+        once=specs_of(once),
+        inputs=names_of(site.data) if once or "stem" in order.lend else None,
     )
-    return offer, Arrays({name: array for name, array in lent.items() if name not in trunk})
+    first = {name: array for name, array in lent.items() if name not in trunk}
+    return offer, Arrays({**first, **once})
 
 
 def contract_of(site: Site, lent: Arrays) -> Contract:
@@ -72,19 +78,37 @@ def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str
     model, twin = _models(site, order, arrays, before)
     tasks, plan = site.data.tasks, order.plan
     metrics: dict[str, float] = {}
+    balance = dict(before.balance) if before is not None else {}
     best = _Best.of(before)
-    for who, one in (("federated", model), ("local", twin)):
+    personal = _personal(site, order, before)
+    for who, one in (("federated", model), ("personal", personal), ("local", twin)):
         if one is not None and order.round > 1:  # before round 1 nothing has learnt anything
             point = curve(one, site.resident("curve"), tasks)
-            metrics["validation_loss" if who == "federated" else "local_validation_loss"] = point.loss
-            metrics |= {f"{task}.{who}": value for task, value in point.metrics.items()}
             best.see(who, one, point.loss, order)
+            # the curves called federated are those of the model the site uses: the personal one where there is one
+            name = "federated" if who == "personal" else who
+            metrics["validation_loss" if name == "federated" else "local_validation_loss"] = point.loss
+            metrics |= {f"{task}.{name}": value for task, value in point.metrics.items()}
     seed = seed_of(order.seed, site.name, order.round)
     data, done = site.resident("train"), order.round - 1
+    arrived = [parameter.detach().clone() for parameter in model.parameters_of("trunk")] if personal else None
     if order.lend or best.hopeful("federated", order):
-        metrics["train_loss"] = train_site(model, data, tasks, plan, seed=seed, done=done, rounds=order.rounds)
+        trained = train_site(
+            model, data, tasks, plan, seed=seed, done=done, rounds=order.rounds, balance=balance.get("federated")
+        )
+        metrics |= {"train_loss": trained.loss, **trained.conflicts}
+        balance["federated"] = trained.balance
+    if personal is not None and best.hopeful("personal", order):
+        pulled = plan.model_copy(update={"proximal": plan.personal})
+        balance["personal"] = train_site(
+            personal, data, tasks, pulled, seed=seed, done=done, rounds=order.rounds,
+            toward=arrived, balance=balance.get("personal"),
+        ).balance  # fmt: skip
     if twin is not None and best.hopeful("local", order):
-        train_site(twin, data, tasks, alone(plan), seed=seed, done=done, rounds=order.rounds)
+        balance["local"] = train_site(
+            twin, data, tasks, apart(order).plan, seed=seed, done=done, rounds=order.rounds,
+            balance=balance.get("local"),
+        ).balance  # fmt: skip
     after = model.share(order.lend)
     delta = Arrays({name: np.subtract(array, arrays[name]) for name, array in after.items()})
     contract_of(site, arrays).check(delta, metrics)
@@ -95,6 +119,8 @@ def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str
         best=best.state,
         best_loss=best.loss,
         best_round=best.round,
+        personal=personal.private(()) if personal is not None else {},
+        balance={who: state for who, state in balance.items() if state},
         delta=delta,
         metrics=metrics,
         weight=float(min(len(data), order.weight_cap)),
@@ -134,11 +160,19 @@ def alone(plan: LocalPlan) -> LocalPlan:
     )
 
 
+def apart(order: Order) -> Order:
+    """The order as the local twin takes it: with its own settings where a search chose some for it."""
+    own = order.twin
+    return order.model_copy(
+        update={"plan": alone(own.plan), "trunk": own.trunk} if own else {"plan": alone(order.plan)}
+    )
+
+
 def _models(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> tuple[TrunkModel, TrunkModel | None]:
     """The federated model with what arrived, and the local twin, both as the round before left them."""
     model = site.model(order)
     model.adopt(arrays, order.lend)
-    twin = site.model(order) if order.baseline else None
+    twin = site.model(apart(order)) if order.baseline else None
     if before is not None:
         model.restore(before.private, order.lend)
         if twin is not None:
@@ -146,13 +180,35 @@ def _models(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> t
     return model, twin
 
 
+def _personal(site: Site, order: Order, before: Entry | None) -> TrunkModel | None:
+    """The site's own model beside the shared one (Ditto), as the round before left it; None where the plan has none."""
+    if not order.plan.personal:
+        return None
+    model = site.model(order)
+    if before is not None and before.personal:
+        model.restore(before.personal, ())
+    return model
+
+
 def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
-    """Score the final trunk with this site's stem and heads, and the twin, on the site's own test rows."""
+    """Score the final trunk with this site's stem and heads, the twin, and what else the gate may choose from, on test rows.
+
+    With a personal model beside the shared one (`plan.personal`) it is the personal one that federation gave this site.
+    """
     site.consent(order.lend)
     before = Vault(site.state, order.run, site.tell).before(order.round)
     model, twin = _models(site, order, arrays, before)
+    roles = {"federated": model}
+    if before is not None and before.personal:
+        roles["personal"] = site.model(order)
+        roles["personal"].restore(before.personal, ())
+    if twin is not None:
+        roles["local"] = twin
     best = _Best.of(before)
-    for who, one in (("federated", model), ("local", twin)):
-        if one is not None and who in best.loss:
+    for who, one in roles.items():
+        if who in best.loss:
             best.put_back(who, one, curve(one, site.resident("curve"), site.data.tasks).loss)
-    return Scorecard(site=site.name, run=order.run, rows=score_site(site, model, twin, seed=order.seed, run=order.run))
+    finish(site, model, order)
+    if "personal" in roles:
+        roles["shared"], roles["federated"] = model, roles.pop("personal")
+    return Scorecard(site=site.name, run=order.run, rows=score_site(site, roles, order))

@@ -66,9 +66,14 @@ class Site:
         return model.to(device())
 
     def consent(self, lend: tuple[str, ...]) -> None:
-        """Raises ContractError when the run asks for more than the site's own policy lends."""
+        """Raises ContractError when the run asks for more than the site's own policy lends.
+
+        "scaler" is not asked for here: a site that does not lend its statistics takes part without them.
+        """
         allowed = self.config.policy.lend
         for part in lend:
+            if part == "scaler":
+                continue
             if part not in allowed and not (part.startswith("head.") and "heads" in allowed):
                 raise ContractError(
                     f"the run wants {part!r} lent; the policy of {self.name} in site.toml lends {', '.join(allowed) or 'nothing'}"
@@ -110,6 +115,9 @@ def open_site(node_config: Mapping[str, object], *, fresh: bool = False) -> Site
     if known is None or (fresh and known.signature != _signature(folder)):
         known = _open[folder, state] = Site(folder, state, open_data(folder, state))
         _ = known.signature
+        for note in known.data.notes:
+            if note.level == "warning" and note.where.startswith("task "):  # a task set aside should not go unnoticed
+                known.tell(f"{note.where} {note.what}")
     return known
 
 

@@ -1,4 +1,4 @@
-"""The two norm layers a trunk can have: one that may be lent, and one that stays at its site."""
+"""The two norm layers a trunk can have: BatchNorm has to stay at its site; GroupNorm may be lent or stay (`TrunkSpec.norm`)."""
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class SiteNorm(nn.Module):
 
 def group_norm(width: int) -> nn.GroupNorm:
     """GroupNorm (Wu and He 2018, arXiv:1803.08494) over `width` channels: no statistics of the data, so it can be lent.
+
+    With `norm = "private-group"` its weight and bias stay at the site instead: what each channel means may differ there,
+    while no statistic of a batch is kept, which few rows could not give (the affine half of arXiv:2102.07623).
 
     At least two channels a group: a group of one in a window of one row would always be normalised to zero.
     """

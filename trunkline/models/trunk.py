@@ -20,6 +20,7 @@ from trunkline.models.backbones import BACKBONES
 from trunkline.models.backbones.backbone import Backbone
 from trunkline.models.norms import SiteNorm, group_norm
 from trunkline.models.stems import STEMS
+from trunkline.models.stems.raw import RawColumns
 
 if TYPE_CHECKING:  # the centre builds first trunks without loading what tasks need
     from trunkline.models.tasks.task import Task
@@ -37,7 +38,7 @@ class TrunkModel(nn.Module):
         trunk: the shared body; it owns no norm layer and no buffer.
         norms: the norm layers the trunk calls.
         heads: task name -> head.
-        lend_norms: whether `norms` travel with the trunk or stay at the site.
+        lend_norms: whether `norms` travel with the trunk or stay at the site, in the site's own scale and shift.
 
     Raises:
         ContractError: what the trunk would lend holds a buffer. A buffer follows the data of its site.
@@ -74,14 +75,17 @@ class TrunkModel(nn.Module):
         """The modules that `lend` names and this site has: THE partition, expressed once.
 
         Args:
-            lend: "trunk", "stem", "heads" (all), "head.<task>". A head this site does not have lends nothing.
+            lend: "trunk", "stem", "heads" (all), "head.<task>". A head this site does not have lends nothing, and
+                "scaler" is no module: its statistics travel beside the model, once.
 
         Raises:
             ConfigError: an item is none of these.
             ContractError: a lent module holds a buffer.
         """
         for item in lend:
-            if item not in ("trunk", "stem", "heads") and not (item.startswith("head.") and len(item) > len("head.")):
+            if item not in ("trunk", "stem", "heads", "scaler") and not (
+                item.startswith("head.") and len(item) > len("head.")
+            ):
                 raise ConfigError(
                     f"`lend` names {item!r}. Whole modules only: 'trunk', 'stem', 'heads' or 'head.<task>'."
                 )
@@ -165,7 +169,11 @@ def build_model(
             f"Backbones that fit: {fitting}. Change `backbone` in run.toml, or `window` in site.toml."
         )
     trunk, norms = _body(spec, seed)
-    stem = _seeded(seed, "stem", lambda: STEMS[reads](channels, categories, trunk.width))
+    stem: nn.Module
+    if spec.columns is not None:
+        stem = RawColumns(channels, categories, spec.columns)
+    else:
+        stem = _seeded(seed, "stem", lambda: STEMS[reads](channels, categories, trunk.width))
     heads = nn.ModuleDict()
     for name, task in tasks.items():
         heads[name] = _seeded(seed, f"head.{name}", lambda task=task: task.head(trunk.width))  # type: ignore[misc]
@@ -194,8 +202,8 @@ def _backbone(spec: TrunkSpec) -> type[Backbone]:
 def _body(spec: TrunkSpec, seed: int) -> tuple[Backbone, nn.ModuleList]:
     """Backbone and norms, alike at every site and at the centre."""
     body = _backbone(spec)
-    trunk = _seeded(seed, "trunk", lambda: body(spec.size, spec.width, spec.dropout))
-    norm = group_norm if spec.norm == "group" else SiteNorm
+    trunk = _seeded(seed, "trunk", lambda: body.of(spec))
+    norm = SiteNorm if spec.norm == "private" else group_norm
     return trunk, nn.ModuleList(norm(width) for width in trunk.norm_widths)
 
 

@@ -30,7 +30,7 @@ class Checkpoint:
             "trunk": list(state.trunk),
             "moments": {moment: list(arrays) for moment, arrays in state.moments.items()},
         }
-        self.shelf.put(state.round, tensors, {"names": names, **meta})
+        self.shelf.put(state.round, tensors, {"names": names, "notes": state.notes, **meta})
 
     def load(self) -> tuple[State, dict[str, Any]] | None:
         """The newest intact state, or None when no round was ever saved."""
@@ -44,4 +44,5 @@ class Checkpoint:
             moment: Arrays({name: tensors[f"moment/{moment}/{name}"] for name in order})
             for moment, order in names["moments"].items()
         }
-        return State(trunk, moments, round), dict(meta)
+        notes: Any = meta.get("notes", {})
+        return State(trunk, moments, round, notes), dict(meta)

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import RecordDict
@@ -15,6 +15,7 @@ from trunkline.exchange import Arrays, ArraySpec, Contract, Offer, Order, metric
 from trunkline.flower import open_records, to_records
 from trunkline.server.calls import ask
 from trunkline.server.intake import read_header
+from trunkline.server.release import check_statistics
 
 GREET_S = 0.5  # pause between looks for new nodes while the cohort gathers
 
@@ -28,6 +29,7 @@ class Member:
     offer: Offer
     contract: Contract
     first: Arrays  # what it starts its lent stem and heads from; empty when only the trunk is lent
+    once: Arrays = field(default_factory=Arrays)  # its scaler's statistics, for the release; never part of a round
 
     @property
     def lends(self) -> tuple[str, ...]:
@@ -167,9 +169,23 @@ class Cohort:
                 )
                 raise Refused(f"`{spec.name}` has shape {spec.shape}; this run has {wanted.shape} ({remedy}).")
         contract = Contract(arrays=offer.arrays, metrics=metric_names(offer.tasks))
-        beyond = {spec.name: spec for spec in offer.arrays if spec not in self.trunk}
+        beyond = {spec.name: spec for spec in (*offer.arrays, *offer.once) if spec not in self.trunk}
         Contract(arrays=tuple(beyond.values()), metrics=()).check(arrays, {})
-        self.members[offer.site] = Member(offer.site, node, offer, contract, arrays)
+        once = arrays.only({spec.name: spec for spec in offer.once})
+        if "scaler" not in self.greeting.lend and once:
+            raise Refused(f"it offers `{next(iter(once))}`, which this run does not lend. Update its Trunkline.")
+        if foreign := [name for name in once if not name.startswith("scaler.")]:
+            raise Refused(f"it offers `{foreign[0]}` beside the round's arrays; only statistics may travel so.")
+        check_statistics(offer, once)
+        if "scaler" in self.greeting.lend and not once:
+            self.tell(
+                {
+                    "event": "note",
+                    "text": f"{offer.site} lends no scaler statistics: its policy in site.toml does not name them.",
+                }
+            )
+        first = arrays.only({name: None for name in arrays if name not in once})
+        self.members[offer.site] = Member(offer.site, node, offer, contract, first, once)
 
     def _leave_out(self, who: str, why: str) -> None:
         self._left_out[who] = f"{who} does not take part: {why}"

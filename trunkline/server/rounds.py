@@ -6,7 +6,7 @@ stands on Flower's messages (`Grid.push_messages`, `pull_messages`) instead; doc
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from trunkline.config import RunConfig
+from trunkline.config import RunConfig, with_settings
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused
-from trunkline.exchange import Arrays, Order, Scorecard, TaskRow, Update
+from trunkline.exchange import Arrays, Order, Scorecard, TaskRow, Twin, Update
 from trunkline.flower import open_records, to_records
 from trunkline.models.trunk import first_trunk
 from trunkline.server.calls import ask
 from trunkline.server.checkpoint import Checkpoint
 from trunkline.server.cohort import Cohort, Member
 from trunkline.server.intake import admit, read_header
+from trunkline.server.release import release
 from trunkline.server.report import Refusal, RoundRecord, build_report
 from trunkline.strategies import State, Strategy, build_strategy
 
@@ -30,7 +31,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 def run_rounds(
-    grid: Grid, run: RunConfig, out: Path, *, resume: bool, tell: Tell, key: str | None = None
+    grid: Grid, run: RunConfig, out: Path, *, resume: bool, tell: Tell, key: str | None = None, score: bool = True
 ) -> dict[str, Any]:
     """One whole run: gather, `rounds` rounds, evaluation. Returns the report; the final trunk is the last checkpoint.
 
@@ -38,13 +39,14 @@ def run_rounds(
         out: folder of checkpoints and events; made if absent.
         resume: go on from the newest checkpoint in `out`; without one, start.
         key: names the run in the sites' vaults; by default made of the run's name and the time.
+        score: False ends after the last round, for a trial of a search: no site looks at its test rows, nothing is released.
 
     Raises:
         QuorumError: too few sites, at the start or in a round. The state is on disk; `resume` goes on.
         ConfigError: `resume` with another run.toml than the checkpoint was made with.
         StorageError: a checkpoint could not be written; the one before it is intact.
     """
-    return _Run(grid, run, out, tell, key).execute(resume)
+    return _Run(grid, run, out, tell, key).execute(resume, score)
 
 
 @dataclass
@@ -62,6 +64,7 @@ class _Run:
     def __init__(self, grid: Grid, run: RunConfig, out: Path, tell: Tell, key: str | None) -> None:
         self.grid = grid
         self.run = run
+        self.out = out
         self.tell = tell
         self.strategy: Strategy = build_strategy(run.strategy.name, run.strategy.options, run.training)
         if self.strategy.pooled:
@@ -69,6 +72,11 @@ class _Run:
                 "[strategy] name = 'central' pools rows, which only `trunkline simulate` can. Choose another strategy."
             )
         self.lend = self.strategy.lends(run.lend)
+        self.spec = self.strategy.trunk(run.trunk)
+        if (
+            self.lend and "scaler" in run.lend and "scaler" not in self.lend
+        ):  # no part of the model: not the strategy's to say
+            self.lend = (*self.lend, "scaler")
         self.checkpoint = Checkpoint(out, tell=lambda text: tell({"event": "note", "text": text}))
         self.key = key or f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.records: list[RoundRecord] = []
@@ -76,10 +84,10 @@ class _Run:
         self.seconds = 0.0  # of this run before it was resumed
         self.digest = json.dumps(run.model_dump(mode="json"), sort_keys=True)
 
-    def execute(self, resume: bool) -> dict[str, Any]:
+    def execute(self, resume: bool, score: bool) -> dict[str, Any]:
         started = time.monotonic()
         state = self._restore() if resume else None
-        trunk = first_trunk(self.run.trunk, self.run.seed) if "trunk" in self.lend else Arrays()
+        trunk = first_trunk(self.spec, self.run.seed) if "trunk" in self.lend else Arrays()
         self.cohort = Cohort(self.grid, self.run.cohort, self._order(0), trunk, self.tell)
         self.cohort.gather()
         resumed_at = state.round if state else None
@@ -94,16 +102,31 @@ class _Run:
         while state.round < self.run.rounds:
             state = self._round(state)
             self._save(state, started)
+        if not score:
+            seconds = self.seconds + time.monotonic() - started
+            return build_report(run=self.run, rows=[], rounds=self.records, trunk_parameters=size, seconds=seconds)
+        offers = [(member.offer, member.once) for _, member in sorted(self.cohort.members.items())]
+        release(self.out, state.trunk, self.run.model_copy(update={"trunk": self.spec}), self.key, self.lend, offers)
         rows = self._evaluate(state)
         seconds = self.seconds + time.monotonic() - started
         self.tell({"event": "end", "seconds": seconds})
-        return build_report(run=self.run, rows=rows, rounds=self.records, trunk_parameters=size, seconds=seconds)
+        report = build_report(run=self.run, rows=rows, rounds=self.records, trunk_parameters=size, seconds=seconds)
+        if (cohorts := state.notes.get("cohorts")) is not None:
+            report["cohorts"] = cohorts  # site -> number of its trunk
+        return report
 
     def _order(self, round: int) -> Order:
         return Order(
-            run=self.key, seed=self.run.seed, round=round, rounds=self.run.rounds, trunk=self.run.trunk, plan=self.strategy.plan,
+            run=self.key, seed=self.run.seed, round=round, rounds=self.run.rounds, trunk=self.spec, plan=self.strategy.plan,
             lend=self.lend, weight_cap=self.run.cohort.weight_cap, baseline=self.run.report.baseline and bool(self.lend),
+            twin=self._twin(),
         )  # fmt: skip
+
+    def _twin(self) -> Twin | None:
+        if not self.run.report.local:
+            return None
+        alone = with_settings(self.run, self.run.report.local, "[report] local")
+        return Twin(trunk=self.strategy.trunk(alone.trunk), plan=alone.training)
 
     def _round(self, state: State) -> State:
         started = time.monotonic()
@@ -112,7 +135,7 @@ class _Run:
         members = dict(sorted(self.cohort.members.items()))
         tally = _Tally()
         self.tell({"event": "round", "round": round, "rounds": self.run.rounds})
-        mean = self.strategy.combine(self._updates(state, round, members, tally))
+        after, mean = self.strategy.advance(state, self._updates(state, round, members, tally))
         needed = max(1, -(-len(members) * self.run.cohort.quorum // 1))
         if len(tally.sites) < needed:
             causes = " ".join(f"{one.site}: {one.cause}" for one in tally.refused) or "No site was online."
@@ -137,7 +160,9 @@ class _Run:
              "local_validation_loss": mean.metrics.get("local_validation_loss"), "bytes_up": record.bytes_up,
              "bytes_down": record.bytes_down, "refused": len(record.refused)}
         )  # fmt: skip
-        return self.strategy.step(state, mean)
+        if (cohorts := after.notes.get("cohorts")) is not None and cohorts != state.notes.get("cohorts"):
+            self.tell({"event": "note", "text": f"Round {round}: {_cohorts_in_words(cohorts)}"})
+        return after
 
     def _ask_for(
         self, state: State, order: Order, by_node: dict[int, Member]
@@ -148,9 +173,12 @@ class _Run:
         }
 
         def content(node: int) -> Callable[[], RecordDict]:
-            return lambda: to_records(state.trunk.only(by_node[node].lends), orders[node].model_dump_json())
+            return lambda: to_records(self._arrays_for(state, by_node[node]), orders[node].model_dump_json())
 
         return orders, {node: content(node) for node in by_node}
+
+    def _arrays_for(self, state: State, member: Member) -> Arrays:
+        return self.strategy.serve(state, member.site).only(member.lends)
 
     def _updates(self, state: State, round: int, members: dict[str, Member], tally: _Tally) -> Iterator[Update]:
         """Ask every member, admit what comes, and hand it on at once: nothing is collected."""
@@ -158,7 +186,7 @@ class _Run:
         orders, requests = self._ask_for(state, self._order(round), by_node)
         silent, self.silent = self.silent, set()
         patient = {node for node, member in by_node.items() if member.site not in silent} or set(by_node)
-        tally.bytes_down = sum(state.trunk.only(member.lends).nbytes for member in by_node.values())
+        tally.bytes_down = sum(self._arrays_for(state, member).nbytes for member in by_node.values())
         answered: set[str] = set()
         for answer in ask(
             self.grid, "train", requests, round=round, deadline_s=self.run.cohort.deadline_s,
@@ -256,3 +284,10 @@ class _Run:
             for one in meta["records"]
         ]
         return state
+
+
+def _cohorts_in_words(cohorts: Mapping[str, int]) -> str:
+    members: dict[int, list[str]] = {}
+    for site, number in sorted(cohorts.items()):
+        members.setdefault(number, []).append(site)
+    return "Cohorts: " + "; ".join(f"{number}: {', '.join(sites)}" for number, sites in sorted(members.items())) + "."

@@ -67,15 +67,19 @@ def run_central(
         }
     )
     records = []
+    # what balancing remembers: of each site's twin, and of the pooled model under no name
+    balances: dict[str, dict[str, Any]] = {}
     for round in range(1, run.rounds + 1):
         began = time.monotonic()
-        loss = train_site(
-            model, data, tasks, plan, seed=seed_of(run.seed, "central", round), done=round - 1, rounds=run.rounds
-        )
+        trained = train_site(
+            model, data, tasks, plan, seed=seed_of(run.seed, "central", round), done=round - 1, rounds=run.rounds,
+            balance=balances.get(""),
+        )  # fmt: skip
+        balances[""] = trained.balance
         for site, twin in zip(sites, twins, strict=True):
             if twin is not None:
                 seed = seed_of(run.seed, site.name, round)
-                train_site(
+                balances[site.name] = train_site(
                     twin,
                     site.resident("train"),
                     site.data.tasks,
@@ -83,7 +87,8 @@ def run_central(
                     seed=seed,
                     done=round - 1,
                     rounds=run.rounds,
-                )
+                    balance=balances.get(site.name),
+                ).balance
         seconds = time.monotonic() - began
         records.append(
             RoundRecord(
@@ -93,7 +98,7 @@ def run_central(
                 seconds=seconds,
                 bytes_up=0,
                 bytes_down=0,
-                train_loss=loss,
+                train_loss=trained.loss,
                 metrics={},
             )
         )
@@ -104,17 +109,16 @@ def run_central(
                 "rounds": run.rounds,
                 "sites": len(sites),
                 "seconds": seconds,
-                "train_loss": loss,
+                "train_loss": trained.loss,
             }
         )
     rows: list[tuple[str, TaskRow]] = []
-    for site, joint, twin in zip(sites, pooled, twins, strict=True):
+    for site, twin in zip(sites, twins, strict=True):
         # the twin predicts with its own site's label scale, so that each model is scored as it was trained
-        central_rows = score_site(joint, model, None, seed=run.seed, run=run.name)
-        twin_rows = score_site(site, twin, None, seed=run.seed, run=run.name) if twin is not None else central_rows
-        for row, alone_row in zip(central_rows, twin_rows, strict=True):
-            local = alone_row.federated if twin is not None else None
-            rows.append((site.name, row.model_copy(update={"local": local})))
+        models = {"federated": model} | ({"local": twin} if twin is not None else {})
+        scoring = order.model_copy(update={"plan": run.training.model_copy(update={"finetune_steps": 0})})
+        found = score_site(site, models, scoring, tasks={"federated": tasks})
+        rows += [(site.name, row) for row in found]
     return build_report(run=run, rows=rows, rounds=records, trunk_parameters=size, seconds=time.monotonic() - started)
 
 
@@ -141,8 +145,8 @@ def _same_inputs(sites: Sequence[Site]) -> None:
 
 def _pooled_tasks(sites: Sequence[Site]) -> dict[str, Task]:
     tasks = {}
-    for name, config in sites[0].config.tasks.items():
-        tasks[name] = make_task(name, config)
+    for name, task in sites[0].data.tasks.items():
+        tasks[name] = make_task(name, task.config)
         tasks[name].load_state(
             sites[0].data.tasks[name].state()
         )  # the classes; fit then replaces what is learnt from labels

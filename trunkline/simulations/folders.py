@@ -6,6 +6,9 @@ from pathlib import Path
 from trunkline.errors import ConfigError
 from trunkline.progress import EVENTS
 
+# what a run leaves in its folder
+OURS = ("checkpoint", "state", EVENTS, "report.json", "report.html", "trunk.safetensors", "search", "search.json")
+
 
 def site_folders(root: Path) -> list[Path]:
     """The folders below `root` that hold a site.toml, by name."""
@@ -23,7 +26,7 @@ def prepare(out: Path, *, resume: bool, overwrite: bool) -> None:
     Raises:
         ConfigError: `out` holds a run and neither `resume` nor `overwrite` says what to do with it.
     """
-    ours = [out / name for name in ("checkpoint", "state", EVENTS, "report.json", "report.html")]
+    ours = [out / name for name in OURS]
     if resume or not any(path.exists() for path in ours):
         out.mkdir(parents=True, exist_ok=True)
         return

@@ -3,28 +3,42 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, RecordDict
-from numpy.typing import NDArray
 
 from trunkline.config import RunConfig
 from trunkline.errors import ConfigError
 from trunkline.progress import EVENTS
-from trunkline.server.report import Predictions, read_report, write_report
+from trunkline.release import RELEASE
+from trunkline.server.report import read_report, write_report
 from trunkline.strategies import build_strategy
+
+if TYPE_CHECKING:
+    from trunkline.server.plots import Predictions
 
 
 def simulate(
     run: RunConfig, folders: list[Path], out: Path, *, workers: int, resume: bool = False, address: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the whole federation on Ray; returns the report, which also lies in `out` with the plots of the predictions."""
+    newcomers: list[Path] = []
+    if run.newcomers.sites:
+        from trunkline.simulations.newcomers import set_apart
+
+        folders, newcomers = set_apart(folders, run.newcomers)
     states = [out / "state" / folder.name for folder in folders]
     if build_strategy(run.strategy.name, run.strategy.options, run.training).pooled:
         from trunkline.simulations.central import run_central
 
         if resume:
             raise ConfigError("strategy 'central' keeps no checkpoints; start it afresh with --overwrite.")
+        if newcomers:
+            raise ConfigError("strategy 'central' releases no trunk for [newcomers]. Choose another strategy.")
+        if run.search.trials:
+            raise ConfigError(
+                "[search] tries runs of a federation, and strategy 'central' is none. Choose another strategy."
+            )
 
         with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
             report = run_central(folders, states, run, lambda event: _write(events.write, event))
@@ -39,6 +53,11 @@ def simulate(
         grid = RayGrid(folders, states, workers=workers, address=address)
         try:
             grid.open_sites()
+            if run.search.trials:
+                from trunkline.simulations.search import search
+
+                with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
+                    run = search(run, grid, states, out, lambda event: _write(events.write, event), resume=resume)
             settings: dict[str, bool | float | int | str] = {
                 "run-toml": run.model_dump_json(),
                 "out": str(out),
@@ -49,6 +68,10 @@ def simulate(
         finally:
             grid.close()
     report = read_report(out)
+    if newcomers:
+        from trunkline.simulations.newcomers import onboard
+
+        report["newcomers"] = onboard(newcomers, out / RELEASE, run.newcomers, out)
     write_report(report, out, predictions_below(out))
     return report
 
@@ -57,30 +80,19 @@ def _write(write: Callable[[str], Any], event: dict[str, Any]) -> None:
     write(json.dumps(event) + "\n")
 
 
-def predictions_below(out: Path) -> dict[tuple[str, str], Predictions]:
+def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":
     """The row-level predictions of simulated sites, for the plots; a deployed centre has none and finds none."""
-    import safetensors.numpy
+    import safetensors
 
-    report = read_report(out)
-    kinds = {(row["site"], row["task"]): row for row in report["sites"]}
+    from trunkline.server.plots import Predictions  # here, because it brings matplotlib
+
     found: dict[tuple[str, str], Predictions] = {}
-    for site, task in kinds:
-        files = sorted(
-            (out / "state" / site / "evaluation").glob(f"*/{task}.safetensors"), key=lambda path: path.stat().st_mtime
-        )
-        if files:
-            tensors = safetensors.numpy.load(files[-1].read_bytes())
-            row = kinds[site, task]
-            found[site, task] = Predictions(
-                truth=tensors["truth"],
-                federated=_plain(tensors["federated"]),
-                local=_plain(tensors["local"]) if "local" in tensors else None,
-                unit=row["unit"],
-                kind=row["kind"],
-            )
+    for row in read_report(out)["sites"]:
+        site, task = row["site"], row["task"]
+        kept = (out / "state" / site / "evaluation").glob(f"*/{task}.safetensors")
+        if files := sorted(kept, key=lambda path: path.stat().st_mtime):
+            with safetensors.safe_open(files[-1], framework="numpy") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                about = json.loads((file.metadata() or {}).get("about", "{}"))
+            found[site, task] = Predictions.kept(tensors, about, unit=row["unit"], kind=row["kind"])
     return found
-
-
-def _plain(prediction: NDArray[Any]) -> NDArray[Any]:
-    """Class probabilities (n, classes) -> the likeliest class (n,); anything else as it is."""
-    return prediction.argmax(axis=1) if prediction.ndim == 2 else prediction

@@ -7,22 +7,42 @@ from pydantic import ValidationError
 from trunkline.errors import ConfigError, nearest
 from trunkline.exchange import LocalPlan
 from trunkline.strategies.central import Central
+from trunkline.strategies.cohorts import Cohorts
+from trunkline.strategies.conflict_averse import ConflictAverse
+from trunkline.strategies.ditto import Ditto
 from trunkline.strategies.fedadam import FedAdam
 from trunkline.strategies.fedavg import FedAvg
+from trunkline.strategies.fedavgm import FedAvgM
+from trunkline.strategies.fedbabu import FedBABU
+from trunkline.strategies.fedbn import FedBN
 from trunkline.strategies.fedper import FedPer
 from trunkline.strategies.fedprox import FedProx
 from trunkline.strategies.fedrep import FedRep
+from trunkline.strategies.fedyogi import FedYogi
 from trunkline.strategies.local import Local
+from trunkline.strategies.median import Median
+from trunkline.strategies.multikrum import MultiKrum
 from trunkline.strategies.strategy import Averaging, State, Strategy
+from trunkline.strategies.trimmed_mean import TrimmedMean
 
 STRATEGIES: dict[str, type[Averaging]] = {
     "central": Central,
+    "cohorts": Cohorts,
+    "conflict_averse": ConflictAverse,
+    "ditto": Ditto,
     "fedadam": FedAdam,
     "fedavg": FedAvg,
+    "fedavgm": FedAvgM,
+    "fedbabu": FedBABU,
+    "fedbn": FedBN,
     "fedper": FedPer,
     "fedprox": FedProx,
     "fedrep": FedRep,
+    "fedyogi": FedYogi,
     "local": Local,
+    "median": Median,
+    "multikrum": MultiKrum,
+    "trimmed_mean": TrimmedMean,
 }
 
 

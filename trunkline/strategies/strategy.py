@@ -1,14 +1,14 @@
 """What an algorithm is: a plan for the sites, a way to combine their updates, and a step of the shared arrays."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trunkline.errors import ContractError
-from trunkline.exchange import Arrays, Frozen, LocalPlan, Update
+from trunkline.exchange import Arrays, Frozen, LocalPlan, TrunkSpec, Update
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,16 @@ class State:
     """The server's whole memory between rounds; a checkpoint is exactly this.
 
     Args:
-        trunk: the lent arrays, as the sites get them next.
-        moments: what a server optimiser remembers, name -> arrays like the trunk's (empty for a plain mean).
+        trunk: the lent arrays, as the sites get them next (unless the strategy serves sites differently).
+        moments: what an algorithm remembers as arrays, name -> arrays (empty for a plain mean).
         round: rounds already stepped.
+        notes: what it remembers otherwise, ready for JSON, such as which site is in which cohort.
     """
 
     trunk: Arrays
     moments: dict[str, Arrays] = field(default_factory=dict)
     round: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Strategy(Protocol):
@@ -40,11 +42,23 @@ class Strategy(Protocol):
         """The parts that travel, given what run.toml names."""
         ...
 
+    def trunk(self, spec: TrunkSpec) -> TrunkSpec:
+        """The trunk that sites and centre build, given `[trunk]` of run.toml."""
+        ...
+
     def start(self, trunk: Arrays) -> State: ...
+
+    def serve(self, state: State, site: str) -> Arrays:
+        """The lent arrays this site gets next; its update is the change to exactly these."""
+        ...
 
     def combine(self, updates: Iterable[Update]) -> Update: ...
 
     def step(self, state: State, mean: Update) -> State: ...
+
+    def advance(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
+        """One round: the state after it, and what was combined (its metrics go into the progress line)."""
+        ...
 
 
 class ExactSum:
@@ -95,6 +109,48 @@ class ExactSum:
         return np.asarray((self.coarse + self.fine * 2.0**-self.FINE) * 2.0**-self.COARSE, dtype=np.float64)
 
 
+class Streamed:
+    """A weighted mean of Updates in the making: each is added and forgotten, and no order of adding changes a bit."""
+
+    def __init__(self) -> None:
+        self.run, self.round = "", 0
+        self.total = ExactSum(())
+        self.dtypes: dict[str, np.dtype[np.generic]] = {}
+        self.sums: dict[str, ExactSum] = {}
+        self.weights: dict[str, ExactSum] = {}
+        self.metrics: dict[str, ExactSum] = {}
+        self.metric_weights: dict[str, ExactSum] = {}
+
+    def add(self, update: Update) -> None:
+        self.run, self.round = update.run, update.round
+        weight = np.float64(update.weight)
+        self.total.add(np.asarray(weight))
+        for name, array in update.delta.items():
+            self.dtypes.setdefault(name, array.dtype)
+            self.sums.setdefault(name, ExactSum(array.shape)).add(array.astype(np.float64) * weight)
+            self.weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
+        for name, number in update.metrics.items():
+            self.metrics.setdefault(name, ExactSum(())).add(np.asarray(np.float64(number) * weight))
+            self.metric_weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
+
+    def value(self) -> Update:
+        """The mean so far, as `weighted_mean` says."""
+        sums, weights = self.sums, self.weights
+        metrics, metric_weights = self.metrics, self.metric_weights
+        return Update(
+            site="",
+            run=self.run,
+            round=self.round,
+            # sorted: which site answered first must not decide the order of the names
+            delta=Arrays(
+                {name: (sums[name].value() / weights[name].value()).astype(self.dtypes[name]) for name in sorted(sums)}
+            ),
+            weight=float(self.total.value()),
+            metrics={name: float(metrics[name].value() / metric_weights[name].value()) for name in sorted(metrics)},
+            weights={name: float(weights[name].value()) for name in sorted(sums)},
+        )
+
+
 def weighted_mean(updates: Iterable[Update]) -> Update:
     """The mean of `updates` by weight, each array over the sites that have it; streams, and is exact in any order.
 
@@ -102,36 +158,29 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
         An Update whose `weight` is the total and whose `weights` holds the total behind each array. No update at all
         gives no arrays and weight 0.
     """
-    sums: dict[str, ExactSum] = {}
-    weights: dict[str, ExactSum] = {}
-    total = ExactSum(())
-    dtypes: dict[str, np.dtype[np.generic]] = {}
-    metrics: dict[str, ExactSum] = {}
-    metric_weights: dict[str, ExactSum] = {}
-    run, round = "", 0
+    streamed = Streamed()
     for update in updates:
-        run, round = update.run, update.round
-        weight = np.float64(update.weight)
-        total.add(np.asarray(weight))
-        for name, array in update.delta.items():
-            dtypes.setdefault(name, array.dtype)
-            sums.setdefault(name, ExactSum(array.shape)).add(array.astype(np.float64) * weight)
-            weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
-        for name, number in update.metrics.items():
-            metrics.setdefault(name, ExactSum(())).add(np.asarray(np.float64(number) * weight))
-            metric_weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
-    return Update(
-        site="",
-        run=run,
-        round=round,
-        # sorted: which site answered first must not decide the order of the names
-        delta=Arrays(
-            {name: (sums[name].value() / weights[name].value()).astype(dtypes[name]) for name in sorted(sums)}
-        ),
-        weight=float(total.value()),
-        metrics={name: float(metrics[name].value() / metric_weights[name].value()) for name in sorted(metrics)},
-        weights={name: float(weights[name].value()) for name in sorted(sums)},
-    )
+        streamed.add(update)
+        del update  # or the loop would hold one update more than it works on
+    return streamed.value()
+
+
+def by_site(updates: Iterable[Update]) -> list[Update]:
+    """All updates of a round at once, by name of site, so that the order of arrival decides nothing.
+
+    Only rules that compare sites with each other need this. Memory grows with the sites: one trunk each.
+    """
+    return sorted(updates, key=lambda one: one.site)
+
+
+def on_equal_terms(updates: Sequence[Update], delta: Mapping[str, NDArray[np.floating[Any]]]) -> Update:
+    """`delta` as what one vote a site came to; metrics are plain means.
+
+    A site says itself how many rows stand behind its update, so a rule against liars must not ask it.
+    """
+    mean = weighted_mean(replace(one, delta=Arrays(), weight=1.0) for one in updates)
+    have = {name: float(sum(name in one.delta for one in updates)) for name in delta}
+    return replace(mean, delta=Arrays({name: delta[name] for name in sorted(delta)}), weights=have)
 
 
 class Averaging(Frozen):
@@ -139,6 +188,9 @@ class Averaging(Frozen):
 
     training: LocalPlan
     pooled: ClassVar[bool] = False
+    robust: ClassVar[bool] = (
+        False  # whether one liar among the sites moves the trunk by no more than honest ones differ
+    )
 
     @property
     def plan(self) -> LocalPlan:
@@ -147,8 +199,14 @@ class Averaging(Frozen):
     def lends(self, named: tuple[str, ...]) -> tuple[str, ...]:
         return named
 
+    def trunk(self, spec: TrunkSpec) -> TrunkSpec:
+        return spec
+
     def start(self, trunk: Arrays) -> State:
         return State(trunk)
+
+    def serve(self, state: State, site: str) -> Arrays:
+        return state.trunk
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return weighted_mean(updates)
@@ -156,3 +214,7 @@ class Averaging(Frozen):
     def step(self, state: State, mean: Update) -> State:
         moved = {name: array + mean.delta[name] if name in mean.delta else array for name, array in state.trunk.items()}
         return replace(state, trunk=Arrays(moved), round=state.round + 1)
+
+    def advance(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
+        mean = self.combine(updates)
+        return self.step(state, mean), mean

@@ -1,16 +1,22 @@
 """Table columns -> the matrix a model reads: cleaned, scaled by regime, filled, in the order of the channels."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from trunkline.client.data import clean
 from trunkline.client.data.layout import Layout
-from trunkline.client.data.notes import Findings, counted
+from trunkline.client.data.lean import Beside, groups_seen, lay_beside
+from trunkline.client.data.notes import Findings, counted, some
 from trunkline.client.data.read import Table
+from trunkline.client.data.reference import MARK, reference
 from trunkline.client.data.regimes import Regimes
 from trunkline.client.data.scale import Scaler, moments, scale
 from trunkline.config import SiteConfig
+from trunkline.release import PooledScale
 
 AGE = "age"
 MANY_REGIMES = 50
@@ -19,17 +25,25 @@ Rows = NDArray[np.int64]
 
 
 def read_inputs(
-    table: Table, config: SiteConfig, layout: Layout, findings: Findings
+    table: Table, config: SiteConfig, layout: Layout, findings: Findings, scales: Sequence[PooledScale] = ()
 ) -> tuple[NDArray[np.float32], Scaler, list[clean.ChannelStatistics]]:
-    """The scaled, filled input matrix (rows, channels), how it was scaled, and what the channels looked like before."""
+    """The scaled, filled input matrix (rows, channels), how it was scaled, and what the channels looked like before.
+
+    Args:
+        scales: statistics of a federation to lean on where there are few groups; see `lean.py`.
+    """
     rules, training = config.data.clean, layout.training
     names = [name for name in config.data.channels if name in table.frame.columns]
     regimes, regime = _regimes(table, config, layout, findings)
-    inputs = [*names, AGE] if config.data.age else names
+    groups = groups_seen(layout.group[training], regime[training], len(regimes)) if scales else np.zeros(0)
+    beside = lay_beside(scales, regimes, groups) if config.data.scale == "zscore" else None
+    references = [name + MARK for name in names] if config.data.reference else []
+    inputs = [*names, *references, *([AGE] if config.data.age else [])]
     values = np.empty((len(layout.rows), len(inputs)), dtype=np.float32, order="F")
     shape = (len(regimes), len(inputs))
     count, mean, std = np.zeros(shape, dtype=np.int64), np.zeros(shape), np.zeros(shape)
     report: list[clean.ChannelStatistics] = []
+    still: list[str] = []  # channels that never move in training, kept because site.toml says so
     # without windows and without `order` rows are not neighbours in time: there is nothing to carry forward
     unordered = config.data.window is None and config.data.order is None
     for place, name in enumerate(names):
@@ -38,7 +52,15 @@ def read_inputs(
         raw, outlying = clean.outliers(raw, training, regime, rules)
         report.append(clean.statistics(name, raw, impossible, outlying))
         count[:, place], mean[:, place], std[:, place] = moments(raw[training], regime[training], len(regimes))
-        _judge(name, raw[training], report[-1], findings)
+        if config.data.scale == "none":
+            mean[:, place], std[:, place] = 0.0, 1.0
+        constant = (
+            "keep" if beside and beside.knows(name) else rules.constant
+        )  # it moves at others, and may on test rows
+        if beside is not None:
+            mean[:, place], std[:, place] = beside.lean(name, count[:, place], mean[:, place], std[:, place])
+        if not _judge(name, raw[training], report[-1], constant, findings):
+            still.append(name)
         scaled = scale(raw, mean[:, place], std[:, place], regime)
         policy = rules.channels.get(name, rules.missing)
         silent = clean.fill(
@@ -52,24 +74,39 @@ def read_inputs(
             left = f"; {silent:,} stay missing and count as a silent sensor" if silent else ""
             findings.info(name, f"{report[-1].missing:.2%} of the values are missing; filled by {policy!r}{left}.")
         values[:, place] = scaled
+    if still and rules.constant == "keep":
+        what = f"{counted(len(still), 'channel')} never {'moves' if len(still) == 1 else 'move'} in training: {some(still)}."
+        findings.warn("channels", what, "Kept, as `[data.clean] constant` says; nothing can be learnt from them here.")
+    if config.data.reference:
+        here = slice(len(names), 2 * len(names))
+        values[:, here] = reference(values[:, : len(names)], layout, config.data.reference)
+        count[:, here], std[:, here] = count[:, : len(names)], 1.0  # made of what is scaled already
     if config.data.age:
-        values[:, -1] = _age(layout, std, count, findings)
+        values[:, -1] = _age(layout, std, count, beside, findings)
     return np.ascontiguousarray(values), Scaler(tuple(inputs), regimes, count, mean, std), report
 
 
-def _age(layout: Layout, std: Floats, count: Rows, findings: Findings) -> NDArray[np.float32]:
+def _age(layout: Layout, std: Floats, count: Rows, beside: Beside | None, findings: Findings) -> NDArray[np.float32]:
     """(rows,) time since each group's first row, in training standard deviations; fills the last column of `std` and `count`."""
     start = np.full(len(layout.names), np.inf)
     np.minimum.at(start, layout.group, layout.order)
     age = layout.order - start[layout.group]
     std[:, -1], count[:, -1] = float(age[layout.training].std()), int(layout.training.sum())
+    if beside is not None:  # one figure for all regimes, as the age has none
+        std[:, -1] = beside.lean(AGE, count[:, -1], np.zeros(len(std)), std[:, -1])[1].mean()
     if not std[0, -1]:
         findings.problem("site.toml", "`age = true`, but every training row has the same age.", "Set `age = false`.")
     return scale(age, np.zeros(1), std[:1, -1], np.zeros(len(age), dtype=np.int64))
 
 
-def _judge(name: str, training: Floats, seen: clean.ChannelStatistics, findings: Findings) -> None:
-    """Problems and notes of one channel, from its training values and its statistics."""
+def _judge(
+    name: str,
+    training: Floats,
+    seen: clean.ChannelStatistics,
+    constant: Literal["refuse", "keep"],
+    findings: Findings,
+) -> bool:
+    """Problems and notes of one channel, from its training values and its statistics; False where it never moves."""
     known = training[~np.isnan(training)]
     if seen.impossible:
         findings.warn(
@@ -82,16 +119,16 @@ def _judge(name: str, training: Floats, seen: clean.ChannelStatistics, findings:
             f"{counted(seen.outliers, 'outlier')} by `robust_z`.",
             'Look at them; `outliers = "clip"` under [data.clean] would pull them in.',
         )
-    if not len(known):
-        findings.problem(
-            f"channel {name}", f"`{name}` has no value in any training row.", f"Take `{name}` out of `channels`."
+    if len(known) and known.min() < known.max():
+        return True
+    if constant == "refuse":
+        what = (
+            f"`{name}` is constant: {known[0]:g} in all {len(known):,} training values."
+            if len(known)
+            else f"`{name}` has no value in any training row."
         )
-    elif known.min() == known.max():
-        findings.problem(
-            f"channel {name}",
-            f"`{name}` is constant: {known[0]:g} in all {len(known):,} training values.",
-            f"Take `{name}` out of `channels`.",
-        )
+        findings.problem(f"channel {name}", what, f"Take `{name}` out of `channels`.")
+    return False
 
 
 def _regimes(table: Table, config: SiteConfig, layout: Layout, findings: Findings) -> tuple[Regimes, Rows]:

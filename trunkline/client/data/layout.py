@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from trunkline.client.data import clean
 from trunkline.client.data.notes import Findings, counted
 from trunkline.client.data.read import Table
-from trunkline.client.data.split import TEST, TRAIN, Shuffle, Split, divide, read_split
+from trunkline.client.data.split import PARTS, TEST, TRAIN, VALIDATION, Shuffle, Split, divide, read_split
 from trunkline.client.data.windows import segments
 from trunkline.config import CLASSED, SiteConfig
 from trunkline.errors import DataError
@@ -119,9 +119,13 @@ def keep_apart(table: Table, group: NDArray[np.int32], names: tuple[str, ...], f
 
 def deal(
     table: Table, config: SiteConfig, group: NDArray[np.int32], order: Floats, names: tuple[str, ...], rows: Rows,
-    labels: dict[str, NDArray[np.float32]], path: Path | None, findings: Findings,
+    labels: dict[str, NDArray[np.float32]], path: Path | None, findings: Findings, hold_out: bool = True,
 ) -> tuple[Layout, Split | None]:  # fmt: skip
-    """Deal the rows to the three parts and lay each part's rows side by side."""
+    """Deal the rows to the three parts and lay each part's rows side by side.
+
+    Args:
+        hold_out: False: what would be held out for validation trains too; one group is then enough beside test files.
+    """
     own = rows < table.test_from  # rows of `files`; those of `test_files` are test rows and take no part in splitting
     codes, local = np.unique(group[rows[own]], return_inverse=True)
     present = _present(config, labels, rows[own], local, len(codes))
@@ -137,9 +141,15 @@ def deal(
     if config.data.group is None or config.data.group in table.frame.columns:
         by = config.data.split.by if config.data.group else "time"
         apart = bool(config.data.test_files)
-        dealt = divide(data, config.data.split, by, apart, stored, path or Path("split.json"), findings)
-        if dealt is not None:
-            split, part[own] = dealt
+        if not hold_out and by == "group" and len(data.names) == 1 and apart and stored is None:
+            shares = config.data.split
+            split = Split(by, shares.seed, shares.validation, 0.0, {data.names[0]: PARTS[TRAIN]}, {})
+        else:
+            dealt = divide(data, config.data.split, by, apart, stored, path or Path("split.json"), findings)
+            if dealt is not None:
+                split, part[own] = dealt
+    if not hold_out:
+        part[part == VALIDATION] = TRAIN
     final = np.argsort(part, kind="stable")
     rows, part = rows[final], part[final]
     first, last = segments(part, group[rows])

@@ -4,6 +4,7 @@ Every stage collects instead of raising at the first trouble, so that `trunkline
 at once. `open_data` raises one DataError with the same words.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +39,7 @@ class Findings:
 
     notes: list[Note] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    aside: dict[str, Problem] = field(default_factory=dict)  # task -> why it cannot be trained here
 
     def info(self, where: str, what: str, remedy: str = "") -> None:
         self.notes.append(Note("info", where, what, remedy))
@@ -47,6 +49,18 @@ class Findings:
 
     def problem(self, where: str, what: str, remedy: str = "") -> None:
         self.problems.append(Problem(where, what, remedy))
+
+    def set_aside(self, task: str, where: str, what: str, remedy: str = "") -> None:
+        """One task cannot be trained; the others go on. The first reason counts, the next ones follow from it."""
+        self.aside.setdefault(task, Problem(where, what, remedy))
+
+    def judge_tasks(self, left: Collection[str]) -> None:
+        """Warn of every task that was set aside; where no task is left to train, each of them is a problem."""
+        for task, problem in self.aside.items():
+            if left:
+                self.warn(f"task {task}", f"is set aside, and the others go on. {problem}")
+            else:
+                self.problems.append(problem)
 
     def refuse(self) -> None:
         """Raise DataError with every problem on its own line, if there is one."""

@@ -32,12 +32,14 @@ class Table:
         files: as shown to the engineer, training files first.
         starts: (files + 1,) first row of each file, and the total.
         test_from: first row that came from `test_files`; the number of rows when there are none.
+        clock: whether the order column is a time, in seconds; otherwise it only counts or ranks.
     """
 
     frame: pl.DataFrame
     files: tuple[Path, ...]
     starts: NDArray[np.int64]
     test_from: int
+    clock: bool = False
 
     def file_of(self, row: int) -> Path:
         return self.files[int(np.searchsorted(self.starts, row, side="right")) - 1]
@@ -130,26 +132,31 @@ def read_table(folder: Path, config: SiteConfig, findings: Findings) -> Table | 
     usable = _present(headers, roles, called, findings)
     bad: dict[str, list[Bad]] = defaultdict(list)
     frames: dict[Path, pl.DataFrame] = {}
+    order = config.data.order if config.data.order in usable else None
+    clock = order is not None
     for path in headers:
         try:
             frame = load(path, {name: roles[name] for name in roles if name in usable})
         except DataError as error:
             findings.problem("", str(error))
             continue
+        clock = clock and order is not None and _is_time(frame[order])
         frames[path] = frame.with_columns(_typed(frame[name], roles[name], path, bad) for name in frame.columns)
     for name, cases in bad.items():
         place, value, expected = cases[0]
         more = f" ({counted(len(cases) - 1, 'further file')} too)" if len(cases) > 1 else ""
-        findings.problem(
+        _complain(
+            findings,
+            _only_for(name, config),
             place,
             f"{called[name]} `{name}` holds {value}{more}; expected {expected}.",
             "Mend or empty the cell, or take the column out of site.toml.",
         )
         usable.discard(name)
     for name in [name for name in usable if roles[name] == "label"]:
-        if not _same_kind(name, called[name], frames, findings):
+        if not _same_kind(name, called[name], frames, _only_for(name, config), findings):
             usable.discard(name)
-    return _assemble(frames, {name: role for name, role in roles.items() if name in usable}, testing, findings)
+    return _assemble(frames, {name: role for name, role in roles.items() if name in usable}, testing, clock, findings)
 
 
 def _headers(paths: list[Path], findings: Findings) -> dict[Path, list[str]]:
@@ -189,7 +196,7 @@ def _near(name: str, there: list[str]) -> str:
 
 
 def _assemble(
-    frames: dict[Path, pl.DataFrame], roles: dict[str, Role], testing: list[Path], findings: Findings
+    frames: dict[Path, pl.DataFrame], roles: dict[str, Role], testing: list[Path], clock: bool, findings: Findings
 ) -> Table | None:
     heights = {path: frame.height for path, frame in frames.items()}
     for key, paths in (
@@ -210,7 +217,7 @@ def _assemble(
     frame = frame.with_columns(_label(frame[name]) for name, role in roles.items() if role == "label")
     starts = np.cumsum([0, *heights.values()]).astype(np.int64)
     test_from = int(sum(height for path, height in heights.items() if path not in testing))
-    return Table(frame, tuple(frames), starts, test_from)
+    return Table(frame, tuple(frames), starts, test_from, clock)
 
 
 def _typed(column: pl.Series, role: Role, path: Path, bad: dict[str, list[Bad]]) -> pl.Series:
@@ -234,6 +241,12 @@ def _typed(column: pl.Series, role: Role, path: Path, bad: dict[str, list[Bad]])
     value = "nothing" if column.is_empty() else str(column[0])
     bad[column.name].append((_place(path, 0), f"{value!r} of type {column.dtype}", "a number"))
     return pl.Series(column.name, [None] * len(column), dtype=pl.Float64)
+
+
+def _is_time(column: pl.Series) -> bool:
+    if column.dtype == pl.String:
+        column = _timestamps(column)
+    return isinstance(column.dtype, pl.Datetime | pl.Date | pl.Duration)
 
 
 def _parsed(column: pl.Series, path: Path, bad: dict[str, list[Bad]]) -> pl.Series:
@@ -266,7 +279,25 @@ def _timestamps(column: pl.Series) -> pl.Series:
         return column
 
 
-def _same_kind(name: str, called: str, frames: dict[Path, pl.DataFrame], findings: Findings) -> bool:
+def _only_for(name: str, config: SiteConfig) -> tuple[str, ...]:
+    """The tasks whose label column `name` is; none where it is an input, a group or an order too."""
+    data = config.data
+    if name in (*data.channels, *data.categorical, *data.regime, data.group, data.order):
+        return ()
+    return tuple(task for task, one in config.tasks.items() if name in one.columns)
+
+
+def _complain(findings: Findings, tasks: tuple[str, ...], where: str, what: str, remedy: str) -> None:
+    """A column that cannot be read costs the tasks that it is the label of, or else the site."""
+    for task in tasks:
+        findings.set_aside(task, where, what, remedy)
+    if not tasks:
+        findings.problem(where, what, remedy)
+
+
+def _same_kind(
+    name: str, called: str, frames: dict[Path, pl.DataFrame], tasks: tuple[str, ...], findings: Findings
+) -> bool:
     """Whether a label column is text in all files or a number in all files."""
     kinds: dict[str, Path] = {}
     for path, frame in frames.items():
@@ -278,9 +309,8 @@ def _same_kind(name: str, called: str, frames: dict[Path, pl.DataFrame], finding
     if len(kinds) < 2:
         return True
     (first, here), (second, there), *_ = kinds.items()
-    findings.problem(
-        str(there), f"{called} `{name}` holds {second}, but {first} in {here}.", "Write it the same way in all files."
-    )
+    what = f"{called} `{name}` holds {second}, but {first} in {here}."
+    _complain(findings, tasks, str(there), what, "Write it the same way in all files.")
     return False
 
 

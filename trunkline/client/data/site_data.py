@@ -1,6 +1,7 @@
 """A site folder -> scaled windows with labels, split without leaks. `survey` collects every problem, `open_data` refuses them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from trunkline.client.data.clean import ChannelStatistics
 from trunkline.client.data.inputs import AGE, read_categories, read_inputs
+from trunkline.client.data.kin import look_for_kin
 from trunkline.client.data.layout import Layout, deal, keep_apart, read_groups, sort_rows
 from trunkline.client.data.notes import Findings, Note, counted, some
 from trunkline.client.data.read import Table, read_table
@@ -17,10 +19,11 @@ from trunkline.client.data.split import PARTS, TEST, TRAIN, Split, write_split
 from trunkline.client.data.windows import WindowSet, ends_of
 from trunkline.config import CLASSED, SiteConfig, read_site
 from trunkline.errors import ConfigError, DataError
-from trunkline.models.labels import Labels, known
+from trunkline.models.labels import Labels
+from trunkline.release import PooledScale
 
 if TYPE_CHECKING:
-    from trunkline.models.tasks.task import Task
+    from trunkline.models.tasks.task import Samples, Task
 
 Rows = NDArray[np.int64]
 
@@ -81,8 +84,30 @@ def open_data(folder: Path, state: Path) -> SiteData:
     return result.site
 
 
-def survey(folder: Path, state: Path | None = None) -> Survey:
+def open_newcomer(folder: Path, state: Path | None, scales: Sequence[PooledScale]) -> SiteData:
+    """The data of a site that is new to a federation: nothing is held out for validation, and nothing is written.
+
+    With few labels a fixed split would cost too many of them, so `train` also holds what the site would validate on, and
+    who chooses by it holds groups out himself. The test rows are those that `open_data` would test on.
+
+    Args:
+        scales: the federation's statistics, which the scaler leans on where the site has few groups of its own.
+
+    Raises:
+        ConfigError, DataError: as `open_data`.
+    """
+    result = survey(folder, state, newcomer=tuple(scales))
+    result.findings.refuse()
+    if result.site is None:
+        raise DataError(f"{folder}: nothing to adapt on. `trunkline check {folder}` says more.")
+    return result.site
+
+
+def survey(folder: Path, state: Path | None = None, newcomer: tuple[PooledScale, ...] | None = None) -> Survey:
     """Open the site as far as it goes and write nothing. Without `state` the split is a fresh one.
+
+    Args:
+        newcomer: the federation's statistics, for a site that comes to it with little data; see `open_newcomer`.
 
     Raises:
         ConfigError: site.toml is absent or says something that cannot be meant.
@@ -92,6 +117,7 @@ def survey(folder: Path, state: Path | None = None) -> Survey:
     _check_names(folder, config, findings)
     table = read_table(folder, config, findings)
     if table is None:
+        findings.judge_tasks(())
         return result
     result.files, result.rows = table.files, table.frame.height
     tasks, labels = _read_labels(config, table, findings)
@@ -99,15 +125,26 @@ def survey(folder: Path, state: Path | None = None) -> Survey:
     keep_apart(table, group, names, findings)
     rows = sort_rows(table, config, group, order, findings)
     path = state / "split.json" if state else None
-    layout, result.split = deal(table, config, group, order, names, rows, labels, path, findings)
+    layout, result.split = deal(
+        table, config, group, order, names, rows, labels, path, findings, hold_out=newcomer is None
+    )
     result.groups = {name: len(np.unique(layout.group[layout.part == number])) for number, name in enumerate(PARTS)}
+    told = dict(labels)
     if result.split is not None and config.data.split.labelled_groups is not None:
         _unlabel(result.split, layout, labels)
-    values, scaler, result.statistics = read_inputs(table, config, layout, findings)
+    values, scaler, result.statistics = read_inputs(table, config, layout, findings, newcomer or ())
+    if result.split is not None:
+        look_for_kin(config, layout, result.split, table.test_from, values, told, findings)
     codes, category_names = read_categories(table, config, layout)
-    train, validation, test = (_window_set(number, config, layout, values, codes, labels, tasks) for number in range(3))
     for task in tasks.values():
-        _fit(task, (train, validation, test), str(folder), findings)
+        task.expect(_samples(config, table, scaler))
+    train, validation, test = (_window_set(number, config, layout, values, codes, labels, tasks) for number in range(3))
+    sets = (train, validation, test)
+    tasks = {name: task for name, task in tasks.items() if _fit(task, sets, str(folder), findings)}
+    findings.judge_tasks(tasks)
+    train, validation, test = (
+        replace(one, labels={name: label for name, label in one.labels.items() if name in tasks}) for one in sets
+    )
     result.site = SiteData(
         config=config,
         train=train,
@@ -163,8 +200,10 @@ def _read_labels(config: SiteConfig, table: Table, findings: Findings) -> "tuple
             task = make_task(name, one)
             labels[name] = task.read_from(table.frame, where)
             tasks[name] = task
-        except (ConfigError, DataError) as error:
+        except ConfigError as error:
             findings.problem("", str(error))
+        except DataError as error:
+            findings.set_aside(name, "", str(error))
     return tasks, labels
 
 
@@ -196,23 +235,50 @@ def _window_set(
         first=first[ends],
         ends=ends,
         window=config.data.window,
-        labels={name: task.at(labels[name][here], ends, first, last) for name, task in tasks.items()},
+        labels={
+            name: task.at(labels[name][here], ends, first, last, layout.order[start:stop])
+            for name, task in tasks.items()
+        },
         groups=layout.group[start:stop][ends],
         order=layout.order[start:stop][ends],
         group_names=layout.names,
     )
 
 
-def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findings) -> None:
-    """Fit one task on its training labels; note the parts in which it cannot be scored."""
+def _samples(config: SiteConfig, table: Table, scaler: Scaler) -> "Samples":
+    from trunkline.models.tasks.task import Samples  # here, as above
+
+    scale = zip(scaler.mean[0].tolist(), scaler.std[0].tolist(), strict=True) if len(scaler.regimes) == 1 else ()
+    return Samples(scaler.channels, config.data.window, table.clock, tuple(scale))
+
+
+def _longest(samples: WindowSet) -> int:
+    """Rows of the longest group in a part; a group's last row always ends a sample."""
+    return int((samples.ends - samples.first).max()) + 1 if len(samples) else 0
+
+
+def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findings) -> bool:
+    """Fit one task on its training labels, False where it has to be set aside; note the parts in which it cannot be scored."""
     try:
+        if complaint := task.lacks(_longest(sets[TRAIN])):
+            raise DataError(f"Task {task.name!r}, training rows: {complaint}")
+        if task.primary not in task.metrics:
+            raise DataError(
+                f"[tasks.{task.name}]: `metric = {task.primary!r}` means nothing for this task as it is set up; "
+                f"choose one of {', '.join(task.metrics)}."
+            )
         task.fit(sets[TRAIN].labels[task.name])
     except DataError as error:
-        findings.problem(where, str(error))
-        return
+        findings.set_aside(task.name, where, str(error))
+        return False
+    for part, samples in zip(PARTS, sets, strict=True):
+        for remark in task.remarks(part, samples.labels[task.name]):
+            findings.warn(f"task {task.name}", remark)
     for part, samples in list(zip(PARTS, sets, strict=True))[1:]:
         label = samples.labels[task.name]
-        there = label[known(label)]
+        there = label[task.judged(label)]
+        if complaint := task.lacks(_longest(samples)):
+            findings.warn(f"task {task.name}", f"{part} rows: {complaint}")
         if not len(there):
             target = task.config.columns[0] if task.config.columns else task.name
             findings.warn(f"task {task.name}", f"no {part} sample has a label (`{target}`); it is not scored there.")
@@ -220,3 +286,4 @@ def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findin
             findings.warn(
                 f"task {task.name}", f"all {part} samples are of one class; ranking metrics mean nothing there."
             )
+    return True

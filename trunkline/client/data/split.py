@@ -5,16 +5,20 @@ has a part keeps it. By time (`by = "time"`, or a site without `group`): within 
 validate, the last test. The two boundaries are stored as order values (without `order`: as row numbers), so rows appended
 later lie behind the last boundary and become test rows (validation rows where there is no test share), and rows that
 arrive late for an old moment join the part that moment belongs to.
+
+By fold (`folds = 5`, `fold = 0 .. 4`): the groups are dealt to equal shares that hold every class alike, and one share is
+the test. The deal depends on `seed` and the groups only, so that five sites that differ in `fold` test every group once.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trunkline.client.data.folds import deal, missed
 from trunkline.client.data.notes import Findings
 from trunkline.config import SplitConfig
 from trunkline.errors import DataError
@@ -37,6 +41,8 @@ class Split:
         assignment: group -> part, for by = "group".
         until: group -> (last order of training, last order of validation), for by = "time".
         labelled: training groups that keep their labels, in the order they were drawn; empty: all of them.
+        folds, fold: how many shares the groups were dealt to, and which one tests; None: no folds.
+        share: group -> its share, for folds.
     """
 
     by: Literal["group", "time"]
@@ -46,6 +52,9 @@ class Split:
     assignment: dict[str, str]
     until: dict[str, tuple[float, float]]
     labelled: tuple[str, ...] = ()
+    folds: int | None = None
+    fold: int = 0
+    share: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,9 +92,16 @@ def read_split(path: Path) -> Split | None:
             raise ValueError(f"cannot split by {stored['by']!r}")
         until = {str(group): (float(one[0]), float(one[1])) for group, one in stored["until"].items()}
         shares = (float(stored["validation"]), float(stored["test"]))
-        return Split(
+        split = Split(
             stored["by"], int(stored["seed"]), *shares, assignment, until, tuple(str(one) for one in stored["labelled"])
         )
+        if "folds" not in stored:
+            return split
+        share = {str(group): int(place) for group, place in stored["share"].items()}
+        split = replace(split, folds=int(stored["folds"]), fold=int(stored["fold"]), share=share)
+        if any(place not in range(int(stored["folds"])) for place in (split.fold, *share.values())):
+            raise ValueError(f"a share is none of 0 to {int(stored['folds']) - 1}")
+        return split
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -97,7 +113,10 @@ def read_split(path: Path) -> Split | None:
 
 def write_split(path: Path, split: Split) -> None:
     """Store `split` where it differs from what is there; a crash leaves the old file or the new one."""
-    data = json.dumps({"format": FORMAT, **asdict(split)}, indent=1).encode()
+    table = asdict(split)
+    if split.folds is None:
+        table = {key: value for key, value in table.items() if key not in ("folds", "fold", "share")}
+    data = json.dumps({"format": FORMAT, **table}, indent=1).encode()
     if not path.is_file() or path.read_bytes() != data:
         write_atomic(path, data, mode=0o644)
 
@@ -117,7 +136,8 @@ def divide(
         test_apart: the test rows come from `test_files`; these rows are for training and validation only.
         stored: what `path` holds; it wins over a changed `config`.
     """
-    wanted = Split(by, config.seed, config.validation, 0.0 if test_apart else config.test, {}, {})
+    test = 0.0 if test_apart else 1.0 / config.folds if config.folds else config.test
+    wanted = Split(by, config.seed, config.validation, test, {}, {}, folds=config.folds, fold=config.fold)
     if wanted.validation + wanted.test >= 1.0:
         findings.problem(
             "site.toml",
@@ -133,7 +153,8 @@ def divide(
                 "Is `group` the same column as before? " + DELETE.format(path=path),
             )
             return None
-        for key in ("by", "seed", "validation", "test"):
+        folded = stored.folds is not None or wanted.folds is not None
+        for key in ("by", "seed", "validation", *(("folds", "fold") if folded else ("test",))):
             if (old := getattr(stored, key)) != (new := getattr(wanted, key)):
                 findings.warn(
                     str(path),
@@ -141,9 +162,13 @@ def divide(
                     DELETE.format(path=path),
                 )
     base = stored or wanted
-    split = (
-        _by_time(data, base) if base.by == "time" else _by_group(data, base, fresh=stored is None, findings=findings)
-    )
+    split: Split | None
+    if base.by == "time":
+        split = _by_time(data, base)
+    elif base.folds is not None:
+        split = _by_fold(data, base, base.folds, fresh=stored is None, findings=findings)
+    else:
+        split = _by_group(data, base, fresh=stored is None, findings=findings)
     if split is None:
         return None
     part = _parts(data, split)
@@ -186,6 +211,41 @@ def _by_group(data: Shuffle, base: Split, fresh: bool, findings: Findings) -> Sp
             assignment[name] = PARTS[part]
             count[part] += 1
     return replace(base, assignment=assignment)
+
+
+def _by_fold(data: Shuffle, base: Split, folds: int, fresh: bool, findings: Findings) -> Split | None:
+    ranked = _ranked(data.names, base.seed, "folds").tolist()
+    share = deal(data, ranked, folds, base.share)
+    learning = [place for place in ranked if share[data.names[place]] != base.fold]
+    if fresh and (len(data.names) < folds or len(learning) < 2):
+        findings.problem(
+            "data",
+            f"{len(data.names)} group{'s' if len(data.names) != 1 else ''} cannot be dealt to `folds = {folds}`: "
+            "each share needs a group, and two must be left to train and to validate.",
+            "Lower `folds` under [data.split].",
+        )
+        return None
+    wanted = [1.0 - base.validation - base.test, base.validation]
+    assignment = dict(base.assignment)
+    if fresh:
+        # of the rest another such deal, so that validation looks like the whole too
+        shares = min(max(2, round(sum(wanted) / base.validation)), len(learning))
+        again = deal(data, learning, shares, {})
+        validate = min(range(shares), key=lambda one: missed(data, learning, again, one))
+        assignment = {data.names[place]: PARTS[TEST] for place in ranked if place not in learning}
+        for name, one in again.items():
+            assignment[name] = PARTS[VALIDATION if one == validate else TRAIN]
+    count = [sum(assignment.get(name) == part for name in data.names) for part in PARTS[:TEST]]
+    for name in [data.names[place] for place in ranked if data.names[place] not in assignment]:
+        if share[name] == base.fold:
+            assignment[name] = PARTS[TEST]
+            continue
+        part = int(
+            np.argmax([wanted[one] / sum(wanted) * (sum(count) + 1) - count[one] for one in (TRAIN, VALIDATION)])
+        )
+        assignment[name] = PARTS[part]
+        count[part] += 1
+    return replace(base, assignment=assignment, share=share)
 
 
 def _first_assignment(data: Shuffle, base: Split) -> dict[str, str]:
@@ -276,4 +336,5 @@ def describe(split: Split | None) -> dict[str, Any]:
         "validation": split.validation,
         "test": split.test,
         "labelled": len(split.labelled) or None,
+        **({} if split.folds is None else {"folds": split.folds, "fold": split.fold}),
     }

@@ -1,6 +1,7 @@
 """Shared bodies: one file each, and one line here."""
 
 from trunkline.models.backbones.backbone import Backbone
+from trunkline.models.backbones.linear import Linear
 from trunkline.models.backbones.mlp import MLP
 from trunkline.models.backbones.tcn import TCN
 from trunkline.models.backbones.transformer import Transformer
@@ -9,4 +10,5 @@ BACKBONES: dict[str, type[Backbone]] = {
     "tcn": TCN,
     "transformer": Transformer,
     "mlp": MLP,
+    "linear": Linear,
 }

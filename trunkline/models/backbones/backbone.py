@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
+
+from trunkline.exchange import TrunkSpec
 
 
 class Size(NamedTuple):
@@ -32,6 +34,11 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def __init__(self, size: str, width: int | None, dropout: float) -> None:
         super().__init__()
+
+    @classmethod
+    def of(cls, spec: TrunkSpec) -> Self:
+        """The body `[trunk]` of run.toml asks for."""
+        return cls(spec.size, spec.width, spec.dropout)
 
     @abstractmethod
     def forward(self, x: Tensor, norms: nn.ModuleList) -> Tensor: ...

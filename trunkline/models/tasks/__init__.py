@@ -2,8 +2,12 @@
 
 from trunkline.config import TaskConfig
 from trunkline.errors import ConfigError, nearest
+from trunkline.models.tasks.anomaly import Anomaly
 from trunkline.models.tasks.binary import Binary
+from trunkline.models.tasks.forecast import Forecast
 from trunkline.models.tasks.multiclass import Multiclass
+from trunkline.models.tasks.multilabel import Multilabel
+from trunkline.models.tasks.ordinal import Ordinal
 from trunkline.models.tasks.regression import Regression
 from trunkline.models.tasks.task import Metric, Task
 
@@ -11,6 +15,10 @@ TASKS: dict[str, type[Task]] = {
     "regression": Regression,
     "binary": Binary,
     "multiclass": Multiclass,
+    "ordinal": Ordinal,
+    "multilabel": Multilabel,
+    "forecast": Forecast,
+    "anomaly": Anomaly,
 }
 
 

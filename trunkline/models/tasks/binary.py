@@ -8,10 +8,11 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from trunkline.config import TaskConfig
-from trunkline.models.tasks.task import Labels, Metric, Task, effective_number, numbers
+from trunkline.models.tasks.calibration import ENOUGH, best_cut, calibration_error, logit, platt, sigmoid
+from trunkline.models.tasks.crossentropy import yes_or_no
+from trunkline.models.tasks.task import Labels, Metric, Task, effective_number, numbers, shares
 
 WORDS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1}
 BOUND = 10.0  # largest emphasis of the rarer class: with five positives, more would fit those five
@@ -24,8 +25,9 @@ class Binary(Task):
     0 and 1 where that is not meant.
 
     The rarer class counts more, by the effective number of samples (Cui et al. 2019, arXiv:1901.05555), tenfold at
-    most. The probabilities are those of this weighted loss, so a rare failure is called earlier than its frequency
-    alone would; `threshold`, 0.5 until `calibrate` moves it, is where `f1` and `accuracy` cut.
+    most; `class_weights = "none"` leaves that out. What `predict` gives are the probabilities of this weighted loss, so a
+    rare failure is called earlier than its frequency alone would; `threshold`, 0.5 until `calibrate` moves it, is where
+    `f1` and `accuracy` cut. `calibrated` turns them into frequencies, and `brier` and `ece` are measured on those.
     """
 
     kind = "binary"
@@ -36,6 +38,7 @@ class Binary(Task):
         "average_precision": Metric("of 1", "higher"),
         "accuracy": Metric("of 1", "higher"),
         "brier": Metric("of 1", "lower"),
+        "ece": Metric("of 1", "lower"),
     }
 
     def __init__(self, name: str, config: TaskConfig) -> None:
@@ -43,6 +46,7 @@ class Binary(Task):
         self.words: tuple[str, ...] = ()  # the site's own two words, negative first
         self.counts = (1, 1)  # training labels: negative, positive
         self.threshold = 0.5
+        self.line = (1.0, 0.0)  # slope and shift from the log-odds of `predict` to those of `calibrated`
 
     @property
     def outputs(self) -> int:
@@ -90,24 +94,33 @@ class Binary(Task):
     @property
     def emphasis(self) -> float:
         """How much a positive label weighs beside a negative one."""
+        if self.config.class_weights == "none":
+            return 1.0
         negative, positive = effective_number(np.array(self.counts, dtype=np.float64))
         return float(np.clip(negative / positive, 1.0 / BOUND, BOUND))
 
     def state(self) -> dict[str, object]:
-        return {"kind": self.kind, "words": list(self.words), "counts": list(self.counts), "threshold": self.threshold}
+        return {
+            "kind": self.kind,
+            "words": list(self.words),
+            "counts": list(self.counts),
+            "threshold": self.threshold,
+            "line": list(self.line),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         loaded = self._loaded(state)
         negative, positive = loaded["counts"]
         self.counts = (int(negative), int(positive))
         self.words, self.threshold = tuple(loaded["words"]), float(loaded["threshold"])
+        slope, shift = loaded.get("line", (1.0, 0.0))  # absent in what an older version stored
+        self.line = (float(slope), float(shift))
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         missing = labels.isnan()
-        logit = output[:, 0].float()
         truth = torch.where(missing, 0.0, labels)
-        # softplus(-z) = -log sigmoid(z), without overflow
-        each = self.emphasis * truth * F.softplus(-logit) + (1.0 - truth) * F.softplus(logit)
+        one = self.config
+        each = yes_or_no(output[:, 0].float(), truth, self.emphasis, one.focal, one.label_smoothing)
         return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
@@ -118,40 +131,56 @@ class Binary(Task):
     def calibrate(self, prediction: NDArray[Any], labels: Labels) -> None:
         """Move `threshold` to the cut with the best F1 on these VALIDATION rows; of equal ones the nearest to 0.5.
 
-        Without a positive label there is no F1, and the threshold stays.
+        Without a positive label there is no F1, and the threshold stays. With enough labels of both classes the line
+        from scores to frequencies is drawn too; it rises, so that a cut of the one is a cut of the other.
 
         Args:
             prediction: (rows,) probabilities.
             labels: (rows,), NaN where missing.
         """
         present = ~np.isnan(labels) & ~np.isnan(prediction)
-        order = np.argsort(-prediction[present], kind="stable")
-        score = prediction[present][order].astype(np.float64)
-        hits = np.cumsum(labels[present][order] > 0.5)
-        below = np.append(score[1:], 0.0)[: len(score)]
-        possible = score > below  # equal scores cannot be told apart
-        if not possible.any() or not hits[-1]:
-            return
-        cut = (score + below) / 2.0  # between two scores: what is called positive is above it
-        f1 = np.where(possible, 2.0 * hits / (np.arange(1, len(score) + 1) + hits[-1]), -1.0)
-        best = cut[f1 == f1.max()]
-        self.threshold = float(best[np.argmin(np.abs(best - 0.5))])
+        score, truth = prediction[present], labels[present] > 0.5
+        cut = best_cut(score, truth, self.threshold)
+        self.threshold = self.threshold if cut is None else cut
+        if ENOUGH <= truth.sum() <= len(truth) - ENOUGH:
+            self.line = platt(logit(score), truth)
+        self.trouble = (
+            "" if (score > self.threshold).any() or not len(score) else self._never_called(len(score), self.threshold)
+        )
+
+    def calibrated(self, prediction: NDArray[Any]) -> NDArray[Any]:
+        if self.line == (1.0, 0.0):
+            return prediction
+        slope, shift = self.line
+        return sigmoid(slope * logit(prediction) + shift).astype(prediction.dtype)
+
+    def _described(self, labels: Labels) -> str:
+        return shares(self.words if len(self.words) == 2 else ("0", "1"), labels)
 
     def _score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
         called, truth = prediction > self.threshold, labels > 0.5
         positive = int(truth.sum())
         return 2.0 * int((called & truth).sum()) / (int(called.sum()) + positive) if positive else None
 
+    def _metric(self, name: str, prediction: NDArray[Any], labels: Labels) -> float | None:
+        truth = labels > 0.5
+        if name == "accuracy":
+            return float(((prediction > self.threshold) == truth).mean())
+        if name == "brier":
+            return float(np.square(self.calibrated(prediction) - truth, dtype=np.float64).mean())
+        if name == "ece":
+            return calibration_error(self.calibrated(prediction), truth)
+        return super()._metric(name, prediction, labels)
+
     def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
         # here and not above: it takes a second to import, and most commands measure nothing
-        from torchmetrics.functional import mean_squared_error
-        from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_average_precision
+        from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
         truth = labels.long()
         both = 0 < int(truth.sum()) < len(truth)  # there is nothing to rank within one class
+        quick = ("accuracy", "brier", "ece")
         return {
             "auroc": float(binary_auroc(prediction, truth)) if both else None,
             "average_precision": float(binary_average_precision(prediction, truth)) if both else None,
-            "accuracy": float(binary_accuracy(prediction, truth, threshold=self.threshold)),
-            "brier": float(mean_squared_error(prediction, labels)),
+            **{name: self._metric(name, prediction.numpy(), labels.numpy()) for name in quick},
         }

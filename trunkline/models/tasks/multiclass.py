@@ -12,20 +12,25 @@ from torch.nn import functional as F
 
 from trunkline.config import TaskConfig
 from trunkline.errors import ConfigError, DataError, nearest
-from trunkline.models.tasks.task import Labels, Metric, Task, effective_number
+from trunkline.models.tasks.calibration import EDGE, ENOUGH, calibration_error, soften, temperature
+from trunkline.models.tasks.crossentropy import one_of_many
+from trunkline.models.tasks.task import Labels, Metric, Task, effective_number, listed, shares
 
 MOST = 256  # classes found in a column; more of them look like a measurement
+MOST_BROKEN = 20  # the same where they are numbers with a fraction
 BOUND = 10.0  # largest emphasis of a rare class beside the commonest
 
 
 class Multiclass(Task):
     """Labels are words or whole numbers; `classes` in site.toml, or else every distinct value `read` first sees.
 
-    Rare classes count more, by the effective number of samples (Cui et al. 2019, arXiv:1901.05555), at most tenfold.
-    The probabilities are those of this weighted loss.
+    Rare classes count more, by the effective number of samples (Cui et al. 2019, arXiv:1901.05555), at most tenfold;
+    `class_weights = "none"` leaves that out. The probabilities are those of this weighted loss, sharpened or softened
+    by one temperature in `calibrated`; `ece` is that of the likeliest class, measured on those.
 
     With `ordinal` the classes have an order (`classes` as listed, else sorted: numbers by value), and the head answers
-    K - 1 questions "beyond class k?" from one shared score (CORAL, Cao et al. 2020, arXiv:1901.07884).
+    K - 1 questions "beyond class k?" from one shared score (CORAL, Cao et al. 2020, arXiv:1901.07884). The likeliest
+    class is the answer, as without an order; kind "ordinal" has the same head and is judged by grades.
     """
 
     kind = "multiclass"
@@ -35,6 +40,7 @@ class Multiclass(Task):
         "accuracy": Metric("of 1", "higher"),
         "balanced_accuracy": Metric("of 1", "higher"),
         "mae_classes": Metric("classes", "lower"),
+        "ece": Metric("of 1", "lower"),
     }
 
     def __init__(self, name: str, config: TaskConfig) -> None:
@@ -45,17 +51,26 @@ class Multiclass(Task):
                 f"[tasks.{name}]: `classes` should name two or more different classes. Found {list(config.classes)}. "
                 f"Leave it out to use every value of column `{config.target}`."
             )
+        if self.ordered and (config.focal or config.label_smoothing):
+            key = "focal" if config.focal else "label_smoothing"
+            raise ConfigError(f"[tasks.{name}]: `{key}` is for classes without an order. Drop it, or `ordinal`.")
         self.counts: tuple[int, ...] = (1,) * len(self.classes)
+        self.temperature = 1.0
+
+    @property
+    def ordered(self) -> bool:
+        """Whether neighbouring classes are closer than distant ones."""
+        return self.config.ordinal
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        return {name: metric for name, metric in self.METRICS.items() if name != "mae_classes" or self.config.ordinal}
+        return {name: metric for name, metric in self.METRICS.items() if name != "mae_classes" or self.ordered}
 
     @property
     def outputs(self) -> int:
         if not self.classes:
             raise DataError(f"Task {self.name!r}: its classes are not known yet. Read its label column first.")
-        return len(self.classes) - self.config.ordinal
+        return len(self.classes) - self.ordered
 
     def read(self, column: pl.Series, where: str) -> Labels:
         text = _as_text(column)
@@ -85,6 +100,12 @@ class Multiclass(Task):
                 f"{MOST} are taken for classes. A measurement is kind = 'regression'; otherwise list `classes`."
             )
         whole = all(word.removeprefix("-").isdecimal() for word in found)
+        if not whole and len(found) > MOST_BROKEN and all(map(_is_number, found)):
+            raise DataError(
+                f"{where}: column `{column.name}` of task {self.name!r} has {len(found)} different numbers with fractions, "
+                f"such as {listed(found, 3)}; at most {MOST_BROKEN} are taken for classes. A measurement is "
+                f"kind = 'regression'; otherwise list `classes`."
+            )
         return tuple(sorted(found, key=int if whole else None))
 
     def fit(self, labels: Labels) -> None:
@@ -99,37 +120,45 @@ class Multiclass(Task):
     @property
     def emphasis(self) -> tuple[float, ...]:
         """Weight of each class in the loss; 1 on average over the training labels."""
+        if self.config.class_weights == "none":
+            return (1.0,) * len(self.classes)
         counts = np.array(self.counts, dtype=np.float64)
         weight = 1.0 / effective_number(counts)
         weight = np.minimum(weight, BOUND * weight.min())
         return tuple((weight * counts.sum() / (weight * counts).sum()).tolist())
 
     def state(self) -> dict[str, object]:
-        return {"kind": self.kind, "classes": list(self.classes), "counts": list(self.counts)}
+        return {
+            "kind": self.kind,
+            "classes": list(self.classes),
+            "counts": list(self.counts),
+            "temperature": self.temperature,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         loaded = self._loaded(state)
         self.classes, self.counts = tuple(loaded["classes"]), tuple(loaded["counts"])
+        self.temperature = float(loaded.get("temperature", 1.0))  # absent in what an older version stored
 
     def head(self, width: int) -> nn.Module:
-        return Cumulative(width, self.outputs) if self.config.ordinal else super().head(width)
+        return Cumulative(width, self.outputs) if self.ordered else super().head(width)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         missing = labels.isnan()
         output = output.float()
         truth = torch.where(missing, 0.0, labels).long()
-        if self.config.ordinal:
+        if self.ordered:
             beyond = (truth[:, None] > torch.arange(self.outputs, device=output.device)).float()  # (batch, K - 1)
             each = (beyond * F.softplus(-output) + (1.0 - beyond) * F.softplus(output)).mean(dim=1)
         else:
-            each = -output.log_softmax(dim=1).gather(1, truth[:, None])[:, 0]
+            each = one_of_many(output, truth, self.config.focal, self.config.label_smoothing)
         each = each * torch.tensor(self.emphasis, device=output.device)[truth]
         return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
-        """(batch, outputs) -> (batch, K) probabilities, also where `ordinal`."""
+        """(batch, outputs) -> (batch, K) probabilities, also where the classes have an order."""
         output = output.detach().float()
-        if self.config.ordinal:
+        if self.ordered:
             # each "beyond k?" is at most as likely as the one before, so that no class gets less than nothing
             beyond = output.sigmoid().cummin(dim=1).values
             edge = torch.ones_like(beyond[:, :1])
@@ -137,31 +166,80 @@ class Multiclass(Task):
             return (beyond[:, :-1] - beyond[:, 1:]).cpu().numpy()
         return output.softmax(dim=1).cpu().numpy()
 
+    def calibrate(self, prediction: NDArray[Any], labels: Labels) -> None:
+        """Find the temperature of the probabilities on these VALIDATION rows; the likeliest class of each row stays."""
+        present = ~np.isnan(labels) & ~np.isnan(prediction).any(axis=1)
+        truth = labels[present].astype(np.int64)
+        if not self.ordered and len(truth) >= ENOUGH and truth.min() < truth.max():
+            self.temperature = temperature(prediction[present], truth)
+
+    def calibrated(self, prediction: NDArray[Any]) -> NDArray[Any]:
+        if self.temperature == 1.0:
+            return prediction
+        return soften(np.log(np.maximum(prediction.astype(np.float64), EDGE)), 1.0 / self.temperature).astype(
+            prediction.dtype
+        )
+
+    def decide(self, prediction: NDArray[Any]) -> NDArray[np.int64]:
+        """(rows, K) probabilities -> (rows,) the place in `classes` that this task answers."""
+        return np.asarray(prediction.argmax(axis=1))
+
+    def _described(self, labels: Labels) -> str:
+        return shares(self.classes, labels)
+
+    def remarks(self, part: str, labels: Labels) -> list[str]:
+        there = np.bincount(labels[~np.isnan(labels)].astype(np.int64), minlength=len(self.classes))
+        strange = [
+            f"{name!r} ({count:,})"
+            for name, count, known in zip(self.classes, there, self.counts, strict=True)
+            if count and not known
+        ]
+        if not strange:
+            return []
+        return [
+            f"{part} has labels that no training sample has: {listed(strange)}. Nobody can learn them here, and each "
+            f"counts as a miss. Label such training groups, or change `seed` of [data.split]."
+        ]
+
     def _score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
-        count = prediction.shape[1]
-        guess, truth = prediction.argmax(axis=1), labels.astype(np.int64)
-        if (truth == truth[0]).all():
-            return None
-        hits = np.bincount(truth[guess == truth], minlength=count)
-        either = np.bincount(guess, minlength=count) + np.bincount(truth, minlength=count)
-        named = either > 0  # a class neither there nor guessed has no F1
-        return float((2.0 * hits[named] / either[named]).mean())
+        return macro_f1(self.decide(prediction), labels.astype(np.int64), prediction.shape[1])
+
+    def _metric(self, name: str, prediction: NDArray[Any], labels: Labels) -> float | None:
+        if name == "accuracy":
+            return float((self.decide(prediction) == labels).mean())
+        if name == "mae_classes":
+            return float(np.abs(self.decide(prediction) - labels).mean(dtype=np.float64))
+        if name == "ece":
+            return calibration_error(self.calibrated(prediction).max(axis=1), self.decide(prediction) == labels)
+        return super()._metric(name, prediction, labels)
 
     def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
         # here and not above: it takes a second to import, and most commands measure nothing
-        from torchmetrics.functional import mean_absolute_error
-        from torchmetrics.functional.classification import multiclass_accuracy, multiclass_recall
+        from torchmetrics.functional.classification import multiclass_recall
 
-        count = prediction.shape[1]
-        guess, truth = prediction.argmax(dim=1), labels.long()
-        present = np.unique(truth.numpy()).tolist()
-        recall = multiclass_recall(guess, truth, num_classes=count, average="none")
+        rows, truth = prediction.numpy(), labels.numpy()
+        guess = torch.from_numpy(self.decide(rows))
+        present = np.unique(truth.astype(np.int64)).tolist()
+        recall = multiclass_recall(guess, labels.long(), num_classes=rows.shape[1], average="none")
         return {
-            "accuracy": float(multiclass_accuracy(guess, truth, num_classes=count, average="micro")),
             # over the classes that occur; the library's own macro mean also counts a class that was only guessed
             "balanced_accuracy": float(recall[present].mean()) if len(present) > 1 else None,
-            "mae_classes": float(mean_absolute_error(guess.double(), labels)),
+            **{name: self._metric(name, rows, truth) for name in ("accuracy", "mae_classes", "ece")},
         }
+
+
+def macro_f1(guess: NDArray[np.int64], truth: NDArray[np.int64], count: int) -> float | None:
+    """Mean F1 over the classes that occur or were guessed; None where all rows are of one class.
+
+    Args:
+        guess, truth: (rows,) places among `count` classes.
+    """
+    if (truth == truth[0]).all():
+        return None
+    hits = np.bincount(truth[guess == truth], minlength=count)
+    either = np.bincount(guess, minlength=count) + np.bincount(truth, minlength=count)
+    named = either > 0  # a class neither there nor guessed has no F1
+    return float((2.0 * hits[named] / either[named]).mean())
 
 
 class Cumulative(nn.Module):
@@ -190,3 +268,11 @@ def _as_text(column: pl.Series) -> pl.Series:
             column = column.cast(pl.Int64, strict=False)
     text = column.cast(pl.String).str.strip_chars()
     return text.set(text == "", None)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trunkline.config import TaskConfig
@@ -22,6 +22,9 @@ class Regression(Task):
 
     `loss`: "huber" (beyond one standard deviation linear), "mse", or "pinball" for the `quantile` (Koenker and
     Bassett 1978).
+
+    `intercept = false` is for what is zero when its inputs are (a balance, a flow): labels are divided and not shifted,
+    and the head has no bias.
 
     `nasa_score`, for the unit "cycles" only, is the sum over rows of exp(-d/13) - 1 for early (d < 0) and exp(d/10) - 1
     for late predictions, d = predicted - true cycles (Saxena et al. 2008, PHM conference).
@@ -54,6 +57,9 @@ class Regression(Task):
     def outputs(self) -> int:
         return 1
 
+    def head(self, width: int) -> nn.Module:
+        return nn.Linear(width, self.outputs, bias=self.config.intercept)
+
     def read(self, column: pl.Series, where: str) -> Labels:
         remedy = "Correct the value, or leave the cell empty where the label is unknown."
         return numbers(self, column, where, remedy).astype(np.float32)
@@ -62,8 +68,8 @@ class Regression(Task):
         present = self._capped(labels[~np.isnan(labels)].astype(np.float64))
         if not len(present):
             raise self._no_labels()
-        self.mean = float(present.mean())
-        spread = float(present.std())
+        self.mean = float(present.mean()) if self.config.intercept else 0.0
+        spread = float(present.std() if self.config.intercept else np.sqrt(np.mean(np.square(present))))
         # equal labels have no scale of their own; dividing by their rounding noise would blow the loss up
         self.std = spread if spread > 1e-6 * max(1.0, abs(self.mean)) else 1.0
 

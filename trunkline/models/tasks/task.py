@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trunkline.config import TaskConfig
-from trunkline.errors import ConfigError, DataError, StorageError
+from trunkline.errors import ConfigError, DataError, StorageError, nearest
 from trunkline.exchange import TaskCard
 from trunkline.models.labels import Labels, known
 
-__all__ = ["BETA", "Labels", "Metric", "Task", "effective_number", "known", "numbers"]
+__all__ = ["BETA", "Labels", "Metric", "Samples", "Task", "effective_number", "known", "listed", "numbers", "shares"]
 
 BLANKS = ("", "na", "n/a", "nan", "null", "none", "-")  # ways to write "no number" in a text file
 BETA = 0.999  # of the effective number of samples; not 0.9999, because overlapping windows repeat each other
@@ -29,11 +29,28 @@ class Metric(NamedTuple):
     better: Literal["lower", "higher"]
 
 
+class Samples(NamedTuple):
+    """What a task may know of the inputs it will meet, apart from their values.
+
+    Args:
+        channels: inputs in order.
+        window: rows a sample; None where a sample is one row.
+        clock: whether `order` is a time, in seconds; otherwise it only counts or ranks.
+        scale: (mean, standard deviation) that each channel was scaled by; empty where that depends on a regime.
+    """
+
+    channels: tuple[str, ...]
+    window: int | None = None
+    clock: bool = False
+    scale: tuple[tuple[float, float], ...] = ()
+
+
 class Task(ABC):
     """One thing to predict at one site: `[tasks.NAME]` of its site.toml.
 
-    A task is used in this order: `read` its label column (all rows of the site), `fit` on the training labels, then
-    `head`, `loss`, `predict`, `measure` as often as wanted. `state` is what `fit` learnt, for the vault.
+    A task is used in this order: `read` its label column (all rows of the site), `expect` the inputs, bring labels to
+    samples by `at`, `fit` on the training labels, then `head`, `loss`, `predict`, `measure` as often as wanted. `state`
+    is what `fit` learnt, for the vault.
 
     Args:
         name: also the name of its head.
@@ -45,7 +62,7 @@ class Task(ABC):
 
     kind: ClassVar[str]
     METRICS: ClassVar[dict[str, Metric]]  # every metric this kind knows
-    primary: ClassVar[str]
+    primary: str  # of the kind; `metric` in site.toml puts another one in its place for one task
 
     def __init__(self, name: str, config: TaskConfig) -> None:
         if hasattr(nn.ModuleDict(), name):  # heads live in one, and its own attributes would be shadowed
@@ -54,6 +71,14 @@ class Task(ABC):
             )
         self.name = name
         self.config = config
+        self.trouble = ""  # what `calibrate` found that a person should hear of
+        if config.metric:
+            if config.metric not in self.METRICS:
+                raise ConfigError(
+                    f"[tasks.{name}]: `metric = {config.metric!r}` is none of kind {self.kind!r}"
+                    f"{nearest(config.metric, self.METRICS)} Known: {', '.join(self.METRICS)}."
+                )
+            self.primary = config.metric
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -93,15 +118,35 @@ class Task(ABC):
         """The labels of this task out of a table that has all of `config.columns`: (rows,) or (rows, k), in its order."""
         return self.read(frame[self.config.target], where)
 
-    def at(self, labels: Labels, ends: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]) -> Labels:
+    def expect(self, samples: Samples) -> None:
+        """Hear what the inputs look like, before `at` and `head`; only a task that reads its own input needs to know."""
+        return
+
+    def at(
+        self,
+        labels: Labels,
+        ends: NDArray[np.int64],
+        first: NDArray[np.int64],
+        last: NDArray[np.int64],
+        order: NDArray[np.float64] | None = None,
+    ) -> Labels:
         """The labels of the samples that end at rows `ends`, out of the labels of all rows of one part.
 
         Args:
             labels: (rows,) or (rows, k), sorted by group then order.
             first, last: (rows,) first and last row of each row's group in this part; what lies behind `last` belongs to
                 another machine or another part, and no label may come from there.
+            order: (rows,) time or cycle of each row; None: rows follow each other one by one.
         """
         return labels[ends]
+
+    def lacks(self, rows: int) -> str:
+        """What this task cannot do in a part whose longest group has `rows` rows, as a sentence; "" where it can."""
+        return ""
+
+    def judged(self, labels: Labels) -> NDArray[np.bool_]:
+        """(rows,) which samples count in the metrics; a task may carry more with a label than what it is judged by."""
+        return known(labels)
 
     @abstractmethod
     def fit(self, labels: Labels) -> None:
@@ -137,11 +182,17 @@ class Task(ABC):
 
     @abstractmethod
     def _score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
-        """The primary metric over rows that all have a label, at least one; a bootstrap calls it thousands of times."""
+        """The kind's own primary metric over rows that all have a label, at least one; a bootstrap calls it thousands of times."""
 
     @abstractmethod
     def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
         """The other metrics over the same rows, float64."""
+
+    def _metric(self, name: str, prediction: NDArray[Any], labels: Labels) -> float | None:
+        """Any one metric over such rows. A kind answers here without `_others` what is quick to say alone."""
+        if name == type(self).primary:
+            return self._score(prediction, labels)
+        return self._others(*_doubles(prediction, labels))[name]
 
     def head(self, width: int) -> nn.Module:
         """The private last layer, (batch, width) -> (batch, outputs): linear, for it learns from the fewest labels."""
@@ -166,27 +217,56 @@ class Task(ABC):
     def calibrate(self, prediction: NDArray[Any], labels: Labels) -> None:
         """Choose where this task decides, from one model's VALIDATION rows; nothing where a kind has no such choice.
 
-        Two models decide at two places: calibrate a copy of the task for each.
+        Two models decide at two places: calibrate a copy of the task for each. What a person should hear of it (no
+        validation row is ever called) is left in `trouble`.
         """
         return
 
+    def calibrated(self, prediction: NDArray[Any]) -> NDArray[Any]:
+        """The same predictions as probabilities that mean what they say, after `calibrate`; the order of any two stays.
+
+        `score` and `measure` take what `predict` gave, and do this themselves where a metric asks for it.
+        """
+        return prediction
+
+    def describe(self, labels: Labels) -> str:
+        """What the labels of some samples look like, in one line; and the share of samples that have none."""
+        there = known(labels)
+        if not there.any():
+            return "no labels" if len(labels) else "no samples"
+        without = f", {1 - there.mean():.0%} unlabelled" if not there.all() else ""
+        return self._described(labels[there]) + without
+
+    def _described(self, labels: Labels) -> str:
+        """The words of `describe` for samples that all have a label, at least one."""
+        values = labels[~np.isnan(labels)]
+        return f"{values.min():.4g} to {values.max():.4g}, median {np.median(values):.4g}"
+
+    def remarks(self, part: str, labels: Labels) -> list[str]:
+        """What deserves a look in the labels of `part` ("train", "validation" or "test"), after `fit`."""
+        return []
+
     def score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
-        """The primary metric; None where it is undefined (no labels, one class) or not finite.
+        """The primary metric (`metric` of site.toml, or the kind's own); None where undefined (no labels, one class).
 
         Args:
             prediction: what `predict` gave, one row a sample.
             labels: (rows,) or (rows, k), NaN where missing; such rows do not count.
         """
-        present = known(labels)
-        return _finite(self._score(prediction[present], labels[present]) if present.any() else None)
+        present = self.judged(labels)
+        if not present.any():
+            return None
+        return _finite(self._metric(self.primary, prediction[present], labels[present]))
 
     def measure(self, prediction: NDArray[Any], labels: Labels) -> dict[str, float | None]:
         """One value for each of `metrics`; None where it is undefined or not finite. Arguments as in `score`."""
-        measured: dict[str, float | None] = {self.primary: self.score(prediction, labels)}
-        present = known(labels)
+        measured: dict[str, float | None] = {}
+        present = self.judged(labels)
         if present.any():
-            guess, truth = (torch.from_numpy(one[present].astype(np.float64)) for one in (prediction, labels))
-            measured |= self._others(guess, truth)
+            prediction, labels = prediction[present], labels[present]
+            measured = {type(self).primary: self._score(prediction, labels)}
+            measured |= self._others(*_doubles(prediction, labels))
+            measured[self.primary] = self.score(prediction, labels)
         return {name: _finite(measured.get(name)) for name in self.metrics}
 
     def _loaded(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -210,6 +290,13 @@ class Task(ABC):
         return DataError(
             f"Task {self.name!r}: {self._column()} has no label in any training row. Label some training "
             f"groups, raise `labelled_groups`, or take [tasks.{self.name}] out of site.toml."
+        )
+
+    def _never_called(self, rows: int, threshold: float) -> str:
+        return (
+            f"none of {rows} validation samples reaches its threshold of {threshold:.3g}, so it would never say yes. Let "
+            f"validation have positive labels (other `seed` or more `validation` under [data.split]), or judge it by a "
+            f"`metric` that needs no threshold."
         )
 
     def _one_class(self, name: str, count: int) -> DataError:
@@ -248,6 +335,22 @@ def effective_number(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """How much `counts` samples are worth when samples repeat each other (Cui et al. 2019, arXiv:1901.05555)."""
     worth: NDArray[np.float64] = (1.0 - BETA ** np.maximum(counts, 1.0)) / (1.0 - BETA)
     return worth
+
+
+def listed(words: Sequence[str], most: int = 6) -> str:
+    """The first `most` words with commas, and how many were left out."""
+    rest = f", ... ({len(words) - most} more)" if len(words) > most else ""
+    return ", ".join(words[:most]) + rest
+
+
+def shares(names: Sequence[str], labels: Labels) -> str:
+    """The share of each class among `labels`, places in `names`, all of them known."""
+    codes, counts = np.unique(labels.astype(np.int64), return_counts=True)
+    return listed([f"{names[code]} {count / len(labels):.1%}" for code, count in zip(codes, counts, strict=True)])
+
+
+def _doubles(prediction: NDArray[Any], labels: Labels) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(prediction.astype(np.float64)), torch.from_numpy(labels.astype(np.float64))
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,7 +3,20 @@
 from pathlib import Path
 
 from trunkline.errors import ConfigError, DataError, nearest
-from trunkline.simulations.factories import cmapss, synthetic
+from trunkline.simulations.factories import (
+    ai4i2020,
+    alarms,
+    cmapss,
+    cwru,
+    flowmeters,
+    garments,
+    hydraulic,
+    skab,
+    steel_energy,
+    steel_plates,
+    synthetic,
+    tep,
+)
 from trunkline.simulations.factories.folder import Factory, Wish
 
 FACTORIES: dict[str, Factory] = {
@@ -15,6 +28,20 @@ FACTORIES: dict[str, Factory] = {
     "cmapss": Factory(
         cmapss.write, needs_data=True, about="NASA turbofan engines run to failure; 4 plants, or any multiple of 4"
     ),
+    "ai4i2020": Factory(ai4i2020.write, needs_data=True, about="a milling machine's failures; 3 part qualities"),
+    "alarms": Factory(alarms.write, needs_data=True, about="alarms to come at 20 real packaging machines"),
+    "cwru": Factory(cwru.write, needs_data=True, about="damaged bearings by their vibration; 4 motor loads"),
+    "flowmeters": Factory(flowmeters.write, needs_data=True, about="the condition of 4 real flowmeters"),
+    "garments": Factory(garments.write, needs_data=True, about="daily output of 12 real sewing teams"),
+    "hydraulic": Factory(
+        hydraulic.write, needs_data=True, about="a hydraulic rig's wear; 3 states of its cooler, or 1 plant"
+    ),
+    "skab": Factory(skab.write, needs_data=True, about="a water circulation rig disturbed in 3 ways"),
+    "steel_energy": Factory(
+        steel_energy.write, needs_data=True, about="a steel works' energy to come; 4 quarters of a year"
+    ),
+    "steel_plates": Factory(steel_plates.write, needs_data=True, about="surface faults of 2 real grades of steel"),
+    "tep": Factory(tep.write, needs_data=True, about="a simulated chemical plant; 3 sites of 7 faults each"),
 }
 
 

@@ -5,6 +5,7 @@ A folder carries `SHA256SUMS` beside its files. Where the sums still hold, the f
 """
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trunkline.errors import ConfigError
+import polars as pl
+
+from trunkline.errors import ConfigError, DataError
 from trunkline.storage import write_atomic
 
 SUMS = "SHA256SUMS"
@@ -51,6 +54,53 @@ class Factory:
     write: Callable[[Path, Wish], list[Path]]
     needs_data: bool
     about: str
+
+
+def find_folder(wish: Wish, name: str, file: str, source: str) -> Path:
+    """The folder of data set `name`: `--data` itself or the folder `name` below it, whichever holds `file`.
+
+    Raises:
+        DataError: no folder was given, or neither holds it; `source` says where to get the set.
+    """
+    if wish.data is None:
+        raise DataError(f"{name}: no folder given. {source}")
+    for folder in (wish.data, wish.data / name):
+        if (folder / file).is_file():
+            return folder
+    raise DataError(f"{wish.data}: {file} is neither there nor in {wish.data / name}. {source}")
+
+
+def read_csv(path: Path, columns: Sequence[str], source: str) -> pl.DataFrame:
+    """The published table at `path`, once it has exactly `columns`.
+
+    Raises:
+        DataError: it is damaged, or an altered copy of the set.
+    """
+    try:
+        table = pl.read_csv(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{path}: not a CSV table ({str(error).splitlines()[0]}). {source}") from None
+    if odd := [name for name in (*columns, *table.columns) if name not in columns or name not in table.columns]:
+        raise DataError(f"{path}: column `{odd[0]}` is missing, or is one too many. This is another version. {source}")
+    return table
+
+
+def as_it_comes(wish: Wish, name: str, plants: int) -> None:
+    """Raise ConfigError where a data set whose plants are given by nature is asked to be dealt otherwise."""
+    if wish.plants not in (None, plants):
+        raise ConfigError(f"--plants {wish.plants}: {name} comes from {plants} plants. Leave --plants away.")
+    if wish.groups is not None:
+        raise ConfigError(
+            f"--groups {wish.groups}: the plants of {name} own what they measured. Set `labelled_groups` under "
+            "[data.split] of a site.toml to see how it learns from fewer labels."
+        )
+
+
+def parquet(rows: pl.DataFrame) -> bytes:
+    """`rows` as a Parquet file."""
+    buffer = io.BytesIO()
+    rows.write_parquet(buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 def write_plants(out: Path, plants: Sequence[Plant]) -> list[Path]:

@@ -1,0 +1,65 @@
+"""Groups dealt to shares that look alike: what `folds` in site.toml stands on."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from trunkline.client.data.split import Shuffle
+
+OUTSIZED = 2.0  # times the rows of a mean group
+
+
+def deal(data: "Shuffle", places: list[int], shares: int, known: dict[str, int]) -> dict[str, int]:
+    """Group -> share, for the groups at `places`: those of `known`, then the others, so that shares are equally many
+    groups and hold about as many rows of every class.
+
+    Outsized groups are dealt out first, then the rarest class, each group to the share that has least of what it brings
+    (after iterative stratification; Sechidis, Tsoumakas, Vlahavas: On the Stratification of Multi-Label Data, ECML
+    PKDD 2011).
+
+    Args:
+        places: in the seeded order that decides between equals.
+    """
+    share = dict(known)
+    rows = np.bincount(data.group, minlength=len(data.names))
+    groups = np.zeros(shares, dtype=np.int64)
+    brings = np.column_stack([data.present, np.ones(len(rows), dtype=bool)])  # (groups, classes + 1), the last: rows
+    whole = np.maximum(rows @ brings, 1)
+    held = np.zeros((shares, len(whole)))  # part of all rows of each class, and of all rows
+    waiting = []
+    for place in places:
+        if (old := share.get(data.names[place])) is None:
+            waiting.append(place)
+        else:
+            groups[old] += 1
+            held[old] += rows[place] * brings[place] / whole
+    waiting.sort(key=lambda place: -int(rows[place]))
+    low, extra = divmod(len(places), shares)
+    batch = [place for place in waiting if rows[place] > OUTSIZED * rows[waiting].mean()]
+    while waiting:
+        left = data.present[waiting].sum(axis=0)
+        if not batch and left.any():
+            rarest = int(np.argmin(np.where(left > 0, left, len(data.names) + 1)))
+            batch = [place for place in waiting if data.present[place, rarest]]
+        for place in batch or waiting:
+            # equal loads differ by rounding, and would be told apart by it
+            cost = np.round(held[:, brings[place]].sum(axis=1), 9)
+            spare = extra > int((groups > low).sum())  # shares that may still hold one group more than the others
+            best = min(np.flatnonzero(groups < low + spare).tolist(), key=lambda one: (cost[one], groups[one]))
+            share[data.names[place]] = best
+            groups[best] += 1
+            held[best] += rows[place] * brings[place] / whole
+        waiting = [place for place in waiting if data.names[place] not in share]
+        batch = []
+    return share
+
+
+def missed(data: "Shuffle", places: list[int], share: dict[str, int], validate: int) -> tuple[int, float]:
+    """What it costs to validate on share `validate` of `places`: classes that training or validation would not have,
+    and how far its rows are from those of an even share.
+    """
+    there = np.array([share[data.names[place]] == validate for place in places])
+    train, validation = (data.present[places][one].any(axis=0) for one in (~there, there))
+    rows = np.bincount(data.group, minlength=len(data.names))[places]
+    return 100 * int((~train).sum()) + int((~validation).sum()), abs(rows[there].sum() / rows.sum() - there.mean())

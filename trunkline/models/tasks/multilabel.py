@@ -1,0 +1,237 @@
+"""Any number of several things at once: which alarms will ring, which failure modes are there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trunkline.config import TaskConfig
+from trunkline.errors import DataError
+from trunkline.models.tasks.crossentropy import yes_or_no
+from trunkline.models.tasks.task import Labels, Metric, Task, effective_number, listed, numbers
+from trunkline.models.tasks.thresholds import choose_thresholds
+
+FLAGS = {"false": "0", "true": "1", "no": "0", "yes": "1"}
+BOUND = 10.0  # largest emphasis of a label's rarer answer, as for a binary task
+HARD = 4.0  # gamma of the negatives in the asymmetric loss, and the probability below which they count nothing: both
+MARGIN = 0.05  # are the values of the paper
+START = (
+    0.3  # threshold until `calibrate`: the best cut for F1 is half the best F1 (Lipton et al. 2014, arXiv:1402.1892)
+)
+
+
+class Multilabel(Task):
+    """Labels are (rows, K): one column of 0 and 1 for each of `targets`, empty where nobody knows.
+
+    `loss`: "weighted" (default), cross entropy in which the rarer answer of each label counts more, by the effective
+    number of samples (Cui et al. 2019, arXiv:1901.05555) and tenfold at most, or as often as it comes with
+    `class_weights = "none"`; or "asymmetric", in which easy negatives count next to nothing (Ridnik et al. 2021,
+    arXiv:2009.14119; `focal` is its gamma for negatives, 4 where not given).
+
+    `predict` takes the weights of the weighted loss out again, because labels that share one threshold must mean the
+    same by a probability. `calibrate` chooses one threshold for all labels, and one of its own for a label where
+    validation supports it.
+
+    A label that is never positive in training cannot be learnt: `macro_f1` and `mean_average_precision` leave it out,
+    `micro_f1`, which is over all cells of rows x labels, does not.
+    """
+
+    kind = "multilabel"
+    primary = "micro_f1"
+    METRICS = {  # noqa: RUF012  (declared ClassVar in Task)
+        "micro_f1": Metric("of 1", "higher"),
+        "macro_f1": Metric("of 1", "higher"),
+        "mean_average_precision": Metric("of 1", "higher"),
+    }
+
+    def __init__(self, name: str, config: TaskConfig) -> None:
+        super().__init__(name, config)
+        self.positive = np.ones(len(config.targets), dtype=np.int64)  # training labels that are 1, of each target
+        self.negative = np.ones(len(config.targets), dtype=np.int64)
+        self.thresholds = np.full(len(config.targets), START, dtype=np.float32)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.config.targets)
+
+    def read(self, column: pl.Series, where: str) -> Labels:
+        """One target's column -> (rows,)."""
+        remedy = "Write 0 and 1, or leave the cell empty where the label is unknown."
+        if column.dtype == pl.String:
+            lower = column.str.strip_chars().str.to_lowercase()
+            values = numbers(self, lower.replace(FLAGS), where, remedy)
+        else:
+            values = numbers(self, column, where, remedy)
+        if wrong := np.flatnonzero(~np.isnan(values) & (values != 0) & (values != 1)).tolist():
+            more = " A level is a task of kind 'regression' or 'ordinal'." if len(wrong) > 1 else ""
+            raise self._bad(column, where, wrong[0], column[wrong[0]], "0 or 1", remedy + more)
+        return values.astype(np.float32)
+
+    def read_from(self, frame: pl.DataFrame, where: str) -> Labels:
+        """(rows, K), in the order of `targets`."""
+        return np.stack([self.read(frame[name], where) for name in self.config.targets], axis=1)
+
+    def fit(self, labels: Labels) -> None:
+        present = ~np.isnan(labels)
+        if not present.any():
+            raise self._no_labels()
+        positive = (labels > 0.5).sum(axis=0)
+        if not positive.any() or (positive == present.sum(axis=0)).all():
+            raise DataError(
+                f"Task {self.name!r}: all {int(present.sum()):,} training labels of {self._column()} are "
+                f"{'1' if positive.any() else '0'}; there is nothing to tell apart. Add groups where they differ, change "
+                f"`seed` of [data.split], or take [tasks.{self.name}] out of site.toml."
+            )
+        self.positive, self.negative = positive, present.sum(axis=0) - positive
+
+    @property
+    def emphasis(self) -> NDArray[np.float64]:
+        """(K,) how much a positive label weighs beside a negative one."""
+        if self.config.class_weights == "none" or self.config.loss == "asymmetric":
+            return np.ones(self.outputs)
+        worth = effective_number(np.stack([self.negative, self.positive]).astype(np.float64))
+        return np.asarray(np.clip(worth[0] / worth[1], 1.0 / BOUND, BOUND))
+
+    def state(self) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "positive": self.positive.tolist(),
+            "negative": self.negative.tolist(),
+            "thresholds": self.thresholds.tolist(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        loaded = self._loaded(state)
+        self.positive, self.negative = (np.array(loaded[key], dtype=np.int64) for key in ("positive", "negative"))
+        self.thresholds = np.array(loaded["thresholds"], dtype=np.float32)
+
+    def head(self, width: int) -> nn.Module:
+        """Linear; each bias is the best answer to all training samples alike, so that training starts at the frequencies."""
+        head = nn.Linear(width, self.outputs)
+        answers = torch.linspace(-8.0, 8.0, 321)[:, None].expand(-1, self.outputs)  # (answers, K)
+        yes, no = (self._each(answers, torch.full_like(answers, truth)) for truth in (1.0, 0.0))
+        # half a sample more of each, so that a label never seen is rare and not impossible
+        cost = torch.from_numpy(self.positive + 0.5) * yes + torch.from_numpy(self.negative + 0.5) * no
+        with torch.no_grad():
+            head.bias.copy_(answers[:, 0][cost.argmin(dim=0)])
+        return head
+
+    def _each(self, output: Tensor, truth: Tensor) -> Tensor:
+        """The loss of every cell, (rows, K)."""
+        one = self.config
+        if one.loss == "asymmetric":
+            truth = truth * (1.0 - one.label_smoothing) + 0.5 * one.label_smoothing
+            # the margin's floor is above 0, because a root of zero has no gradient
+            shifted = (output.sigmoid() - MARGIN).clamp(min=1e-8)
+            wrong = shifted ** (one.focal or HARD) * -torch.log1p(-shifted)
+            return truth * nn.functional.softplus(-output) + (1.0 - truth) * wrong
+        emphasis = torch.tensor(self.emphasis, dtype=torch.float32, device=output.device)
+        return yes_or_no(output, truth, emphasis, one.focal, one.label_smoothing)
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        missing = labels.isnan()
+        each = self._each(output.float(), torch.where(missing, 0.0, labels))
+        return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
+
+    def predict(self, output: Tensor) -> NDArray[np.float32]:
+        """(batch, K) -> (batch, K) probabilities, without the weights of the loss."""
+        plain = output.detach().float().cpu() - torch.from_numpy(np.log(self.emphasis)).float()
+        probability: NDArray[np.float32] = plain.sigmoid().numpy()
+        return probability
+
+    def calibrate(self, prediction: NDArray[Any], labels: Labels) -> None:
+        """Choose the thresholds on these VALIDATION rows, as `choose_thresholds` says; without a positive label they stay.
+
+        Args:
+            prediction: (rows, K) probabilities.
+            labels: (rows, K), NaN where missing.
+        """
+        there = ~np.isnan(labels) & ~np.isnan(prediction)
+        macro = self.primary == "macro_f1"
+        chosen = choose_thresholds(prediction, labels > 0.5, there, near=START, macro=macro)
+        if chosen is not None:
+            self.thresholds = chosen
+        reached = (prediction > self.thresholds)[there].any() or not there.any()
+        self.trouble = "" if reached else self._never_called(len(labels), float(self.thresholds.min()))
+
+    def _called(self, prediction: NDArray[Any], labels: Labels) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """(rows, K) what is called and what is true, both False where nobody knows."""
+        truth = labels > 0.5
+        return (prediction > self.thresholds) & (truth | (labels <= 0.5)), truth
+
+    @property
+    def learnable(self) -> NDArray[np.bool_]:
+        """(K,) which labels were positive in training at least once."""
+        return np.asarray(self.positive > 0)
+
+    def _score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
+        called, truth = self._called(prediction, labels)
+        positive = np.count_nonzero(truth)
+        return 2.0 * np.count_nonzero(called & truth) / (np.count_nonzero(called) + positive) if positive else None
+
+    def _metric(self, name: str, prediction: NDArray[Any], labels: Labels) -> float | None:
+        if name == "macro_f1":
+            called, truth = (one[:, self.learnable] for one in self._called(prediction, labels))
+            either = called.sum(axis=0) + truth.sum(axis=0)
+            named = either > 0  # a label neither there nor called has no F1
+            hits = (called & truth).sum(axis=0)
+            return float((2.0 * hits[named] / either[named]).mean()) if truth.any() else None
+        if name == "mean_average_precision":
+            columns = np.flatnonzero(self.learnable & (labels > 0.5).any(axis=0))
+            each = [average_precision(prediction[:, one], labels[:, one]) for one in columns]
+            return float(np.mean(each)) if each else None
+        return super()._metric(name, prediction, labels)
+
+    def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
+        rows, truth = prediction.numpy(), labels.numpy()
+        return {name: self._metric(name, rows, truth) for name in ("macro_f1", "mean_average_precision")}
+
+    def _described(self, labels: Labels) -> str:
+        known = (~np.isnan(labels)).sum(axis=0)
+        share = np.divide((labels > 0.5).sum(axis=0), known, out=np.zeros(len(known)), where=known > 0)
+        words = [
+            f"{self.config.targets[place]} {share[place]:.1%}"
+            for place in np.argsort(-share, kind="stable")
+            if share[place]
+        ]
+        return (
+            f"{share.sum():.3g} of {len(share)} labels a sample: {listed(words, 3)}" if words else "no positive label"
+        )
+
+    def remarks(self, part: str, labels: Labels) -> list[str]:
+        never = [name for name, ever in zip(self.config.targets, self.learnable, strict=True) if not ever]
+        seen = np.asarray((labels > 0.5).any(axis=0))
+        here = [name for name, there in zip(self.config.targets, seen, strict=True) if there]
+        strange = sorted(set(never) & set(here), key=never.index)
+        if part == "train" and never:
+            return [
+                f"{len(never)} of {self.outputs} labels are never 1 in training: {listed(never)}. macro_f1 and "
+                f"mean_average_precision leave them out."
+            ]
+        if strange:
+            return [
+                f"{part} has labels that are never 1 in training: {listed(strange)}. In micro_f1 each counts as a miss."
+            ]
+        return []
+
+    def _column(self) -> str:
+        return f"`targets` ({listed([f'`{name}`' for name in self.config.targets], 3)})"
+
+
+def average_precision(score: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Precision at each distinct score from above, weighted by the recall gained there.
+
+    Args:
+        score: (rows,).
+        labels: (rows,) 0 or 1, at least one 1; NaN where missing, which does not count.
+    """
+    there = ~np.isnan(labels)
+    order = np.argsort(-score[there], kind="stable")
+    ranked, hits = score[there][order], np.cumsum(labels[there][order] > 0.5)
+    last = np.append(ranked[1:] != ranked[:-1], True)  # equal scores are taken together
+    precision = hits[last] / (np.flatnonzero(last) + 1)
+    return float((precision * np.diff(hits[last], prepend=0)).sum() / hits[-1])

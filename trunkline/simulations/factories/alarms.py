@@ -1,0 +1,247 @@
+"""Packaging machines that ring: which alarms come in the next eight hours, at twenty machines around the world.
+
+Tosato et al.: Alarm Logs in Packaging Industry (ALPI), IEEE DataPort 2020; the publisher's own windows and test rows.
+One row is one window: the alarms of the last 1,720 minutes go in, those of the next 480 come out. The publisher cut the
+log in passes, each an hour later than the one before it, and wrote one pass behind the other. Rows side by side are
+therefore far apart in time, and rows a whole pass apart share nearly all of their alarms: a split by the order of the
+file trains on what it validates on. `times` finds the true order.
+"""
+
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from trunkline.errors import DataError
+from trunkline.simulations.factories.folder import (
+    Files,
+    Plant,
+    Wish,
+    as_it_comes,
+    find_folder,
+    parquet,
+    toml,
+    write_plants,
+)
+
+FILE = "alarms.npz"
+MACHINES = 20
+CODES = tuple(range(1, 154))  # 0 pads a window that is not full
+WINDOW, HOUR = 1720.0, 60.0  # minutes a window sees; from one pass of windows to the next
+PASSES = 29  # until the windows of the first pass are met again
+LINK = 8  # alarms in a row that two windows must share before they count as one stretch of time
+LATEST = 40  # alarms that may ring within the hour between two passes
+VALIDATION = 0.15
+GAP = 2  # window lengths left out before validation: a window reaches one further, and what it predicts into a second
+BLOCK = 4  # window lengths a block of test rows; about five days
+SOURCE = (
+    "Get `Alarm Logs in Packaging Industry (ALPI)` from IEEE DataPort, as alarms.npz, and give its folder with --data."
+)
+Codes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+
+
+def write(out: Path, wish: Wish) -> list[Path]:
+    """Site folders machine-00 .. machine-19, all with the same inputs and targets in the same order.
+
+    Raises:
+        ConfigError: `plants` or `groups` was asked for.
+        DataError: the file is absent or is not the published set.
+    """
+    as_it_comes(wish, "alarms", MACHINES)
+    path = find_folder(wish, "packaging_alarms", FILE, SOURCE) / FILE
+    parts = {part: _read(path, part) for part in ("train", "test")}
+    return write_plants(out, [_plant(machine, parts) for machine in range(MACHINES)])
+
+
+def _read(path: Path, part: str) -> tuple[Codes, NDArray[np.bool_], NDArray[np.int64]]:
+    """Codes of the windows (rows, 109), codes to come (rows, 153) and the machine of each row, in the file's order."""
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            x, packed, machine = (file[f"{name}_{part}"] for name in ("x", "y_multilabel", "stratify"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not the published windows ({type(error).__name__}: {error}). {SOURCE}") from None
+    if x.ndim != 2 or len(packed) != len(x) or len(machine) != len(x) or not len(x) or x.max() > CODES[-1]:
+        raise DataError(f"{path}: `x_{part}` should hold codes 0 to {CODES[-1]}, a row a window. {SOURCE}")
+    to_come = np.unpackbits(packed, axis=1)[:, 1 : len(CODES) + 1].astype(bool)
+    return x, to_come, machine.astype(np.int64)
+
+
+def times(x: Codes) -> Floats:
+    """When each window began, in window lengths (1,720 minutes) since the first, for the windows of one machine.
+
+    A window and the one an hour later share a stretch of alarms: the end of the one is the start of the other. Such pairs
+    join the windows to spells within which every time is known to the minute. Within a pass the next row is at least one
+    window length later, which puts the spells in order; lengths without any row are not counted. A row that shares
+    nothing with others, at the very end of a pass or start of the next, may land on the other side of that bound.
+
+    Args:
+        x: (rows, 109) codes in the file's order, 0 behind the last alarm.
+    """
+    number = len(x)
+    spell, minute = _spells(number, _pairs(x))
+    alone = np.bincount(spell, minlength=number)[spell] == 1
+    if alone.mean() > 0.75:  # nothing to hold on to: passes of equal length
+        return np.arange(number, dtype=np.float64) % (number / PASSES)
+    begin: dict[int, float] = {}  # of a spell, in minutes since the first window
+    at = np.zeros(number)
+    lead = int(np.argmin(alone))  # rows of a pass that stand before the first of a spell
+    waiting: list[int] = []  # rows alone, since the last one of a spell
+    last = -WINDOW
+    for row in range(number):
+        if alone[row]:
+            waiting.append(row)
+            continue
+        # a spell met for the first time begins where the rows before it end
+        first = begin.setdefault(int(spell[row]), last + WINDOW * (1 + len(waiting)) - minute[row])
+        at[row] = first + minute[row]
+        # where time falls back a pass has ended, and the next begins with as many rows alone as the first did
+        ahead = 0 if at[row] > last else min(lead, len(waiting))
+        behind = len(waiting) - ahead
+        at[waiting[:behind]] = last + WINDOW * np.arange(1, behind + 1)
+        at[waiting[behind:]] = at[row] - WINDOW * np.arange(ahead, 0, -1)
+        waiting, last = [], at[row]
+    at[waiting] = last + WINDOW * np.arange(1, len(waiting) + 1)
+    return np.asarray((at - at.min()) / WINDOW, dtype=np.float64)
+
+
+def _pairs(x: Codes) -> list[tuple[int, int, float]]:
+    """(row, later row, minutes between them) of windows that share a stretch, up to three hours apart; surest first.
+
+    A row of the next pass began 60 minutes later. The last pass began 28 x 60 minutes after the first, so the next window
+    of the first pass follows it by 40.
+    """
+    number, length = len(x), (x > 0).sum(axis=1)
+    wide = np.zeros((number, x.shape[1] + LINK), dtype=np.uint8)
+    wide[:, : x.shape[1]] = x
+    # LINK codes from each place on, as one number: (rows, LATEST + 1)
+    stretch = np.lib.stride_tricks.sliding_window_view(wide[:, : LATEST + LINK], LINK, axis=1)
+    key = np.ascontiguousarray(stretch).view(np.uint64)[..., 0]
+    begins = np.arange(key.shape[1])
+    whole = number / PASSES  # rows of a pass, some more or less
+    found = []
+    for passes in (1, 2, 3, 1 - PASSES, 2 - PASSES, 3 - PASSES):
+        middle = passes * whole + (passes < 0)
+        minutes = passes * HOUR + (WINDOW if passes < 0 else 0.0)
+        best: dict[int, tuple[int, int]] = {}
+        for step in range(math.floor(middle - 0.35 * whole) - 1, math.ceil(middle + 0.35 * whole) + 2):
+            if step * passes <= 0 or abs(step) >= number:
+                continue
+            here = slice(0, number - step) if step > 0 else slice(-step, number)
+            there = slice(step, number) if step > 0 else slice(0, number + step)
+            same = (key[here] == key[there, :1]) & (begins <= length[here, None] - LINK)
+            for place, gone in zip(*np.nonzero(same), strict=True):
+                one = int(place) + here.start
+                other, left = one + step, int(length[one] - gone)
+                longest = max(best.get(one, (0, 0))[0], 0.6 * length[one])
+                if longest < left <= length[other] and np.array_equal(x[one, gone:][:left], x[other, :left]):
+                    best[one] = (left, other)
+        found += [(one, other, minutes) for one, (_, other) in best.items()]
+    return found
+
+
+def _spells(number: int, pairs: list[tuple[int, int, float]]) -> tuple[NDArray[np.int64], Floats]:
+    """The spell of each row, and its minutes since the spell's own zero. A pair that contradicts those before it is dropped."""
+    parent, minute = list(range(number)), [0.0] * number  # union-find; minutes after the parent
+
+    def root(row: int) -> tuple[int, float]:
+        after, way = 0.0, []
+        while parent[row] != row:
+            way.append(row)
+            after += minute[row]
+            row = parent[row]
+        rest = after
+        for one in way:  # every row on the way now hangs on the root itself
+            parent[one], minute[one], rest = row, rest, rest - minute[one]
+        return row, after
+
+    for one, other, between in pairs:
+        (top, first), (below, second) = root(one), root(other)
+        if top != below:
+            parent[below], minute[below] = top, first + between - second
+    found = [root(row) for row in range(number)]
+    return np.array([top for top, _ in found]), np.array([after for _, after in found])
+
+
+def inputs_of(x: Codes) -> pl.DataFrame:
+    """(rows, 306): log(1 + count) of every code, and 1 / (1 + alarms since its last); both 0 where it did not ring."""
+    number, length = len(x), (x > 0).sum(axis=1)
+    count = np.zeros((number, len(CODES) + 1), dtype=np.float32)
+    recent = np.zeros_like(count)
+    every = np.arange(number)
+    for place in range(x.shape[1]):  # from the oldest alarm to the newest, so that the newest of a code stays
+        there = place < length
+        code = x[:, place][there]
+        count[every[there], code] += 1.0
+        recent[every[there], code] = 1.0 / (length[there] - place)
+    columns = {f"n{code:03d}": np.log1p(count[:, code]) for code in CODES}
+    return pl.DataFrame(columns | {f"r{code:03d}": recent[:, code] for code in CODES})
+
+
+def _plant(machine: int, parts: dict[str, tuple[Codes, NDArray[np.bool_], NDArray[np.int64]]]) -> Plant:
+    name = f"machine-{machine:02d}"
+
+    def files() -> Files:
+        tables = {}
+        for part, (x, to_come, machines) in parts.items():
+            own = machines == machine
+            tables[part] = _table(x[own], to_come[own], times(x[own]))
+        train, kept = _with_gap(tables["train"])
+        when = pl.col("when")
+        block = pl.format("test-{}", (when // BLOCK).cast(pl.Int32).cast(pl.String).str.zfill(3))
+        test = tables["test"].with_columns(group=block).drop("when")
+        about = _site_toml(name, train, test, len(tables["train"]) - len(train), kept)
+        train = train.with_columns(group=pl.lit("train")).drop("when")
+        return {"train.parquet": parquet(train), "test.parquet": parquet(test), "site.toml": about}
+
+    return Plant(name, files)
+
+
+def _table(x: Codes, to_come: NDArray[np.bool_], when: Floats) -> pl.DataFrame:
+    """`order` and `when`, the inputs and the targets, in the order of time."""
+    order = np.argsort(when, kind="stable")
+    targets = {f"y{code:03d}": to_come[order, place].astype(np.int8) for place, code in enumerate(CODES)}
+    clock = pl.DataFrame({"order": np.arange(len(x)), "when": when[order]})
+    return clock.hstack(inputs_of(x[order])).hstack(pl.DataFrame(targets))
+
+
+def _with_gap(rows: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """`rows` without those too close before the last 15 %, and how many of the rest are for training."""
+    when = rows["when"].to_numpy()
+    cut = when[min(len(when) - 1, round((1.0 - VALIDATION) * len(when)))]
+    gap = min(GAP, 0.25 * cut)  # a machine of a few window lengths cannot afford more
+    training = when < cut - gap
+    if not training.any():  # all of it rang within one window length
+        training = np.arange(len(when)) < round((1.0 - VALIDATION) * len(when))
+        return rows, int(training.sum())
+    return rows.filter(training | (when >= cut)), int(training.sum())
+
+
+def _site_toml(name: str, train: pl.DataFrame, test: pl.DataFrame, dropped: int, kept: int) -> bytes:
+    table = {
+        "name": name,
+        "data": {
+            "files": "train.parquet",
+            "test_files": "test.parquet",
+            "group": "group",
+            "order": "order",
+            "channels": [f"{kind}{code:03d}" for kind in "nr" for code in CODES],
+            # counts mean the same at every machine, and most codes never ring at most machines: a stem that all lend
+            # needs them as they are, each column at its place
+            "scale": "none",
+            "clean": {"constant": "keep", "outliers": "keep"},
+            "split": {"by": "time", "validation": 1.0 - kept / len(train)},
+        },
+        "tasks": {"alarms": {"kind": "multilabel", "targets": [f"y{code:03d}" for code in CODES]}},
+    }
+    about = (
+        f"Packaging machine {name[-2:]} of ALPI: {len(train)} windows to learn from, {len(test)} of the publisher's to test.\n"
+        "n...: log(1 + how often a code rang in the last 1,720 minutes); r...: 1 / (1 + alarms since it last did);\n"
+        "y...: whether it rings in the next 480 minutes. 153 codes, the same at every machine; 0 is padding.\n"
+        "The windows overlap and the publisher's rows are not in the order of time; here they are. The last rows\n"
+        f"validate; {dropped} windows that reach into them were left out. Test rows are grouped by {BLOCK} window lengths."
+    )
+    return toml(table, about)

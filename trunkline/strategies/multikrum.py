@@ -1,0 +1,69 @@
+"""Multi-Krum (Blanchard et al. 2017, arXiv:1703.02757): the mean of the updates that have many others close by."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from trunkline.errors import QuorumError
+from trunkline.exchange import Update
+from trunkline.strategies.strategy import Averaging, by_site, on_equal_terms
+
+
+class MultiKrum(Averaging):
+    """A site's score is the sum of its squared distances to its n - f - 2 nearest; the m best scores are averaged.
+
+    It judges whole updates where median and trimmed mean judge single numbers. Many dimensions help a careful liar
+    (El Mhamdi et al. 2018, arXiv:1802.07927): small changes everywhere, or a large one in a single number, stay within
+    honest distances. Claimed weights are ignored: a liar would claim the largest. Memory grows with the sites.
+
+    Distances are taken over the arrays that all sites have. Any other array (a head only some lend) is averaged over
+    the chosen sites that have it, and stays as it was where none of them has.
+
+    Args:
+        f: liars to withstand; needs 2 f + 3 sites. None: as many as the sites of the round allow.
+        m: updates to average, at most n - f - 2 (with more, a liar may be among them by number alone). None: that many.
+    """
+
+    robust: ClassVar[bool] = True
+    f: int | None = Field(default=None, ge=0)
+    m: int | None = Field(default=None, ge=1)
+
+    def combine(self, updates: Iterable[Update]) -> Update:
+        came = by_site(updates)
+        chosen = [came[place] for place in self._chosen(came)]
+        delta: dict[str, NDArray[np.floating[Any]]] = {}
+        for name in sorted({name for one in chosen for name in one.delta}):
+            votes = np.stack([one.delta[name] for one in chosen if name in one.delta])  # (chosen, *shape)
+            delta[name] = votes.astype(np.float64).mean(axis=0).astype(votes.dtype)
+        return on_equal_terms(chosen, delta)
+
+    def _chosen(self, came: Sequence[Update]) -> list[int]:
+        """Places of the updates to average, ascending.
+
+        Raises:
+            QuorumError: too few sites for the `f` that was asked for; averaging on would drop the promise in silence.
+        """
+        number = len(came)
+        if self.f is not None and 0 < number < 2 * self.f + 3:
+            raise QuorumError(
+                f"Round {came[0].round}: multi-Krum against f = {self.f} liars needs at least {2 * self.f + 3} sites; {number} were "
+                "admitted. The state before this round is on disk: mend the missing sites and resume, or run anew with a lower `f`."
+            )
+        liars = self.f if self.f is not None else max(0, (number - 3) // 2)
+        near = number - liars - 2  # neighbours that count, and the most that may be averaged
+        if near < 1:  # one or two sites: nobody can be outvoted
+            return list(range(number))
+        common = [name for name in came[0].delta if all(name in one.delta for one in came)]
+        apart = np.zeros((number, number))
+        for place in range(number):
+            for other in range(place):
+                for name in sorted(common):
+                    gap = came[place].delta[name].astype(np.float64) - came[other].delta[name]
+                    apart[place, other] += np.square(gap).sum()
+        apart = np.sort(apart + apart.T, axis=1)[:, 1 : near + 1]  # without the distance to itself
+        score = apart.sum(axis=1)
+        best = np.argsort(score, kind="stable")[: min(self.m or near, near)]  # a tie goes to the first by name
+        return sorted(best.tolist())
