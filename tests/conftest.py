@@ -1,11 +1,23 @@
 """Site folders that many tests share, written once a session."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 DATA = Path(os.environ.get("TRUNKLINE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cuts() -> Iterator[None]:
+    """The suite writes thousands of files durably, and no test can cut the power: a flush to the disk would only take time.
+
+    What a kill leaves behind, which tests do look at, does not depend on it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -21,4 +33,4 @@ def plants(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The four built-in factories: other sensors, other tasks, other file formats."""
     from trunkline.simulations.factories import write_sites
 
-    return sorted(write_sites("synthetic", tmp_path_factory.mktemp("plants"), groups=12))
+    return sorted(write_sites("synthetic", tmp_path_factory.mktemp("plants"), groups=8))

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -67,15 +69,22 @@ def federate(
     tamper: Mapping[int, Tamper] | None = None,
     resume: bool = False,
     grid: WatchedGrid | None = None,
+    page: bool = False,
     **settings: Any,
 ) -> WatchedGrid:
-    """One whole run through the ServerApp; raises what it raises."""
+    """One whole run through the ServerApp; raises what it raises.
+
+    Args:
+        page: draw report.html too, whose plots take a third of a small run.
+    """
     torch.set_num_threads(1)
     table = {**QUICK, **settings}
     parse_run(dict(table), "test")
     grid = grid or WatchedGrid(folders, out, tamper)
     config = {"run-toml": json.dumps(table), "out": str(out), "resume": int(resume)}
-    server_app(grid=grid, context=Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    with nullcontext() if page else patch("trunkline.server.page.page", lambda report, predictions: ""):
+        server_app(grid=grid, context=context)
     return grid
 
 

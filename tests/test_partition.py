@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from tests.loopback import QUICK, arrays_in, federate, trunk_of
@@ -53,8 +54,10 @@ def test_sites_with_other_sensors_tasks_and_metrics_train_in_one_run(plants: lis
     """Any mix (design invariant 4): the four plants share neither sensor counts nor tasks."""
     from trunkline.server.report import read_report
 
-    federate(plants, tmp_path)
+    federate(plants, tmp_path, page=True)
     rows = read_report(tmp_path)["sites"]
+    drawn = (tmp_path / "report.html").read_text()
+    assert all(row["site"] in drawn and row["task"] in drawn for row in rows)
     by_site = {site: {row["task"] for row in rows if row["site"] == site} for site in {row["site"] for row in rows}}
     assert len(by_site) == 4
     assert len({frozenset(tasks) for tasks in by_site.values()}) >= 3
@@ -93,3 +96,47 @@ def test_sites_whose_stems_cannot_be_averaged_are_told_so_at_once(plants: list[P
 
     with pytest.raises(QuorumError, match=r"1 of 4 sites have joined.*has shape.*lend the trunk only"):
         federate(plants, tmp_path, strategy={"name": "fedavg"}, cohort={"min_sites": 4, "gather_s": 60.0})
+
+
+def test_a_lent_head_tells_nobody_how_often_its_labels_are_positive(tmp_path: Path) -> None:
+    """What leaves a plant before any round: heads that are lent start alike, however rare an alarm is at home."""
+    shares = {"mill-1": (0.5, 0.1), "mill-2": (0.9, 0.3), "mill-3": (0.05, 0.6)}
+    folders = [_alarm_site(tmp_path / "sites" / name, share) for name, share in shares.items()]
+    settings = {"rounds": 1, "trunk": {"backbone": "mlp", "width": 8}, "training": {"steps": 1, "batch_size": 32}}
+    grid = federate(folders, tmp_path / "lent", **settings, lend=["trunk", "head.alarms"], report={"baseline": True})
+    offered = [arrays_in(content) for kind, _, content in grid.up if kind == "query"]
+    assert len(offered) == len(shares)
+    assert set(offered[0]) == {"head.alarms.weight", "head.alarms.bias"}
+    for arrays in offered[1:]:
+        assert {name: array.tobytes() for name, array in arrays.items()} == {
+            name: array.tobytes() for name, array in offered[0].items()
+        }
+    federate(folders, tmp_path / "home", **settings, lend=["trunk"])
+    at_home = {}
+    for folder, share in zip(folders, shares.values(), strict=True):  # one step of training moves little
+        shelf = tmp_path / "home" / "state" / folder.name
+        entry = Vault(shelf, next((shelf / "vault").iterdir()).name).before(10**6)
+        assert entry is not None
+        at_home[folder.name] = entry.private["head.alarms.bias"]
+        assert np.sign(at_home[folder.name][0] - at_home[folder.name][1]) == np.sign(share[0] - share[1])
+        twin = Path(tmp_path / "lent" / "state" / folder.name)
+        alone = Vault(twin, next((twin / "vault").iterdir()).name).before(10**6)
+        assert alone is not None  # the twin lends nothing, so it may know its labels from the start
+        np.testing.assert_allclose(alone.local["head.alarms.bias"], at_home[folder.name], atol=0.02)
+    assert np.ptp(np.stack(list(at_home.values())), axis=0).min() > 1.0
+
+
+def _alarm_site(folder: Path, share: tuple[float, float]) -> Path:
+    """Rows of three sensors, and two alarms that ring in such shares of them."""
+    rng = np.random.default_rng(len(folder.name))
+    rows = 200
+    folder.mkdir(parents=True)
+    columns = {f"x{column}": rng.normal(size=rows) for column in range(3)}
+    rings = {f"a{place}": (rng.uniform(size=rows) < part).astype(int) for place, part in enumerate(share)}
+    pl.DataFrame({**columns, **rings}).write_parquet(folder / "log.parquet")
+    (folder / "site.toml").write_text(
+        f'name = "{folder.name}"\n[data]\nfiles = "log.parquet"\nchannels = ["x0", "x1", "x2"]\n'
+        '[policy]\nlend = ["trunk", "heads"]\n'
+        '[tasks.alarms]\nkind = "multilabel"\ntargets = ["a0", "a1"]\nclass_weights = "none"\n'
+    )
+    return folder

@@ -1,6 +1,8 @@
 """A run that is stopped and resumed, or asked twice, ends with the same bytes."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from tests.loopback import WatchedGrid, events_of, federate, trunk_of
 from trunkline.errors import ConfigError
 from trunkline.flower import open_records
 from trunkline.server.report import read_report
+
+pytestmark = pytest.mark.xdist_group("resume")  # one worker: the undisturbed runs are made once
+FEDREP = {"strategy": {"name": "fedrep"}}
 
 
 class PowerCut(BaseException):
@@ -25,18 +30,31 @@ def cut_at(round: int, node: int):
     return {node: tamper}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(plants: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where the run of a strategy ended that nothing happened to."""
+
+    @cache
+    def run(strategy: str) -> Path:
+        out = tmp_path_factory.mktemp(strategy)
+        federate(plants, out, strategy={"name": strategy})
+        return out
+
+    return run
+
+
 @pytest.mark.parametrize("strategy", ["fedrep", "fedadam"])
 @pytest.mark.parametrize(("round", "node"), [(1, 2), (2, 2), (3, 4)])
 def test_a_resumed_run_equals_an_undisturbed_one(
-    plants: list[Path], tmp_path: Path, strategy: str, round: int, node: int
+    plants: list[Path], tmp_path: Path, undisturbed: Callable[[str], Path], strategy: str, round: int, node: int
 ) -> None:
     settings = {"strategy": {"name": strategy}}
-    federate(plants, tmp_path / "whole", **settings)
+    whole = undisturbed(strategy)
     with pytest.raises(PowerCut):
         federate(plants, tmp_path / "cut", tamper=cut_at(round, node), **settings)
     federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"), **settings)
-    assert trunk_of(tmp_path / "cut").digest() == trunk_of(tmp_path / "whole").digest()
-    one, other = read_report(tmp_path / "cut"), read_report(tmp_path / "whole")
+    assert trunk_of(tmp_path / "cut").digest() == trunk_of(whole).digest()
+    one, other = read_report(tmp_path / "cut"), read_report(whole)
     assert one["sites"] == other["sites"]
     assert [record["curves"] for record in one["rounds"]] == [record["curves"] for record in other["rounds"]]
 
@@ -70,32 +88,30 @@ def test_asked_twice_a_site_answers_the_same_bytes_without_training(
 
 
 def test_with_a_damaged_vault_the_round_before_is_used_and_the_bytes_are_the_same(
-    plants: list[Path], tmp_path: Path
+    plants: list[Path], tmp_path: Path, undisturbed: Callable[[str], Path]
 ) -> None:
-    federate(plants, tmp_path / "whole")
     with pytest.raises(PowerCut):
-        federate(plants, tmp_path / "cut", tamper=cut_at(3, 5))
+        federate(plants, tmp_path / "cut", tamper=cut_at(3, 5), **FEDREP)
     newest = sorted((tmp_path / "cut" / "state" / plants[0].name / "vault").glob("*/round-*"))[-1]
     assert newest.name == "round-000003.safetensors"  # node 2 had answered when the power went
     newest.write_bytes(newest.read_bytes()[:-7])
-    federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"))
-    assert trunk_of(tmp_path / "cut").digest() == trunk_of(tmp_path / "whole").digest()
+    federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"), **FEDREP)
+    assert trunk_of(tmp_path / "cut").digest() == trunk_of(undisturbed("fedrep")).digest()
 
 
 def test_with_a_damaged_checkpoint_the_run_goes_on_from_the_one_before_and_says_so(
-    plants: list[Path], tmp_path: Path
+    plants: list[Path], tmp_path: Path, undisturbed: Callable[[str], Path]
 ) -> None:
-    federate(plants, tmp_path / "whole")
     with pytest.raises(PowerCut):
-        federate(plants, tmp_path / "cut", tamper=cut_at(3, 2))
+        federate(plants, tmp_path / "cut", tamper=cut_at(3, 2), **FEDREP)
     newest = sorted((tmp_path / "cut" / "checkpoint").iterdir())[-1]
     newest.write_bytes(b"\0" * 100)
-    federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"))
+    federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"), **FEDREP)
     assert any(
         "damaged" in event.get("text", "") and "Going back to round 1" in event["text"]
         for event in events_of(tmp_path / "cut")
     )
-    assert trunk_of(tmp_path / "cut").digest() == trunk_of(tmp_path / "whole").digest()
+    assert trunk_of(tmp_path / "cut").digest() == trunk_of(undisturbed("fedrep")).digest()
 
 
 def test_resuming_with_another_run_file_is_refused_by_key(plants: list[Path], tmp_path: Path) -> None:

@@ -61,14 +61,18 @@ def daemon(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
                 raise
 
 
-def private_digests(states: dict[str, Path]) -> dict[str, list[bytes]]:
-    """Every site's stem and heads after the last round."""
+def private_digests(states: dict[str, Path], run: str = "") -> dict[str, list[bytes]]:
+    """Every site's stem and heads after the last round, and its personal model where it has one.
+
+    Args:
+        run: what the name of the run's folder in the vaults starts with, where a site took part in several.
+    """
     found = {}
     for site, state in states.items():
-        run = sorted((state / "vault").iterdir())[0]  # the first, where a site took part in several
-        entry = Vault(state, run.name).before(10**6)
+        folder = sorted((state / "vault").glob(f"{run}*"))[0]
+        entry = Vault(state, folder.name).before(10**6)
         assert entry is not None
-        found[site] = [entry.private[name].tobytes() for name in sorted(entry.private)]
+        found[site] = [part[name].tobytes() for part in (entry.private, entry.personal) for name in sorted(part)]
     return found
 
 
@@ -120,41 +124,9 @@ def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(
     plants: list[Path], tmp_path: Path, reference: Path
 ) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    port = free_port()
     server_state = tmp_path / "server"
-    states = {plant.name: tmp_path / "plants" / plant.name for plant in plants}
-    with ExitStack() as running:
-        running.enter_context(
-            daemon(tmp_path / "server.log", "server", "start", "--state", str(server_state), "--port", str(port))
-        )
-        wait_for_port(port, tmp_path / "server.log")
-        for plant in plants:
-            log = tmp_path / f"{plant.name}.log"
-            running.enter_context(
-                daemon(
-                    log,
-                    "client",
-                    "start",
-                    str(plant),
-                    "--server",
-                    f"127.0.0.1:{port}",
-                    "--state",
-                    str(states[plant.name]),
-                )
-            )
-        command = [
-            *TRUNKLINE,
-            "server",
-            "run",
-            str(tmp_path / "run.toml"),
-            "--state",
-            str(server_state),
-            "--out",
-            str(tmp_path / "out"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in tmp_path.glob("*.log"))
-        assert done.returncode == 0, done.stdout + done.stderr + logs
+    with deployed(plants, tmp_path) as (port, states):
+        run_there(tmp_path, tmp_path / "run.toml", tmp_path / "out")
         status = subprocess.run(
             [*TRUNKLINE, "server", "status", "--state", str(server_state)],
             capture_output=True,
@@ -171,6 +143,37 @@ def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(
     assert events[-1]["event"] == "done"
     for plant in plants:  # the plant's folder is as it was: state lies where it was told to
         assert not (plant / ".trunkline").exists()
+
+
+@contextmanager
+def deployed(plants: list[Path], tmp_path: Path) -> Iterator[tuple[int, dict[str, Path]]]:
+    """The server's daemon and every plant's as processes below tmp_path: the server's port, and plant -> state folder."""
+    port = free_port()
+    states = {plant.name: tmp_path / "plants" / plant.name for plant in plants}
+    with ExitStack() as running:
+        server = ("server", "start", "--state", str(tmp_path / "server"), "--port", str(port))
+        running.enter_context(daemon(tmp_path / "server.log", *server))
+        wait_for_port(port, tmp_path / "server.log")
+        for plant in plants:
+            client = (
+                "client",
+                "start",
+                str(plant),
+                "--server",
+                f"127.0.0.1:{port}",
+                "--state",
+                str(states[plant.name]),
+            )
+            running.enter_context(daemon(tmp_path / f"{plant.name}.log", *client))
+        yield port, states
+
+
+def run_there(tmp_path: Path, run: Path, out: Path) -> None:
+    """`trunkline server run` on the daemons of `deployed`, to its end."""
+    command = [*TRUNKLINE, "server", "run", str(run), "--state", str(tmp_path / "server"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    logs = "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
 
 
 def by_flwr_run(port: int, tmp_path: Path) -> None:

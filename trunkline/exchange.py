@@ -27,6 +27,7 @@ ROUND_METRICS = (
     "validation_loss",
     "local_validation_loss",
 )  # what every Update may report besides the curves
+FIT = "validation_loss"  # all that the answer to a probe holds
 
 
 class Frozen(BaseModel):
@@ -202,7 +203,11 @@ class Twin(Frozen):
 
 
 class Order(Frozen):
-    """Down, with the lent arrays: round `round` of `rounds`. `round` 0 asks for an Offer, `rounds` + 1 for a Scorecard."""
+    """Down, with the lent arrays: round `round` of `rounds`. `round` 0 asks for an Offer, `rounds` + 1 for a Scorecard.
+
+    A `probe` asks how well the arrays fit a site as it would enter `round`: nothing is trained, nothing is kept, and the
+    answer is one number.
+    """
 
     protocol: int = PROTOCOL
     run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="names a folder in the vault")
@@ -216,6 +221,7 @@ class Order(Frozen):
     baseline: bool = True  # also train the local-only twin the report compares with
     twin: Twin | None = None  # None: the twin takes the trunk and plan above
     contract: str = ""  # digest of the contract the arrays below were made for
+    probe: bool = False
 
 
 class ArraySpec(Frozen):
@@ -299,6 +305,9 @@ class Contract(Frozen):
             )
 
 
+PROBED = Contract(arrays=(), metrics=(FIT,))  # of every answer to a probe, whatever the site's contract lets it lend
+
+
 def specs_of(arrays: Arrays) -> tuple[ArraySpec, ...]:
     """The contract lines of `arrays`, in order."""
     return tuple(ArraySpec(name=name, shape=array.shape, dtype=array.dtype.name) for name, array in arrays.items())  # type: ignore[arg-type]
@@ -319,7 +328,7 @@ def metric_names(tasks: tuple[TaskCard, ...]) -> tuple[str, ...]:
 
 
 class Reply(Frozen):
-    """The header of an Update on the wire."""
+    """The header of an Update, or of the answer to a probe, on the wire."""
 
     protocol: int = PROTOCOL
     site: str = Field(pattern=SITE_NAME)

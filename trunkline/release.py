@@ -21,6 +21,7 @@ from trunkline.storage import write_atomic
 
 FORMAT = 1
 RELEASE = "trunk.safetensors"  # in the folder of a run
+COHORT_RELEASE = "trunk-{}.safetensors"  # beside it, where a run ended with several trunks
 KEY = "trunkline"  # of the card in the file's metadata
 Table = tuple[tuple[float, ...], ...]
 

@@ -23,13 +23,15 @@ from trunkline.exchange import Arrays
 from trunkline.models.trunk import TrunkModel
 from trunkline.release import RELEASE, Card, PooledScale, read_release
 
+pytestmark = pytest.mark.xdist_group("adapt")  # one worker: the release is trained once
+
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the steps: these plants are small, and what is tested holds at any number."""
+    """An eighth of the steps: these plants are small, and what is tested holds at any number."""
     for name in ("TUNE", "FULL", "LEARN", "SCRATCH", "LOW_RANK"):
         plan = getattr(adapt_module, name)
-        monkeypatch.setattr(adapt_module, name, plan.model_copy(update={"steps": plan.steps // 4, "batch_size": 32}))
+        monkeypatch.setattr(adapt_module, name, plan.model_copy(update={"steps": plan.steps // 8, "batch_size": 32}))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from trunkline.server.plots import Predictions, drawings
 from trunkline.server.report import read_report
 from trunkline.simulations.simulate import predictions_below
 
+pytestmark = pytest.mark.xdist_group("evaluation")  # one worker: the six plants train once
+
 UNITS, ROWS = 40, 20  # machines a plant, rows a machine
 SITE = """
 name = "{name}"

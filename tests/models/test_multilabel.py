@@ -191,7 +191,9 @@ def test_asymmetric_loss_is_that_of_the_paper() -> None:
 def test_a_new_head_answers_every_label_at_its_training_frequency(positive: list[int], weights: str) -> None:
     one = task(class_weights=weights)
     one.positive, one.negative = np.array(positive), 40 - np.array(positive)
-    answer = one.predict(one.head(5)(torch.zeros(1, 5)))[0].astype(np.float64)
+    head = one.head(5)
+    one.begin(head)
+    answer = one.predict(head(torch.zeros(1, 5)))[0].astype(np.float64)
     share = (np.array(positive) + 0.5) / 41
     far = np.log(answer / (1 - answer)) - np.log(share / (1 - share))
     assert np.abs(far).max() < 0.05  # the bias is found on a grid of 0.05
@@ -204,7 +206,9 @@ def test_a_new_head_answers_every_label_at_its_training_frequency(positive: list
 def test_no_other_answer_to_all_samples_alike_is_better_than_a_new_head(settings: dict[str, object]) -> None:
     one, labels = task(1, **settings), np.array([[1.0]] * 9 + [[0.0]] * 31, np.float32)
     one.fit(labels)
-    start = float(one.head(5).bias.detach())
+    head = one.head(5)
+    one.begin(head)
+    start = float(head.bias.detach())
 
     def cost(answer: float) -> float:
         return float(one.loss(torch.full((40, 1), answer), torch.from_numpy(labels)))

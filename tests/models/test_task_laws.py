@@ -121,6 +121,36 @@ def test_a_head_learns_what_its_input_says(name: str) -> None:
 
 
 @every_task
+def test_a_lent_head_shows_nothing_of_the_labels_and_is_the_same_at_every_site(name: str) -> None:
+    """What the centre gets before the first round; a head that stays home may begin where its own labels say."""
+    rare, common = (make_task(name, CONFIGS[name]) for _ in range(2))
+    rare.fit(labels_of(rare, 60))
+    common.fit(_other_labels(common, 60))
+
+    def first(task: Task, lend: tuple[str, ...]) -> bytes:
+        model = build_model(TrunkSpec(width=4), window=3, channels=1, tasks={name: task}, seed=0, lend=lend)
+        return b"".join(array.tobytes() for array in model.share((f"head.{name}",)).values())
+
+    for lend in ((f"head.{name}",), ("trunk", "heads")):
+        assert first(rare, lend) == first(common, lend) == first(make_task(name, CONFIGS[name]), lend)
+    if "begin" in vars(type(rare)):
+        assert first(rare, ("trunk",)) != first(common, ("trunk",))
+
+
+def _other_labels(task: Task, rows: int) -> np.ndarray:
+    """Labels of a site where the first class, or the first of many, is the common one, and numbers are larger."""
+    labels = labels_of(task, rows, seed=1)
+    if task.kind in ("regression", "forecast"):
+        return labels * 7.0 + 100.0
+    if task.kind == "multilabel":
+        return np.maximum(labels, np.arange(rows)[:, None] % np.array([1, 9, 2]) > 0)
+    if task.kind == "anomaly":
+        return labels
+    labels[: rows // 2] = 0.0
+    return labels
+
+
+@every_task
 def test_all_labels_missing_is_refused_with_what_to_do(name: str) -> None:
     task = make_task(name, CONFIGS[name])
     column = CONFIGS[name].columns[0]

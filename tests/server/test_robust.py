@@ -1,7 +1,6 @@
 """Two of eight sites lie, with lies that intake admits: what the robust rules are for, over the whole system."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,14 +17,6 @@ SITES, LIARS = 8, (3, 7)  # node ids count from 2
 RULES = {"median": {}, "trimmed_mean": {"share": 0.25}, "multikrum": {"f": 2}}
 TRAINING = {"steps": 8, "batch_size": 32, "learning_rate": 5e-2, "keep": "last"}
 LARGEST = 9000.0  # intake refuses a change of one weight beyond 1e4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_power_cuts():
-    """Vault writes are not what is looked at here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
-import gc
 import weakref
 
 import numpy as np
 import pytest
 
 from tests import laws
+from trunkline.errors import ConfigError
 from trunkline.exchange import Arrays, LocalPlan, Update
 from trunkline.strategies import build_strategy
 from trunkline.strategies.cohorts import alike, sketch
@@ -79,6 +79,60 @@ def test_a_late_site_starts_from_the_common_trunk_and_goes_where_its_update_poin
     assert strategy.serve(state, late).digest() == strategy.serve(state, fellow).digest()
 
 
+def test_sites_are_asked_every_so_many_rounds_after_the_split(way_of: dict[str, int]) -> None:
+    options = {"count": WAYS, "warm_rounds": 2}
+    asked = {}
+    for every in (None, 1, 3):
+        more = {"assign": "validation", "every": every} if every else {}
+        strategy = build_strategy("cohorts", {**options, **more}, LocalPlan())
+        state, asked[every] = strategy.start(TRUNK), []
+        for round in range(1, 9):
+            state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))
+            if probes := strategy.probes(state):
+                asked[every].append(round)
+                assert {name: arrays.digest() for name, arrays in probes.items()} == {
+                    f"cohort-{number}": state.moments[f"cohort-{number}"].digest() for number in range(WAYS)
+                }
+    assert asked == {None: [], 1: [3, 4, 5, 6, 7, 8], 3: [5, 8]}
+
+
+def test_a_site_moves_to_the_lowest_loss_and_stays_on_a_tie_or_without_a_vote(way_of: dict[str, int]) -> None:
+    strategy = build_strategy("cohorts", {"count": WAYS, "warm_rounds": 1, "assign": "validation"}, LocalPlan())
+    state = laws.step(strategy, strategy.start(TRUNK), pulls(1, sorted(way_of), way_of))
+    was = state.notes["cohorts"]
+    mover, tied, torn = (next(site for site in sorted(was) if was[site] == number) for number in (0, 1, 2))
+    fits = {
+        mover: {"cohort-0": 3.0, "cohort-1": 2.0, "cohort-2": 1.0},
+        tied: {"cohort-0": 1.0, "cohort-1": 1.0, "cohort-2": 2.0},
+        torn: {"cohort-0": 1.0, "cohort-1": 1.0, "cohort-2": 2.0},  # to the first of two that are alike
+        "came later": {"cohort-0": 1.0, "cohort-1": 2.0, "cohort-2": 3.0},
+    }
+    after = strategy.judge(state, fits)
+    assert after.notes["cohorts"] == {**was, mover: 2, torn: 0}
+    assert (after.trunk, after.moments, after.round) == (state.trunk, state.moments, state.round)
+    assert strategy.judge(state, {}).notes == state.notes
+
+
+def test_a_cohort_that_all_have_left_keeps_its_trunk_and_is_asked_for_again(way_of: dict[str, int]) -> None:
+    strategy = build_strategy(
+        "cohorts", {"count": 2, "warm_rounds": 1, "assign": "validation", "every": 1}, LocalPlan()
+    )
+    state = strategy.start(TRUNK)
+    for round in (1, 2):
+        state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))
+    left = state.moments["cohort-0"].digest()
+    state = strategy.judge(state, {site: {"cohort-0": 2.0, "cohort-1": 1.0} for site in way_of})
+    assert set(state.notes["cohorts"].values()) == {1}
+    state = laws.step(strategy, state, pulls(3, sorted(way_of), way_of))
+    assert strategy.probes(state)["cohort-0"].digest() == left
+    assert state.trunk.digest() == state.moments["cohort-1"].digest()
+
+
+def test_every_without_validation_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"every = 3 for 'cohorts'.*only `assign = 'validation'`"):
+        build_strategy("cohorts", {"every": 3}, LocalPlan())
+
+
 def test_alike_numbers_cohorts_by_first_appearance_and_takes_any_rows() -> None:
     rows = np.array([[9.0, 1], [9, -1], [9, -1.1], [9, 0.9]])
     assert alike(rows, 2).tolist() == [0, 1, 1, 0]
@@ -108,7 +162,6 @@ def test_memory_grows_with_cohorts_and_not_with_sites(way_of: dict[str, int]) ->
             del one
             yield fresh
             del fresh
-            gc.collect()
             assert sum(ref() is not None for ref in alive) <= 1
 
     state: State = strategy.start(TRUNK)

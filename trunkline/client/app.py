@@ -4,7 +4,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 import trunkline
-from trunkline.client.rounds import answer_evaluate, answer_offer, answer_train
+from trunkline.client.rounds import answer_evaluate, answer_offer, answer_probe, answer_train
 from trunkline.client.site import open_site
 from trunkline.errors import ContractError
 from trunkline.exchange import PROTOCOL, Arrays, Order
@@ -25,7 +25,10 @@ def _order(message: Message) -> tuple[Order, Arrays]:
 
 @app.query()
 def offer(message: Message, context: Context) -> Message:
-    order, _ = _order(message)
+    order, arrays = _order(message)
+    if order.probe:
+        reply, metrics = answer_probe(open_site(context.node_config), order, arrays)
+        return Message(to_records({}, reply.model_dump_json(), metrics), reply_to=message)
     made, first = answer_offer(open_site(context.node_config, fresh=True), order)
     return Message(to_records(first, made.model_dump_json()), reply_to=message)
 

@@ -13,6 +13,8 @@ from trunkline.client.site import Site
 from trunkline.client.training import train_site
 from trunkline.client.vault import Entry, State, Vault
 from trunkline.exchange import (
+    FIT,
+    PROBED,
     Arrays,
     Contract,
     LocalPlan,
@@ -71,6 +73,23 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
         vault.put(order.round, entry)
     reply = Reply(site=site.name, run=order.run, round=order.round, contract=order.contract, weight=entry.weight)
     return reply, entry
+
+
+def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[str, float]]:
+    """How well these arrays fit this site's stem and heads as they are: its validation loss, and nothing else.
+
+    Trains nothing and writes nothing, so any number of probes change no answer that follows.
+
+    Raises:
+        ContractError: the run wants more than the site lends, or another trunk than the site builds.
+        StorageError: the vault cannot be read.
+    """
+    site.consent(order.lend)
+    before = Vault(site.state, order.run, site.tell).before(order.round)
+    model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
+    metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
+    PROBED.check(Arrays(), metrics)
+    return Reply(site=site.name, run=order.run, round=order.round, contract=order.contract, weight=1.0), metrics
 
 
 def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str) -> Entry:
@@ -161,11 +180,10 @@ def alone(plan: LocalPlan) -> LocalPlan:
 
 
 def apart(order: Order) -> Order:
-    """The order as the local twin takes it: with its own settings where a search chose some for it."""
+    """The order as the local twin takes it: lending nothing, and with its own settings where a search chose some for it."""
     own = order.twin
-    return order.model_copy(
-        update={"plan": alone(own.plan), "trunk": own.trunk} if own else {"plan": alone(order.plan)}
-    )
+    settings = {"plan": alone(own.plan), "trunk": own.trunk} if own else {"plan": alone(order.plan)}
+    return order.model_copy(update={**settings, "lend": ()})
 
 
 def _models(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> tuple[TrunkModel, TrunkModel | None]:

@@ -62,6 +62,7 @@ class Site:
             categories=data.categories,
             tasks=data.tasks,
             seed=order.seed,
+            lend=order.lend,
         )
         return model.to(device())
 

@@ -143,6 +143,7 @@ def build_model(
     categories: tuple[int, ...] = (),
     tasks: Mapping[str, Task],
     seed: int,
+    lend: tuple[str, ...] = TRUNK_ONLY,
 ) -> TrunkModel:
     """The model of one site, its start decided by `seed` and each module's own name.
 
@@ -155,6 +156,8 @@ def build_model(
         channels: numeric inputs.
         categories: distinct codes of each categorical column, code 0 (unknown) included; rows only.
         tasks: fitted tasks by name.
+        lend: what the run lends, as in `TrunkModel.lent`. A head that stays home begins where its labels say; one that
+            is lent is the same at every site, because the centre gets its first values before anything was averaged.
 
     Raises:
         ConfigError: an unknown backbone, or one that does not read this kind of sample.
@@ -177,6 +180,8 @@ def build_model(
     heads = nn.ModuleDict()
     for name, task in tasks.items():
         heads[name] = _seeded(seed, f"head.{name}", lambda task=task: task.head(trunk.width))  # type: ignore[misc]
+        if "heads" not in lend and f"head.{name}" not in lend:
+            task.begin(heads[name])
     return TrunkModel(stem, trunk, norms, heads, lend_norms=spec.norm == "group")
 
 

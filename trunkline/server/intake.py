@@ -35,11 +35,11 @@ def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
 def admit(
     site: str, contract: Contract, order: Order, arrays: Arrays, header: str, metrics: dict[str, float]
 ) -> Update:
-    """An Update that may enter the sum.
+    """An Update that may enter the sum, or the answer to a probe.
 
     Args:
         site: the name the server knows this node by, from its Offer.
-        contract: this site's allow-list in this run.
+        contract: this site's allow-list in this run; for a probe `PROBED`.
         order: what was asked.
 
     Raises:
@@ -80,5 +80,6 @@ def admit(
                     f"metric `{name}` is {number}. Look at the site's learning rate and its `trunkline check`"
                 )
     except ContractError as error:
-        raise Refused(f"{site}, round {order.round}: update set aside. {error}.") from None
+        what = "answer" if order.probe else "update"
+        raise Refused(f"{site}, round {order.round}: {what} set aside. {error}.") from None
     return Update(site=site, run=reply.run, round=reply.round, delta=arrays, weight=reply.weight, metrics=metrics)

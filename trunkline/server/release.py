@@ -125,7 +125,13 @@ def merge_labels(offers: Iterable[tuple[Offer, Arrays]]) -> dict[str, LabelScale
 
 
 def release(
-    out: Path, trunk: Arrays, run: RunConfig, key: str, lend: tuple[str, ...], offers: Sequence[tuple[Offer, Arrays]]
+    out: Path,
+    trunk: Arrays,
+    run: RunConfig,
+    key: str,
+    lend: tuple[str, ...],
+    offers: Sequence[tuple[Offer, Arrays]],
+    file: str = RELEASE,
 ) -> Path | None:
     """Write `out`/trunk.safetensors; None where the run shares nothing that a plant could start from.
 
@@ -133,6 +139,7 @@ def release(
         trunk: the final lent arrays.
         lend: what the run lent, as its strategy has it.
         offers: of the sites that took part, each with its `once` arrays.
+        file: its name, where a run has several trunks.
     """
     if not any(name.startswith("trunk.") for name in trunk):
         return None
@@ -150,5 +157,5 @@ def release(
         scales=merge_scales(offers), labels=merge_labels(offers),
         versions=tuple(sorted({trunkline.__version__, *(offer.version for offer, _ in offers)})),
     )  # fmt: skip
-    write_release(out / RELEASE, trunk, card)
-    return out / RELEASE
+    write_release(out / file, trunk, card)
+    return out / file

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from flwr.serverapp import Grid
 
 from trunkline.config import RunConfig, with_settings
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused
-from trunkline.exchange import Arrays, Order, Scorecard, TaskRow, Twin, Update
+from trunkline.exchange import FIT, PROBED, Arrays, Order, Scorecard, TaskRow, Twin, Update
 from trunkline.flower import open_records, to_records
 from trunkline.models.trunk import first_trunk
+from trunkline.release import COHORT_RELEASE
 from trunkline.server.calls import ask
 from trunkline.server.checkpoint import Checkpoint
 from trunkline.server.cohort import Cohort, Member
@@ -105,8 +107,7 @@ class _Run:
         if not score:
             seconds = self.seconds + time.monotonic() - started
             return build_report(run=self.run, rows=[], rounds=self.records, trunk_parameters=size, seconds=seconds)
-        offers = [(member.offer, member.once) for _, member in sorted(self.cohort.members.items())]
-        release(self.out, state.trunk, self.run.model_copy(update={"trunk": self.spec}), self.key, self.lend, offers)
+        self._release(state)
         rows = self._evaluate(state)
         seconds = self.seconds + time.monotonic() - started
         self.tell({"event": "end", "seconds": seconds})
@@ -114,6 +115,17 @@ class _Run:
         if (cohorts := state.notes.get("cohorts")) is not None:
             report["cohorts"] = cohorts  # site -> number of its trunk
         return report
+
+    def _release(self, state: State) -> None:
+        """The trunk of all sites, and each cohort's with what its own sites lend and are."""
+        run, members = self.run.model_copy(update={"trunk": self.spec}), self.cohort.members
+        everybody = [(member.offer, member.once) for _, member in sorted(members.items())]
+        release(self.out, state.trunk, run, self.key, self.lend, everybody)
+        for number, sites in _by_cohort(state.notes.get("cohorts", {})):
+            own = [members[site] for site in sites if site in members]
+            trunk = self.strategy.serve(state, sites[0]).only({name for member in own for name in member.lends})
+            offers = [(member.offer, member.once) for member in own]
+            release(self.out, trunk, run, self.key, self.lend, offers, COHORT_RELEASE.format(number))
 
     def _order(self, round: int) -> Order:
         return Order(
@@ -143,6 +155,7 @@ class _Run:
                 f"Round {round}: {len(tally.sites)} of {len(members)} sites were admitted, {needed:g} are needed (quorum {self.run.cohort.quorum:g}). "
                 f"{causes} The run stopped after round {state.round} with its state on disk; mend the sites and run again with --resume."
             )
+        after = self._probe(after, {site: members[site] for site in tally.sites}, tally)
         record = RoundRecord(
             round=round,
             sites=sorted(tally.sites),
@@ -160,33 +173,33 @@ class _Run:
              "local_validation_loss": mean.metrics.get("local_validation_loss"), "bytes_up": record.bytes_up,
              "bytes_down": record.bytes_down, "refused": len(record.refused)}
         )  # fmt: skip
-        if (cohorts := after.notes.get("cohorts")) is not None and cohorts != state.notes.get("cohorts"):
-            self.tell({"event": "note", "text": f"Round {round}: {_cohorts_in_words(cohorts)}"})
+        was, cohorts = state.notes.get("cohorts"), after.notes.get("cohorts")
+        if cohorts is not None and cohorts != was:
+            self.tell({"event": "note", "text": f"Round {round}: {_cohorts_in_words(cohorts, was or {})}"})
         return after
 
     def _ask_for(
-        self, state: State, order: Order, by_node: dict[int, Member]
+        self, serve: Callable[[str], Arrays], order: Order, by_node: dict[int, Member]
     ) -> tuple[dict[int, Order], dict[int, Callable[[], RecordDict]]]:
-        """Each member's own order, and the maker of its message: the arrays it lends and nothing else."""
+        """Each member's own order, and the maker of its message: of what it is served, the arrays it lends and nothing else."""
         orders = {
             node: order.model_copy(update={"contract": member.contract.digest()}) for node, member in by_node.items()
         }
 
         def content(node: int) -> Callable[[], RecordDict]:
-            return lambda: to_records(self._arrays_for(state, by_node[node]), orders[node].model_dump_json())
+            member = by_node[node]
+            return lambda: to_records(serve(member.site).only(member.lends), orders[node].model_dump_json())
 
         return orders, {node: content(node) for node in by_node}
-
-    def _arrays_for(self, state: State, member: Member) -> Arrays:
-        return self.strategy.serve(state, member.site).only(member.lends)
 
     def _updates(self, state: State, round: int, members: dict[str, Member], tally: _Tally) -> Iterator[Update]:
         """Ask every member, admit what comes, and hand it on at once: nothing is collected."""
         by_node = {member.node: member for member in members.values()}
-        orders, requests = self._ask_for(state, self._order(round), by_node)
+        serve = partial(self.strategy.serve, state)
+        orders, requests = self._ask_for(serve, self._order(round), by_node)
         silent, self.silent = self.silent, set()
         patient = {node for node, member in by_node.items() if member.site not in silent} or set(by_node)
-        tally.bytes_down = sum(self._arrays_for(state, member).nbytes for member in by_node.values())
+        tally.bytes_down = sum(serve(member.site).only(member.lends).nbytes for member in by_node.values())
         answered: set[str] = set()
         for answer in ask(
             self.grid, "train", requests, round=round, deadline_s=self.run.cohort.deadline_s,
@@ -223,12 +236,49 @@ class _Run:
             )
         self.silent = {site for site in members if site not in answered}
 
+    def _probe(self, state: State, members: dict[str, Member], tally: _Tally) -> State:
+        """Ask the sites of this round how each of the strategy's probes fits them; who does not answer for all has no vote.
+
+        Nothing is kept of it but what the strategy decides: a resumed run asks again and hears the same.
+        """
+        asked = self.strategy.probes(state)
+        fits: dict[str, dict[str, float]] = {site: {} for site in sorted(members)}
+        for name, trunk in asked.items():
+            heard = self._fits(name, trunk, state.round + 1, {site: members[site] for site in fits}, tally)
+            fits = {site: {**told, name: heard[site]} for site, told in fits.items() if site in heard}
+        return self.strategy.judge(state, fits) if asked else state
+
+    def _fits(
+        self, name: str, trunk: Arrays, round: int, members: dict[str, Member], tally: _Tally
+    ) -> dict[str, float]:
+        """site -> validation loss with these arrays as it would enter `round`, of the sites that say."""
+        by_node = {member.node: member for member in members.values()}
+        order = self._order(round).model_copy(update={"probe": True})
+        orders, requests = self._ask_for(lambda site: trunk, order, by_node)
+        tally.bytes_down += sum(trunk.only(member.lends).nbytes for member in by_node.values())
+        heard: dict[str, float] = {}
+        for answer in ask(
+            self.grid, "query", requests, round=round, deadline_s=self.run.cohort.deadline_s, resend_s=self.run.cohort.resend_s,
+        ):  # fmt: skip
+            site = by_node[answer.node].site
+            try:
+                if answer.content is None:
+                    raise Refused(f"{site}, round {round}: no answer. {answer.failure}")
+                arrays, header, metrics = open_records(answer.content)
+                told = admit(site, PROBED, orders[answer.node], Arrays(arrays), header, metrics).metrics
+                if FIT not in told:
+                    raise Refused(f"{site}, round {round}: answer set aside. It holds no `{FIT}`.")
+                heard[site] = told[FIT]
+            except ContractError as error:
+                self.tell({"event": "note", "text": f"{error} It was asked how {name} fits; it has no vote this time."})
+        return heard
+
     def _evaluate(self, state: State) -> list[tuple[str, TaskRow]]:
         """Every site scores the final trunk on its own test rows and sends the aggregates."""
         order = self._order(self.run.rounds + 1)
         by_node = {member.node: member for member in self.cohort.members.values()}
 
-        _, requests = self._ask_for(state, order, by_node)
+        _, requests = self._ask_for(partial(self.strategy.serve, state), order, by_node)
         rows: list[tuple[str, TaskRow]] = []
         answers = ask(
             self.grid,
@@ -286,8 +336,16 @@ class _Run:
         return state
 
 
-def _cohorts_in_words(cohorts: Mapping[str, int]) -> str:
+def _by_cohort(cohorts: Mapping[str, int]) -> list[tuple[int, list[str]]]:
+    """Each cohort that has sites, with their names."""
     members: dict[int, list[str]] = {}
     for site, number in sorted(cohorts.items()):
         members.setdefault(number, []).append(site)
-    return "Cohorts: " + "; ".join(f"{number}: {', '.join(sites)}" for number, sites in sorted(members.items())) + "."
+    return sorted(members.items())
+
+
+def _cohorts_in_words(cohorts: Mapping[str, int], was: Mapping[str, int]) -> str:
+    words = "Cohorts: " + "; ".join(f"{number}: {', '.join(sites)}" for number, sites in _by_cohort(cohorts)) + "."
+    moved = [site for site in sorted(cohorts) if was.get(site, cohorts[site]) != cohorts[site]]
+    there = ", ".join(f"{site} from {was[site]} to {cohorts[site]}" for site in moved)
+    return f"{words} Moved: {there}." if moved else words

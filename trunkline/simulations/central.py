@@ -44,7 +44,7 @@ def run_central(
         rounds=run.rounds,
         trunk=run.trunk,
         plan=run.training,
-        lend=("trunk", "stem", "heads"),
+        lend=(),  # pooled rows are one site's, and its heads may begin where its labels say
     )
     model = pooled[0].model(order)
     data = _concatenate([site.resident("train") for site in sites])
@@ -53,7 +53,7 @@ def run_central(
         update={"epochs": None, "steps": steps_of(plan, len(data)) * (1 if plan.epochs else len(sites))}
     )
     twins = [site.model(order) if run.report.baseline else None for site in sites]
-    size = sum(array.size for array in model.share(order.lend).values())
+    size = sum(array.size for array in model.share(("trunk", "stem", "heads")).values())
     names = [site.name for site in sites]
     tell(
         {

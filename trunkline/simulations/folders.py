@@ -8,6 +8,7 @@ from trunkline.progress import EVENTS
 
 # what a run leaves in its folder
 OURS = ("checkpoint", "state", EVENTS, "report.json", "report.html", "trunk.safetensors", "search", "search.json")
+COHORTS = "trunk-[0-9]*.safetensors"  # of a run that ended with several trunks
 
 
 def site_folders(root: Path) -> list[Path]:
@@ -26,7 +27,7 @@ def prepare(out: Path, *, resume: bool, overwrite: bool) -> None:
     Raises:
         ConfigError: `out` holds a run and neither `resume` nor `overwrite` says what to do with it.
     """
-    ours = [out / name for name in OURS]
+    ours = [*(out / name for name in OURS), *out.glob(COHORTS)]
     if resume or not any(path.exists() for path in ours):
         out.mkdir(parents=True, exist_ok=True)
         return

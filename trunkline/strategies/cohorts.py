@@ -1,21 +1,22 @@
 """Cohorts: several trunks, each for sites whose updates point the same way (clustered federated learning).
 
-After Sattler et al. 2021, arXiv:1910.01991 (cosines of the sites' updates tell who belongs together). Ghosh et al. 2020,
-arXiv:2006.04088 (IFCA) ask sites for their loss with each trunk instead, which costs every site every trunk each round.
+After Sattler et al. 2021, arXiv:1910.01991 (cosines of the sites' updates tell who belongs together), and, where sites may
+move later, Ghosh et al. 2020, arXiv:2006.04088 (IFCA: a site belongs where its loss is lowest).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from trunkline.exchange import Arrays, Update, seed_of
 from trunkline.strategies.strategy import Averaging, State, Streamed, weighted_mean
 
+TRUNK = "cohort-"  # and the number: a cohort's trunk among the moments
 SKETCH = 1024  # numbers an update is folded to for comparison; a cosine is then right to about 1/32
 
 Vector = NDArray[np.float64]
@@ -61,7 +62,15 @@ class Cohorts(Averaging):
     """One common trunk for `warm_rounds`, then `count` trunks, each averaged over the sites of its cohort.
 
     A site that joins (or first answers) after the split gets the common trunk as it was then; its first update is
-    compared with those of the cohorts' sites, decides where it belongs, and is not averaged. Once assigned, a site stays.
+    compared with those of the cohorts' sites, decides where it belongs, and is not averaged.
+
+    With `assign = "similarity"` a site then stays. With "validation" every site is asked, every `every` rounds after the
+    split, for its validation loss with each cohort's trunk, and moves to the lowest. A tie, or an answer that is missing
+    for one of the trunks, leaves it where it is. Its stem and heads are those it trained with its own cohort, so it
+    moves only where another trunk fits better even under them; lent heads come with each trunk. A cohort that all its
+    sites have left keeps its trunk and is asked for again. Each time costs a site `count` trunks down and one pass over its
+    validation rows with each.
+
     `State.notes["cohorts"]` says who is where; `State.trunk` is then the mean of the cohorts' trunks by their weight, the
     best single guess for a plant that is in none. Memory grows with the cohorts, and by 8 kB a site.
 
@@ -70,16 +79,27 @@ class Cohorts(Averaging):
     Args:
         count: trunks.
         warm_rounds: rounds of one common trunk whose updates are compared.
+        assign: what decides after the split.
+        every: rounds between two askings, with "validation" only.
     """
 
     count: int = Field(default=2, ge=1, le=100)
     warm_rounds: int = Field(default=3, ge=1)
+    assign: Literal["similarity", "validation"] = "similarity"
+    every: int = Field(default=5, ge=1)
+
+    @field_validator("every")
+    @classmethod
+    def _of_validation(cls, every: int, info: ValidationInfo) -> int:
+        if info.data.get("assign") == "similarity":
+            raise ValueError("only `assign = 'validation'` asks sites again; set that, or leave `every` out")
+        return every
 
     def serve(self, state: State, site: str) -> Arrays:
         if "cohorts" not in state.notes:
             return state.trunk
         number = state.notes["cohorts"].get(site)
-        return state.moments["common" if number is None else f"cohort-{number}"]
+        return state.moments["common" if number is None else f"{TRUNK}{number}"]
 
     def advance(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
         return self._apart(state, updates) if "cohorts" in state.notes else self._together(state, updates)
@@ -100,7 +120,7 @@ class Cohorts(Averaging):
         if after.round < self.warm_rounds or not seen:
             return after, mean
         member = alike(np.stack(list(seen.values())), self.count)
-        trunks = {f"cohort-{number}": after.trunk for number in sorted(set(member.tolist()))}
+        trunks = {f"{TRUNK}{number}": after.trunk for number in sorted(set(member.tolist()))}
         notes = {"cohorts": dict(zip(seen, member.tolist(), strict=True))}
         return replace(after, moments={"sketches": seen, "common": after.trunk, **trunks}, notes=notes), mean
 
@@ -121,12 +141,26 @@ class Cohorts(Averaging):
         means: list[tuple[float, Arrays]] = []
         for number, streamed in sorted(sums.items()):
             mean = streamed.value()
-            moved = self.step(replace(state, trunk=moments[f"cohort-{number}"]), mean).trunk
-            moments[f"cohort-{number}"] = moved
+            moved = self.step(replace(state, trunk=moments[f"{TRUNK}{number}"]), mean).trunk
+            moments[f"{TRUNK}{number}"] = moved
             means.append((mean.weight, moved))
         notes = {**state.notes, "cohorts": {site: assigned[site] for site in sorted(assigned)}}
         after = replace(state, trunk=_mean(means) or state.trunk, moments=moments, notes=notes, round=state.round + 1)
         return after, total.value()
+
+    def probes(self, state: State) -> dict[str, Arrays]:
+        since = state.round - self.warm_rounds
+        if self.assign == "similarity" or since <= 0 or since % self.every:
+            return {}
+        trunks = {name: arrays for name, arrays in state.moments.items() if name.startswith(TRUNK)}
+        return trunks if len(trunks) > 1 else {}
+
+    def judge(self, state: State, fits: Mapping[str, Mapping[str, float]]) -> State:
+        assigned: dict[str, int] = dict(state.notes["cohorts"])
+        for site, fit in fits.items():
+            if site in assigned and min(fit.values()) < fit[f"{TRUNK}{assigned[site]}"]:
+                assigned[site] = int(min(fit, key=lambda name: fit[name]).removeprefix(TRUNK))
+        return replace(state, notes={**state.notes, "cohorts": assigned})
 
     def _nearest(self, state: State, update: Update) -> int:
         """The cohort whose sites' updates the late one is most like; a tie goes to the first."""

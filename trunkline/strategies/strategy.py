@@ -60,6 +60,17 @@ class Strategy(Protocol):
         """One round: the state after it, and what was combined (its metrics go into the progress line)."""
         ...
 
+    def probes(self, state: State) -> dict[str, Arrays]:
+        """Lent arrays whose fit every site is to be asked for after this round, by a name each; none: nobody is asked."""
+        ...
+
+    def judge(self, state: State, fits: Mapping[str, Mapping[str, float]]) -> State:
+        """The state once the sites have answered `probes`: site -> name -> validation loss.
+
+        Only sites that answered for every name are in it.
+        """
+        ...
+
 
 class ExactSum:
     """A sum of arrays that does not depend on the order of its terms, in memory that does not grow with them.
@@ -70,7 +81,8 @@ class ExactSum:
     updates are bounded.
 
     Raises:
-        ContractError: a term is not finite, or so large (2^42) that the integer part could overflow.
+        ContractError: a term is not finite, or the largest numbers of all terms together reach 2^42, near which the
+            integer part could overflow; what intake admits stays below it up to some 4,000 sites at their bounds.
     """
 
     COARSE = 20
@@ -81,10 +93,13 @@ class ExactSum:
         self.coarse: NDArray[np.int64] = np.zeros(shape, np.int64)
         self.fine: NDArray[np.int64] = np.zeros(shape, np.int64)
         self._since = 0
+        self._reach = 0.0  # no number of the sum is beyond it
 
     def add(self, term: NDArray[np.float64]) -> None:
-        if term.size and not (term.max() < 2.0**42 and term.min() > -(2.0**42)):  # also false for NaN
-            raise ContractError("a term of the sum is not finite or beyond 2^42")
+        reach = self._reach + (float(max(term.max(), -term.min())) if term.size else 0.0)
+        if not reach < 2.0**42:  # also for NaN, which both ends of an array that holds it are
+            raise ContractError("a term of the sum is not finite, or the terms together are beyond 2^42")
+        self._reach = reach
         # asarray: a number without dimensions would come back as a scalar, which nothing can be written into
         rest = np.asarray(np.multiply(term, 2.0**self.COARSE))
         whole = np.asarray(np.rint(rest))
@@ -218,3 +233,9 @@ class Averaging(Frozen):
     def advance(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
         mean = self.combine(updates)
         return self.step(state, mean), mean
+
+    def probes(self, state: State) -> dict[str, Arrays]:
+        return {}
+
+    def judge(self, state: State, fits: Mapping[str, Mapping[str, float]]) -> State:
+        return state

@@ -15,6 +15,8 @@ from trunkline.errors import DataError
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.factories.alarms import CODES, FILE, GAP, inputs_of, times
 
+pytestmark = pytest.mark.xdist_group("alarms")  # one worker: the windows are cut once
+
 WINDOW, AHEAD, HOUR, WIDTH = 1720, 480, 60, 109  # minutes, minutes, minutes, codes a window holds at most
 
 

@@ -109,16 +109,14 @@ class Multilabel(Task):
         self.positive, self.negative = (np.array(loaded[key], dtype=np.int64) for key in ("positive", "negative"))
         self.thresholds = np.array(loaded["thresholds"], dtype=np.float32)
 
-    def head(self, width: int) -> nn.Module:
-        """Linear; each bias is the best answer to all training samples alike, so that training starts at the frequencies."""
-        head = nn.Linear(width, self.outputs)
+    def begin(self, head: nn.Module) -> None:
+        """Each bias becomes the best answer to all training samples alike, so that training starts at the frequencies."""
         answers = torch.linspace(-8.0, 8.0, 321)[:, None].expand(-1, self.outputs)  # (answers, K)
         yes, no = (self._each(answers, torch.full_like(answers, truth)) for truth in (1.0, 0.0))
         # half a sample more of each, so that a label never seen is rare and not impossible
         cost = torch.from_numpy(self.positive + 0.5) * yes + torch.from_numpy(self.negative + 0.5) * no
         with torch.no_grad():
-            head.bias.copy_(answers[:, 0][cost.argmin(dim=0)])
-        return head
+            head.bias.copy_(answers[:, 0][cost.argmin(dim=0)])  # type: ignore[operator]
 
     def _each(self, output: Tensor, truth: Tensor) -> Tensor:
         """The loss of every cell, (rows, K)."""

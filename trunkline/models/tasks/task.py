@@ -195,8 +195,15 @@ class Task(ABC):
         return self._others(*_doubles(prediction, labels))[name]
 
     def head(self, width: int) -> nn.Module:
-        """The private last layer, (batch, width) -> (batch, outputs): linear, for it learns from the fewest labels."""
+        """The private last layer, (batch, width) -> (batch, outputs): linear, for it learns from the fewest labels.
+
+        Nothing that was learnt from labels may show in it: where a run lends the head, the centre sees its first values.
+        """
         return nn.Linear(width, self.outputs)
+
+    def begin(self, head: nn.Module) -> None:
+        """Move a new head that stays home to where this site's training labels say that training should begin."""
+        return
 
     def meet(self, output: Tensor, x: Tensor) -> Tensor:
         """What the head gave for the samples `x`, made ready for `loss` and `predict`.
