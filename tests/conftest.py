@@ -33,4 +33,4 @@ def plants(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The four built-in factories: other sensors, other tasks, other file formats."""
     from trunkline.simulations.factories import write_sites
 
-    return sorted(write_sites("synthetic", tmp_path_factory.mktemp("plants"), groups=8))
+    return sorted(write_sites("synthetic", tmp_path_factory.mktemp("plants"), groups=12))

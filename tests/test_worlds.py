@@ -33,8 +33,8 @@ batch_size = 32
 name = "fedrep"
 [cohort]
 min_sites = 4
-deadline_s = 60
-gather_s = 120
+deadline_s = 180
+gather_s = 180
 """
 
 
@@ -83,7 +83,7 @@ def reference(plants: list[Path], tmp_path_factory: pytest.TempPathFactory) -> P
         **QUICK,
         "name": "worlds",
         "strategy": {"name": "fedrep"},
-        "cohort": {"min_sites": 4, "deadline_s": 60.0, "gather_s": 120.0},
+        "cohort": {"min_sites": 4, "deadline_s": 180.0, "gather_s": 180.0},
     }
     federate(plants, out, **{**settings, "report": {"baseline": True}})
     return out

@@ -85,10 +85,15 @@ LIES: dict[str, tuple[dict[str, Callable], str]] = {
 
 
 @pytest.fixture(scope="module")
-def honest_three(plants: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+def three(plants: list[Path]) -> list[Path]:
+    return plants[:3]
+
+
+@pytest.fixture(scope="module")
+def without_the_liar(three: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The trunk of a run in which the liar never takes part in round 2: what every lie has to end in."""
     out = tmp_path_factory.mktemp("honest")
-    federate(plants, out, tamper={LIAR: lambda message, honest: trains_but(message, honest, _crash(message))})
+    federate(three, out, tamper={LIAR: lambda message, honest: trains_but(message, honest, _crash(message))})
     return trunk_of(out).digest()
 
 
@@ -110,7 +115,7 @@ def _crash(message: Message) -> Message:
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_costs_the_liar_its_round_and_nobody_else_anything(
-    plants: list[Path], tmp_path: Path, honest_three: str, lie: str
+    three: list[Path], tmp_path: Path, without_the_liar: str, lie: str
 ) -> None:
     changes, words = LIES[lie]
 
@@ -122,19 +127,21 @@ def test_a_lie_costs_the_liar_its_round_and_nobody_else_anything(
             else reply
         )
 
-    federate(plants, tmp_path, tamper={LIAR: tamper})
+    federate(three, tmp_path, tamper={LIAR: tamper})
     refused = refusals_of(tmp_path)
     assert refused[1] == {}
     assert refused[3] == {}
     ((site, cause),) = refused[2].items()
     assert cause.startswith(f"{site}, round 2:")
     assert words in cause
-    assert trunk_of(tmp_path).digest() == honest_three
-    assert len(read_report(tmp_path)["rounds"][1]["sites"]) == len(plants) - 1
+    assert trunk_of(tmp_path).digest() == without_the_liar
+    assert len(read_report(tmp_path)["rounds"][1]["sites"]) == len(three) - 1
 
 
 @pytest.mark.parametrize("content", ["no records", "text in the metrics", "pickled array"])
-def test_a_malformed_message_is_set_aside(plants: list[Path], tmp_path: Path, honest_three: str, content: str) -> None:
+def test_a_malformed_message_is_set_aside(
+    three: list[Path], tmp_path: Path, without_the_liar: str, content: str
+) -> None:
     from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
     def tamper(message: Message, honest: Callable[[], Message]) -> Message:
@@ -158,16 +165,16 @@ def test_a_malformed_message_is_set_aside(plants: list[Path], tmp_path: Path, ho
             )
         return Message(bad, reply_to=message)
 
-    federate(plants, tmp_path, tamper={LIAR: tamper})
-    assert set(refusals_of(tmp_path)[2]) == {plants[LIAR - 2].name}
-    assert trunk_of(tmp_path).digest() == honest_three
+    federate(three, tmp_path, tamper={LIAR: tamper})
+    assert set(refusals_of(tmp_path)[2]) == {three[LIAR - 2].name}
+    assert trunk_of(tmp_path).digest() == without_the_liar
 
 
 def test_a_reply_that_never_comes_costs_its_site_the_round_and_later_rounds_do_not_wait(
-    plants: list[Path], tmp_path: Path, honest_three: str
+    three: list[Path], tmp_path: Path, without_the_liar: str
 ) -> None:
     grid = federate(
-        plants, tmp_path, tamper={LIAR: lambda message, honest: trains_but(message, honest, None)},
+        three, tmp_path, tamper={LIAR: lambda message, honest: trains_but(message, honest, None)},
         cohort={"min_sites": 1, "deadline_s": 2.0, "resend_s": 0.5},
     )  # fmt: skip
     asked = [
@@ -177,14 +184,14 @@ def test_a_reply_that_never_comes_costs_its_site_the_round_and_later_rounds_do_n
     ]
     assert asked.count(LIAR) >= 2  # silence is answered by asking again
     refused = refusals_of(tmp_path)
-    assert "no reply within 2 s" in refused[2][plants[LIAR - 2].name]
+    assert "no reply within 2 s" in refused[2][three[LIAR - 2].name]
     rounds = read_report(tmp_path)["rounds"]
     assert rounds[1]["seconds"] >= 2.0
-    assert trunk_of(tmp_path).digest() == honest_three
+    assert trunk_of(tmp_path).digest() == without_the_liar
 
 
 @pytest.mark.parametrize("name", ["stem.secret", "head.rul.secret", "trunk.secret", "secret"])
-def test_an_offer_never_widens_what_may_travel(plants: list[Path], tmp_path: Path, name: str) -> None:
+def test_an_offer_never_widens_what_may_travel(three: list[Path], tmp_path: Path, name: str) -> None:
     """The allow-list is made of the run's `lend`; a site that offers more takes no part, and its array reaches nobody."""
 
     def tamper(message: Message, honest: Callable[[], Message]) -> Message:
@@ -196,13 +203,13 @@ def test_an_offer_never_widens_what_may_travel(plants: list[Path], tmp_path: Pat
         table["arrays"].append({"name": name, "shape": [3], "dtype": "float32"})
         return Message(to_records({**arrays, name: np.ones(3, np.float32)}, json.dumps(table)), reply_to=message)
 
-    federate(plants, tmp_path, tamper={LIAR: tamper})
+    federate(three, tmp_path, tamper={LIAR: tamper}, rounds=1)
     assert name not in trunk_of(tmp_path)
     notes = [event["text"] for event in events_of(tmp_path) if event["event"] == "note"]
     assert any(
-        plants[LIAR - 2].name in text and f"`{name}`, which this run does not lend (trunk)" in text for text in notes
+        three[LIAR - 2].name in text and f"`{name}`, which this run does not lend (trunk)" in text for text in notes
     )
-    assert all(len(one["sites"]) == len(plants) - 1 for one in read_report(tmp_path)["rounds"])
+    assert all(len(one["sites"]) == len(three) - 1 for one in read_report(tmp_path)["rounds"])
 
 
 def test_a_duplicate_name_does_not_take_over_a_site(plants: list[Path], tmp_path: Path) -> None:
