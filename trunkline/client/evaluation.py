@@ -186,7 +186,7 @@ def score_site(
             predictors[candidate], tried[candidate] = found[best], replace(results[best], tries=len(results))
         if "local" in models and "local" not in given and "federated" not in given:
             predictors["ensemble"] = _Together(_Alone(judges["federated"], name), _Alone(judges["local"], name))
-            tried["ensemble"] = _try(site, name, predictors["ensemble"])
+            tried["ensemble"] = replace(_try(site, name, predictors["ensemble"]), half=True)
         data = site.data.validation
         chosen = choose(tried, data.labels[name], data.groups)
         if trouble := tried[chosen].task.trouble:
