@@ -41,14 +41,14 @@ class Study:
 
 
 AVG = {"strategy": {"name": "fedavg"}}
-PER = {"strategy": {"name": "fedper"}}
+BODY = {"strategy": {"name": "fedper"}, "lend": ["trunk"]}
 REP = {"strategy": {"name": "fedrep"}}
 POOL = {"strategy": {"name": "central"}}
 LOCAL = {"strategy": {"name": "local"}}
-ALIKE = {"federated": {}, "fedavg": AVG, "fedper": PER, "fedrep": REP, "central": POOL}
-APART = {"federated": {}, "fedper": PER, "fedrep": REP}  # other sensors or classes: nothing but the trunk can travel
+ALIKE = {"federated": {}, "fedavg": AVG, "trunk_only": BODY, "fedrep": REP, "central": POOL}
+APART = {"federated": {}, "fedrep": REP}  # other sensors or classes: nothing but the trunk can travel
 STUDIES = {
-    "cmapss": Study("cmapss.toml", strategies=ALIKE),
+    "cmapss": Study("cmapss.toml", strategies={"federated": {}, "fedavg": AVG, "fedrep": REP, "central": POOL}),
     "cmapss-age": Study(
         "cmapss.toml", "cmapss", strategies={"federated": {}}, edit=(("window =", "age = true\nwindow ="),)
     ),
@@ -65,11 +65,13 @@ STUDIES = {
         {
             "federated": {"lend": ["trunk", "stem"], "training.private_rate": 0.1},
             "fedavg": AVG,
-            "fedper": PER,
+            "trunk_only": {},
         },
     ),
     "hydraulic": Study(
-        "hydraulic.toml", strategies={"federated": {}, "fedper": PER, "central": POOL}, seeds=(0, 1, 2, 3, 4)
+        "hydraulic.toml",
+        strategies={"federated": {}, "lent_norms": {"trunk.norm": "group"}, "central": POOL},
+        seeds=(0, 1, 2, 3, 4),
     ),
     "hydraulic-rig": Study(
         "hydraulic-rig.toml", "hydraulic", {"plants": 1}, {"federated": LOCAL}, seeds=(0, 1, 2, 3, 4)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from trunkline.config import TaskConfig
 from trunkline.errors import DataError
+from trunkline.models.labels import Places
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.anomaly import Anomaly, Scatter, best_cut, count_events, observed
 from trunkline.models.tasks.task import Samples
@@ -57,7 +58,7 @@ def test_a_samples_label_tells_its_flag_its_windows_flags_its_group_and_its_time
     first, last = np.repeat(start[:-1], sizes), np.repeat(start[1:] - 1, sizes)
     order = 1.7e9 + 30.0 * np.arange(sum(sizes))  # beyond what float32 tells apart
     flags = np.array([flag for group in groups for flag in group], np.float32)
-    found = one.at(flags, np.arange(len(flags)), first, last, order)
+    found = one.at(flags, Places(np.arange(len(flags)), first, last, order))
     expected = [
         [group[row], float(1.0 in group[max(0, row - window + 1) : row + 1]), place, row * (30.0 if clock else 1.0)]
         for place, group in enumerate(groups)
@@ -68,7 +69,8 @@ def test_a_samples_label_tells_its_flag_its_windows_flags_its_group_and_its_time
 
 def test_a_flagged_row_anywhere_in_the_window_teaches_nothing_and_an_empty_cell_is_normal() -> None:
     one = task(window=3)
-    labels = one.at(np.array([0, 1, 0, 0, NAN], np.float32), np.arange(5), np.zeros(5, np.int64), np.full(5, 4))
+    places = Places(np.arange(5), np.zeros(5, np.int64), np.full(5, 4))
+    labels = one.at(np.array([0, 1, 0, 0, NAN], np.float32), places)
     output = torch.randn(5, one.outputs, generator=torch.Generator().manual_seed(0), requires_grad=True)
     one.loss(output, torch.from_numpy(labels)).backward()
     assert output.grad is not None
@@ -326,9 +328,8 @@ def test_without_a_column_every_row_is_unlabelled() -> None:
     made = make_task("leak", TaskConfig(kind="anomaly"))
     frame = pl.DataFrame({"x": [1.0, 2.0]})
     assert np.isnan(made.read_from(frame, "a.csv")).all()
-    assert made.describe(task().at(np.full(2, NAN, np.float32), np.arange(2), np.zeros(2, int), np.ones(2, int))) == (
-        "no labels; all count as normal"
-    )
+    places = Places(np.arange(2), np.zeros(2, int), np.ones(2, int))
+    assert made.describe(task().at(np.full(2, NAN, np.float32), places)) == ("no labels; all count as normal")
 
 
 @pytest.mark.parametrize(

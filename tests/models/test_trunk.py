@@ -232,9 +232,9 @@ def test_the_parts_that_train_are_every_parameter_exactly_once(spec: TrunkSpec) 
 @pytest.mark.parametrize(
     ("backbone", "window", "words"),
     [
-        ("mlp", 30, r"windows of 30 rows.*Backbones that fit: tcn, transformer"),
+        ("mlp", 30, r"windows of 30 rows.*Backbones that fit: tcn, tcn-stats, transformer"),
         ("tcn", None, r"single rows.*Backbones that fit: mlp"),
-        ("tnc", 30, r"'tnc'; did you mean 'tcn'\?.*Known backbones: tcn, transformer, mlp"),
+        ("tnc", 30, r"'tnc'; did you mean 'tcn'\?.*Known backbones: tcn, tcn-stats, transformer, mlp"),
     ],
 )
 def test_a_backbone_that_cannot_read_the_samples_says_which_can(backbone: str, window: int | None, words: str) -> None:

@@ -19,7 +19,7 @@ from trunkline.client.data.split import PARTS, TEST, TRAIN, Split, write_split
 from trunkline.client.data.windows import WindowSet, ends_of
 from trunkline.config import CLASSED, SiteConfig, read_site
 from trunkline.errors import ConfigError, DataError
-from trunkline.models.labels import Labels
+from trunkline.models.labels import Labels, Places
 from trunkline.release import PooledScale
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _window_set(
         ends=ends,
         window=config.data.window,
         labels={
-            name: task.at(labels[name][here], ends, first, last, layout.order[start:stop])
+            name: task.at(labels[name][here], Places(ends, first, last, layout.order[start:stop]))
             for name, task in tasks.items()
         },
         groups=layout.group[start:stop][ends],

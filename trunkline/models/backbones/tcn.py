@@ -1,4 +1,6 @@
-"""Dilated convolutions over time: the default trunk."""
+"""Dilated convolutions over time: the default trunk, and one that is told the levels too."""
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ class TCN(Backbone):
 
     reads = "windows"
     sizes = {"small": Size(48, 3), "base": Size(96, 4)}  # noqa: RUF012  (declared ClassVar in Backbone)
+    pieces: ClassVar[int] = 2  # of `width` numbers each, that `summary` gives
 
     def __init__(self, size: str, width: int | None, dropout: float) -> None:
         super().__init__(size, width, dropout)
@@ -31,14 +34,36 @@ class TCN(Backbone):
         )
         self.dropout = nn.Dropout(dropout)
         self.attend = nn.Linear(width, 1)
-        self.out = nn.Linear(2 * width, width)
+        self.out = nn.Linear(self.pieces * width, width)
         self.norm_widths = (width,) * (1 + len(self.blocks))
 
     def forward(self, x: Tensor, norms: nn.ModuleList) -> Tensor:
+        entered = x
         x = F.gelu(norms[0](self.entry(x)))  # (batch, width, time) -> (batch, width, ceil(time / 2))
         for conv, norm in zip(self.blocks, norms[1:], strict=True):
             x = x + self.dropout(F.gelu(norm(conv(x))))
-        steps = x.transpose(1, 2)  # (batch, time, width)
-        mean = (self.attend(steps).softmax(dim=1) * steps).sum(dim=1)  # (batch, width)
-        out: Tensor = self.out(torch.cat([mean, steps[:, -1]], dim=1))
+        out: Tensor = self.out(torch.cat(self.summary(entered, x.transpose(1, 2)), dim=1))
         return out
+
+    def summary(self, entered: Tensor, steps: Tensor) -> list[Tensor]:
+        """(batch, width, time) as the stem gave it, and (batch, steps, width) -> `pieces` times (batch, width)."""
+        mean = (self.attend(steps).softmax(dim=1) * steps).sum(dim=1)
+        return [mean, steps[:, -1]]
+
+
+class StatsTCN(TCN):
+    """A TCN whose summary also says how high and how low things went, and where the stem's own channels lay.
+
+    For signals whose level carries the answer (a pressure, a temperature): every norm layer takes some of it away, and a
+    mean over time hides a short peak. Statistics over time beside what was learnt: Snyder et al. 2018, X-vectors.
+    """
+
+    pieces = 7
+
+    def summary(self, entered: Tensor, steps: Tensor) -> list[Tensor]:
+        """As of `TCN`, and the maximum over the steps; mean, spread, maximum and minimum over time of what entered."""
+        spread = entered.std(dim=2, correction=0)
+        return [
+            *super().summary(entered, steps), steps.amax(dim=1),
+            entered.mean(dim=2), spread, entered.amax(dim=2), entered.amin(dim=2),
+        ]  # fmt: skip

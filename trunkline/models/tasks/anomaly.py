@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from trunkline.config import TaskConfig
 from trunkline.errors import DataError
+from trunkline.models.labels import Places
 from trunkline.models.tasks.binary import Binary
 from trunkline.models.tasks.task import Labels, Metric, Samples, Task
 
@@ -87,15 +88,9 @@ class Anomaly(Task):
             raise self._bad(column, where, row, column[row], "0 or 1, true or false, yes or no", remedy)
         return labels
 
-    def at(
-        self,
-        labels: Labels,
-        ends: NDArray[np.int64],
-        first: NDArray[np.int64],
-        last: NDArray[np.int64],
-        order: NDArray[np.float64] | None = None,
-    ) -> Labels:
+    def at(self, labels: Labels, places: Places) -> Labels:
         """(rows,) flags -> (n, 4)."""
+        ends, first, _, order = places
         flagged = np.concatenate([[0], np.cumsum(labels == 1.0)])
         start = first[ends]
         found = np.empty((len(ends), 4), np.float32)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trunkline.config import TaskConfig
 from trunkline.errors import DataError
+from trunkline.models.labels import Places
 from trunkline.models.tasks.task import Labels, Metric, Samples, Task, known, numbers
 
 
@@ -81,15 +82,9 @@ class Forecast(Task):
             self.place = samples.channels.index(self.config.target)
             self.unscale = samples.scale[self.place]
 
-    def at(
-        self,
-        labels: Labels,
-        ends: NDArray[np.int64],
-        first: NDArray[np.int64],
-        last: NDArray[np.int64],
-        order: NDArray[np.float64] | None = None,
-    ) -> Labels:
+    def at(self, labels: Labels, places: Places) -> Labels:
         """(rows,) values -> (n, 2H): those to come, and the naive forecast of each."""
+        ends, first, last, _ = places
         ahead = np.array(self.config.horizons, dtype=np.int64)
         rows = ends[:, None] + np.concatenate([ahead, ahead - self._back()])  # (n, 2H)
         inside = (rows >= first[ends][:, None]) & (rows <= last[ends][:, None])

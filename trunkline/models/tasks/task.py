@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trunkline.config import TaskConfig
 from trunkline.errors import ConfigError, DataError, StorageError, nearest
 from trunkline.exchange import TaskCard
-from trunkline.models.labels import Labels, known
+from trunkline.models.labels import Labels, Places, known
 
 __all__ = ["BETA", "Labels", "Metric", "Samples", "Task", "effective_number", "known", "listed", "numbers", "shares"]
 
@@ -122,23 +122,13 @@ class Task(ABC):
         """Hear what the inputs look like, before `at` and `head`; only a task that reads its own input needs to know."""
         return
 
-    def at(
-        self,
-        labels: Labels,
-        ends: NDArray[np.int64],
-        first: NDArray[np.int64],
-        last: NDArray[np.int64],
-        order: NDArray[np.float64] | None = None,
-    ) -> Labels:
-        """The labels of the samples that end at rows `ends`, out of the labels of all rows of one part.
+    def at(self, labels: Labels, places: Places) -> Labels:
+        """The labels of the samples that end at rows `places.ends`, out of the labels of all rows of one part.
 
         Args:
             labels: (rows,) or (rows, k), sorted by group then order.
-            first, last: (rows,) first and last row of each row's group in this part; what lies behind `last` belongs to
-                another machine or another part, and no label may come from there.
-            order: (rows,) time or cycle of each row; None: rows follow each other one by one.
         """
-        return labels[ends]
+        return labels[places.ends]
 
     def lacks(self, rows: int) -> str:
         """What this task cannot do in a part whose longest group has `rows` rows, as a sentence; "" where it can."""
