@@ -235,7 +235,10 @@ def _site_toml(name: str, train: pl.DataFrame, test: pl.DataFrame, dropped: int,
             "clean": {"constant": "keep", "outliers": "keep"},
             "split": {"by": "time", "validation": 1.0 - kept / len(train)},
         },
-        "tasks": {"alarms": {"kind": "multilabel", "targets": [f"y{code:03d}" for code in CODES]}},
+        # judged over all cells together, where a frequent code counts as often as it rings: rare ones get no extra weight
+        "tasks": {
+            "alarms": {"kind": "multilabel", "targets": [f"y{code:03d}" for code in CODES], "class_weights": "none"}
+        },
     }
     about = (
         f"Packaging machine {name[-2:]} of ALPI: {len(train)} windows to learn from, {len(test)} of the publisher's to test.\n"
