@@ -167,10 +167,11 @@ def pooled_micro_f1(out: Path) -> dict[str, float]:
             if about["task"]["kind"] != "multilabel":
                 continue
             truth, chosen = file.get_tensor("truth"), about["chosen"]
-            for who, state in about["states"].items():
+            for who, state in about["states"].items():  # other candidates are kept only where they were chosen
                 called, there = file.get_tensor(who) > np.array(state["thresholds"]), truth > 0.5
                 one = np.array([(called & there).sum(), called.sum(), there.sum()])
-                counts[who] += one
+                if who in ("local", "federated"):
+                    counts[who] += one
                 if who == chosen:
                     counts["gated"] += one
     return {who: float(2 * hit / (called + there)) for who, (hit, called, there) in counts.items() if called + there}

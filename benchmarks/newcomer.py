@@ -1,6 +1,7 @@
 """A new plant on C-MAPSS: three fleets federate with everything lent, the fourth arrives with a few labelled engines.
 
     python benchmarks/newcomer.py --data DIR [--fleets FD004 FD003] [--labelled 1 10 20 50] [--draws 3] [--out FILE.json]
+                                   [--plot FILE.svg]
 
 RMSE of `rul` in cycles at the last window of every published test engine, test RUL capped at 125, no age input; the mean
 over draws of which engines are labelled. `fleet`: the newcomer also has unlabelled telemetry of its whole training fleet,
@@ -87,6 +88,36 @@ def measure(folder: Path, release: Path, engines: int, draws: int, kind: str, wo
     return {**figures, "draws": rows}
 
 
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Error against labelled engines, a panel a fleet: as released, adapted, from scratch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 3.2), layout="constrained")
+    for place, (fleet, table) in enumerate(results.items()):
+        axes = figure.add_subplot(1, len(results), place + 1)
+        engines = sorted(int(name.split("-")[1]) for name in table if name.startswith("fleet-"))
+        for who, colour, label in (
+            ("scratch", "#8a8f98", "from scratch"),
+            ("as_is", "#c9772b", "released model as it is"),
+            ("adapted", "#1f6f8b", "trunkline adapt"),
+        ):
+            for kind, line in (("fleet", "-"), ("strict", ":")):
+                values = [table[f"{kind}-{count}"][who] for count in engines if f"{kind}-{count}" in table]
+                if len(values) == len(engines):
+                    name = label if kind == "fleet" else None
+                    axes.plot(engines, values, line, color=colour, marker="o", markersize=3, label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(engines, [str(count) for count in engines])
+        axes.minorticks_off()
+        axes.set_xlabel("labelled engines")
+        axes.set_title(f"{fleet} arrives", fontsize=10)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("test RMSE (cycles)")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -99,6 +130,7 @@ def main() -> None:
         "--releases", type=Path, help="Folder with FD00x.safetensors of an earlier run, to skip the runs."
     )
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="The curves as a picture; dotted: strict.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
@@ -138,6 +170,8 @@ def main() -> None:
             results[fleet] = table
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,9 @@ class LocalPlan(Frozen):
         default=0, ge=0, le=1_000_000, description="steps a site takes alone with `finish_parts` before it is scored"
     )
     finish_parts: tuple[Part, ...] = ("heads",)
+    finish_rate: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="their learning rate, as a multiple of learning_rate"
+    )
     finetune_steps: int = Field(
         default=0,
         ge=0,

@@ -209,6 +209,12 @@ def test_finishing_trains_the_named_parts_alone_before_anything_is_scored(tmp_pa
     moved = {name for name, tensor in model.state_dict().items() if not (tensor == before[name]).all()}
     assert moved == {name for name in before if name.startswith("heads.")}
     assert curve(model, site.resident("train"), site.data.tasks).loss < 0.8 * raw
+    gentle, moves = site.model(order), []
+    for rate in (1.0, 0.1):
+        gentle.load_state_dict(before)
+        finish(site, gentle, order.model_copy(update={"plan": plan.model_copy(update={"finish_rate": rate})}))
+        moves.append(sum(float((one - before[name]).abs().sum()) for name, one in gentle.state_dict().items()))
+    assert moves[1] < 0.3 * moves[0]
 
     still = {**RUN["training"], "steps": 1, "phases": [{"parts": ["stem"]}]}
     for name, more in (("raw", {}), ("finished", {"finish_steps": 60, "finish_parts": ["heads"]})):

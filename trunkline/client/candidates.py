@@ -35,7 +35,7 @@ def finish(site: Site, model: TrunkModel, order: Order) -> None:
     """Train `finish_parts` alone for `finish_steps`, in place: what a strategy left out of the rounds on purpose."""
     plan = order.plan
     if plan.finish_steps:
-        last = _only(plan, plan.finish_parts, plan.finish_steps)
+        last = _only(plan, plan.finish_parts, plan.finish_steps, plan.finish_rate)
         _train(site, model, last, seed_of(order.seed, site.name, "finish"), 0, 1)
 
 

@@ -46,7 +46,9 @@ DEFAULT_SPACE: dict[str, tuple[Value, ...]] = {
     "trunk.dropout": (0.0, 0.1, 0.2, 0.3),
 }
 # what a site that trains alone does not have: rates and pulls between parts, and what happens after the rounds
-TOGETHER = ("private_rate", "proximal", "personal", "finish_steps", "finetune_steps", "finetune_rate")
+TOGETHER = (
+    "private_rate", "proximal", "personal", "finish_steps", "finish_rate", "finetune_steps", "finetune_rate",
+)  # fmt: skip
 # how a model is picked from its rounds is what a trial is measured by, so it cannot be searched by that measure
 MEASURE = ("training.keep", "training.patience_rounds", "training.phases", "training.finish_parts")
 WORST = 10.0  # figure of a trial that failed or diverged, in units of the first trial's loss
