@@ -383,12 +383,11 @@ class Workshop:
             if key != reference and gain.mean() > noise and loss.mean() < best_mean:
                 best, best_mean = key, float(loss.mean())
         held = f"{number} held-out group{'s' if number != 1 else ''}"
-        if best == reference and self.fit.as_is:
-            # Few held-out groups tell little, and on average over draws interpolating by the prior was level with the
-            # release at one engine and ahead from ten (single draws lost up to 8 %): kept unless they speak against it
-            worse = losses["interpolated", prior] - losses[reference]
-            if worse.mean() <= float(worse.std(ddof=1)) / math.sqrt(number):
-                best = ("interpolated", prior)
+        # Few held-out groups prove little, and on average over draws interpolating by the prior was level with the release
+        # at one engine and ahead from ten. Single draws lost up to 18 %, so it is not taken against held-out groups.
+        as_well = self.fit.as_is and losses["interpolated", prior].mean() <= losses[reference].mean()
+        if best == reference and as_well:
+            best = ("interpolated", prior)
         if best == ("interpolated", prior) and means[label_of(*best)] >= means[label_of(*reference)] - float(
             (losses[reference] - losses[best]).std(ddof=1)
         ) / math.sqrt(number):
