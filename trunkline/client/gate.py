@@ -46,8 +46,9 @@ class Tried:
 def choose(tried: Mapping[str, Tried], labels: Labels, groups: NDArray[np.int32], held: str = "federated") -> str:
     """The name of the model to use.
 
-    The one held stays, unless the advantage of another exceeds its `margin`; of those that do, the best is used. Without labels there is nothing to choose by, and the federated model, which has seen more plants, stays. A model whose
-    figure is undefined where that of others is not has diverged and is no candidate.
+    The one held stays, unless the advantage of another exceeds its `margin`; of those that do, the best is used. Without
+    labels there is nothing to choose by, and the federated model, which has seen more plants, stays. A model whose figure
+    is undefined where that of others is not has diverged and is no candidate.
 
     Args:
         tried: name -> model; `held` is one of them.
