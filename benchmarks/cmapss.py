@@ -1,9 +1,10 @@
-"""Remaining life on C-MAPSS: federated against alone, over seeds; what README's figures come from.
+"""Remaining life on C-MAPSS: federated against alone, over seeds, as `trunkline simulate` runs it on Ray.
 
     python benchmarks/cmapss.py --data DIR [--seeds 0 1] [--plants 4 16] [--out FILE.json]
 
 RMSE of `rul` in cycles at the last window of every published test engine, test RUL capped at 125 (and uncapped), no age
-input; the trunk alone lent, and by small plants their stem too. Settings were chosen on validation engines; this script reads the test set.
+input; the trunk alone lent, and by small plants their stem too. Settings were chosen on validation engines; this script
+reads the test set.
 """
 
 import argparse

