@@ -39,6 +39,7 @@ TARGETS = {
 RUN: dict[str, Any] = {
     "name": "newcomer",
     "rounds": 30,
+    "refit": True,
     "lend": ["trunk", "stem", "heads", "scaler"],
     "training": {"steps": 20, "batch_size": 128, "learning_rate": 0.005},
     "strategy": {"name": "fedavg"},

@@ -337,6 +337,10 @@ class RunConfig(Frozen):
     rounds: int = Field(default=24, ge=1, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
     lend: tuple[str, ...] = Field(default=("trunk",), description='"trunk", "stem", "heads", "head.<task>", "scaler"')
+    refit: bool = Field(
+        default=False,
+        description="once every site has chosen by its validation rows, the same rounds again from the start on all labelled rows",
+    )
     trunk: TrunkSpec = TrunkSpec()
     training: LocalPlan = LocalPlan()
     strategy: StrategyConfig = StrategyConfig()
@@ -344,6 +348,11 @@ class RunConfig(Frozen):
     report: ReportConfig = ReportConfig()
     newcomers: NewcomersConfig = NewcomersConfig()
     search: SearchConfig = SearchConfig()
+
+    @property
+    def total_rounds(self) -> int:
+        """Rounds of all passes together."""
+        return self.rounds * (2 if self.refit else 1)
 
     @field_validator("lend")
     @classmethod

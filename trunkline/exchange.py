@@ -210,6 +210,9 @@ class Order(Frozen):
 
     A `probe` asks how well the arrays fit a site as it would enter `round`: nothing is trained, nothing is kept, and the
     answer is one number.
+
+    A run that refits goes over its rounds twice. After the first pass every site is told to `decide` by its validation
+    rows and to remember it; in the second pass, which starts anew, it trains on those rows too. Rounds are counted on.
     """
 
     protocol: int = PROTOCOL
@@ -225,6 +228,13 @@ class Order(Frozen):
     twin: Twin | None = None  # None: the twin takes the trunk and plan above
     contract: str = ""  # digest of the contract the arrays below were made for
     probe: bool = False
+    decide: bool = False
+    passed: int = Field(default=0, ge=0, description="rounds that lie before this pass; 0: it is the first")
+
+    @property
+    def done(self) -> int:
+        """Rounds of this pass that lie behind this one."""
+        return self.round - 1 - self.passed
 
 
 class ArraySpec(Frozen):

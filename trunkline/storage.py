@@ -113,13 +113,13 @@ class Shelf:
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise StorageError(f"{path}: damaged or unreadable ({type(error).__name__}: {error}).") from error
 
-    def newest(self, below: int | None = None) -> tuple[int, Tensors, dict[str, object]] | None:
-        """The newest intact round (below `below` if given), or None when the shelf holds none at all.
+    def newest(self, below: int | None = None, above: int = -1) -> tuple[int, Tensors, dict[str, object]] | None:
+        """The newest intact round (above `above`, and below `below` if given), or None when the shelf holds none of them.
 
         Raises:
             StorageError: files are there, but none of them is intact.
         """
-        candidates = [one for one in self.rounds() if below is None or one < below]
+        candidates = [one for one in self.rounds() if one > above and (below is None or one < below)]
         for place, round in enumerate(reversed(candidates)):
             try:
                 tensors, meta = self.get(round)

@@ -85,16 +85,26 @@ def test_an_unrelated_plant_is_kept_local_by_its_own_gate(with_stranger: Path) -
     assert stranger["gated"] == stranger["local"] and stranger["gated_interval"] == [0.0, 0.0]
 
 
-def test_the_others_lose_nothing_measurable_by_an_unrelated_plant(with_stranger: Path) -> None:
-    """One sixth of what is averaged learns nonsense; with it and without it, test errors differ by their own noise."""
-    folders = sorted((with_stranger / "sites").glob("plant-*"))
-    federate(folders, with_stranger / "without", **{**RUN, "report": {"baseline": False}})
-    among, without = rows_of(with_stranger / "out"), rows_of(with_stranger / "without")
-    figures = [(among[folder.name, "wear"], without[folder.name, "wear"]) for folder in folders]
-    loss = np.array([mine["federated"] / other["federated"] - 1.0 for mine, other in figures])
-    standard_error = loss.std(ddof=1) / np.sqrt(len(loss))
-    assert loss.mean() < max(2.0 * standard_error, 0.04)
-    assert max(mine["gated"] / other["gated"] - 1.0 for mine, other in figures) < 0.15
+def test_the_others_lose_nothing_measurable_by_an_unrelated_plant(with_stranger: Path, tmp_path: Path) -> None:
+    """Its updates point elsewhere, so it gets a trunk of its own, and the five do as well as a federation without it.
+
+    Over four run seeds, because one run's figure moves by some percent with the arithmetic of the machine alone.
+    """
+    plants = sorted((with_stranger / "sites").glob("plant-*"))
+    short = {**RUN, "rounds": 6, "training": {**RUN["training"], "steps": 15}, "report": {"baseline": False}}
+    losses = []
+    for seed in range(4):
+        among, without = (tmp_path / f"{name}-{seed}" for name in ("among", "without"))
+        cohorts = {"strategy": {"name": "cohorts", "warm_rounds": 2}}
+        federate([*plants, with_stranger / "sites" / "stranger"], among, **{**short, "seed": seed, **cohorts})
+        federate(plants, without, **{**short, "seed": seed})
+        assigned = read_report(among)["cohorts"]
+        assert {name for name, one in assigned.items() if one == assigned["stranger"]} == {"stranger"}
+        mine, theirs = rows_of(among), rows_of(without)
+        ratios = [mine[one.name, "wear"]["federated"] / theirs[one.name, "wear"]["federated"] for one in plants]
+        losses.append(np.mean(ratios) - 1.0)
+    standard_error = np.std(losses, ddof=1) / np.sqrt(len(losses))
+    assert np.mean(losses) < max(2.0 * standard_error, 0.03)
 
 
 def test_every_candidate_is_scored_on_test_rows_and_the_chosen_one_is_the_gated_figure(with_stranger: Path) -> None:
@@ -225,7 +235,7 @@ def test_finishing_trains_the_named_parts_alone_before_anything_is_scored(tmp_pa
 
 
 def scored(prediction: np.ndarray) -> Scored:
-    return Scored(make_task("y", TaskConfig(kind="regression", target="y")), prediction, None)
+    return Scored(make_task("y", TaskConfig(kind="regression", target="y")), prediction)
 
 
 def test_the_interval_covers_the_true_difference_about_as_often_as_it_says() -> None:
@@ -249,5 +259,5 @@ def test_a_very_large_test_set_is_drawn_less_often_and_never_below_the_fewest(mo
             one.task, "score", lambda *_, name=name: calls.__setitem__(name, calls[name] + 1) or 0.0, raising=True
         )
         groups = np.arange(rows, dtype=np.int32) % 7
-        paired_bootstrap(one, Scored(one.task, one.prediction, None), np.zeros(rows, np.float32), groups, 0)
+        paired_bootstrap(one, Scored(one.task, one.prediction), np.zeros(rows, np.float32), groups, 0)
     assert calls == {"small": 2 * RESAMPLES, "large": 2 * FEWEST}

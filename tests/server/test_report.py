@@ -118,7 +118,16 @@ def every_kind(n: int = 200) -> dict[tuple[str, str], Predictions]:
 def test_the_report_has_exactly_the_keys_other_tools_were_promised() -> None:
     report = report_of([("press-07", row())], [record(refused=[Refusal("coil-1", "sent NaN")])])
     assert list(report) == ["trunkline", "run", "cohort", "sites", "conflicts", "rounds"]
-    assert set(report["run"]) == {"name", "strategy", "backbone", "rounds", "seed", "trunk_parameters", "seconds"}
+    assert set(report["run"]) == {
+        "name",
+        "strategy",
+        "backbone",
+        "rounds",
+        "refit",
+        "seed",
+        "trunk_parameters",
+        "seconds",
+    }
     assert set(report["sites"][0]) == {
         "site", "task", "kind", "metric", "unit", "better", "n_train", "n_validation", "n_test", "local", "federated",
         "chosen", "interval", "verdict", "more", "candidates", "gated", "gated_interval", "gated_verdict",

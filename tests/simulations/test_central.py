@@ -46,3 +46,18 @@ def test_sites_with_other_sensors_cannot_be_pooled(tmp_path: Path) -> None:
     prepare(tmp_path / "out", resume=False, overwrite=False)
     with pytest.raises(ConfigError, match=r"same sensors.*plant-1 differs from plant-0"):
         simulate(parse_run(dict(RUN), "test"), folders, tmp_path / "out", workers=1)
+
+
+def test_with_refit_the_pooled_rows_come_twice_and_then_with_those_that_validated(tmp_path: Path) -> None:
+    folders = plants_alike(tmp_path / "sites", (3, 3))
+    reports = {}
+    for refit in (False, True):
+        out = tmp_path / f"out-{refit}"
+        prepare(out, resume=False, overwrite=False)
+        simulate(parse_run({**RUN, "refit": refit}, "test"), folders, out, workers=1)
+        reports[refit] = read_report(out)
+    assert [one["round"] for one in reports[True]["rounds"]] == list(range(1, 13))
+    once, twice = (reports[refit]["sites"][0] for refit in (False, True))
+    assert twice["n_train"] == once["n_train"] + once["n_validation"]
+    assert twice["federated"] < 6.0
+    assert twice["federated"] != once["federated"]

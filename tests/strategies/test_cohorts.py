@@ -168,3 +168,18 @@ def test_memory_grows_with_cohorts_and_not_with_sites(way_of: dict[str, int]) ->
     for _ in range(3):
         state, _mean = strategy.advance(state, stream())
     assert sum(arrays.nbytes for arrays in state.moments.values()) < 3 * TRUNK.nbytes + 12 * 8192 + 1
+
+
+def test_a_second_pass_keeps_the_cohorts_and_nothing_they_learnt(way_of: dict[str, int]) -> None:
+    options = {"count": WAYS, "warm_rounds": 1, "assign": "validation", "every": 1}
+    strategy = build_strategy("cohorts", options, LocalPlan())
+    state = strategy.start(TRUNK)
+    for round in (1, 2):
+        state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))
+    assert strategy.probes(state)
+    again = strategy.again(state, TRUNK)
+    assert (again.round, again.notes["cohorts"]) == (state.round, state.notes["cohorts"])
+    assert {strategy.serve(again, site).digest() for site in way_of} == {TRUNK.digest()}
+    again = laws.step(strategy, again, pulls(3, sorted(way_of), way_of))
+    assert len({strategy.serve(again, site).digest() for site in way_of}) == WAYS
+    assert not strategy.probes(again)  # by rows that now train, everything would fit

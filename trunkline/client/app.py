@@ -4,7 +4,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 import trunkline
-from trunkline.client.rounds import answer_evaluate, answer_offer, answer_probe, answer_train
+from trunkline.client.rounds import answer_decide, answer_evaluate, answer_offer, answer_probe, answer_train
 from trunkline.client.site import open_site
 from trunkline.errors import ContractError
 from trunkline.exchange import PROTOCOL, Arrays, Order
@@ -43,5 +43,6 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     order, arrays = _order(message)
-    card = answer_evaluate(open_site(context.node_config), order, arrays)
+    answer = answer_decide if order.decide else answer_evaluate
+    card = answer(open_site(context.node_config), order, arrays)
     return Message(to_records({}, card.model_dump_json()), reply_to=message)

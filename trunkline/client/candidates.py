@@ -36,7 +36,7 @@ def finish(site: Site, model: TrunkModel, order: Order) -> None:
     plan = order.plan
     if plan.finish_steps:
         last = _only(plan, plan.finish_parts, plan.finish_steps, plan.finish_rate)
-        _train(site, model, last, seed_of(order.seed, site.name, "finish"), 0, 1)
+        _train(site, order, model, last, seed_of(order.seed, site.name, "finish"), 0, 1)
 
 
 def versions(site: Site, federated: TrunkModel, order: Order) -> dict[str, dict[str, TrunkModel]]:
@@ -52,7 +52,7 @@ def versions(site: Site, federated: TrunkModel, order: Order) -> dict[str, dict[
     gentle = _only(plan, ("stem", "trunk", "heads"), quarter, plan.finetune_rate)
     model, tuned = copy.deepcopy(federated), {}
     for done in range(QUARTERS[-1]):
-        _train(site, model, gentle, seed_of(order.seed, site.name, "finetune", done), done, QUARTERS[-1])
+        _train(site, order, model, gentle, seed_of(order.seed, site.name, "finetune", done), done, QUARTERS[-1])
         if done + 1 in QUARTERS:
             tuned[f"{(done + 1) * quarter} steps"] = copy.deepcopy(model)
     fused = {f"{share:g} fine-tuned": mixed(federated, model, share) for share in MIXES}
@@ -69,5 +69,6 @@ def mixed(one: TrunkModel, other: TrunkModel, share: float) -> TrunkModel:
     return model
 
 
-def _train(site: Site, model: TrunkModel, plan: LocalPlan, seed: int, done: int, rounds: int) -> None:
-    train_site(model, site.resident("train"), site.data.tasks, plan, seed=seed, done=done, rounds=rounds)
+def _train(site: Site, order: Order, model: TrunkModel, plan: LocalPlan, seed: int, done: int, rounds: int) -> None:
+    data, tasks = site.resident(site.rows(order)), site.data.tasks
+    train_site(model, data, tasks, plan, seed=seed, done=done, rounds=rounds)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trunkline.client.candidates import versions
 from trunkline.client.gate import Tried, choose
-from trunkline.client.site import Site
+from trunkline.client.site import Part, Site
 from trunkline.client.training import Resident, outputs_of, total_loss
 from trunkline.exchange import Order, TaskRow, seed_of
 from trunkline.models.labels import known
@@ -49,14 +49,13 @@ def curve(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> Curve:
 
 @dataclass(frozen=True)
 class Scored:
-    """One model on one task: what it predicts on the test rows, and how it did on validation.
+    """One model on one task: what it predicts on the test rows.
 
     `task` is a copy of the site's, calibrated for this model: two models decide at two thresholds.
     """
 
     task: Task
     prediction: NDArray[Any]
-    on_validation: float | None
 
 
 def paired_bootstrap(
@@ -98,6 +97,7 @@ class _Judge:
     site: Site
     model: TrunkModel
     tasks: dict[str, Task]
+    rows: Part  # what it was trained on
     _own: dict[str, Task] = field(default_factory=dict)
     _outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -107,7 +107,7 @@ class _Judge:
             self._own = {one: copy.copy(task) for one, task in self.tasks.items()}
             wanting = {one: task for one, task in self._own.items() if task.settles}
             if wanting:
-                train = self.site.resident("train")
+                train = self.site.resident(self.rows)
                 for one, output in outputs_of(self.model, train, wanting).items():
                     wanting[one].settle(output, train.labels[one].cpu().numpy())
         return self._own[name]
@@ -155,48 +155,100 @@ class _Together:
 Predictor = _Alone | _Together
 
 
-def score_site(
-    site: Site, models: Mapping[str, TrunkModel], order: Order, *, tasks: Mapping[str, dict[str, Task]] | None = None
-) -> tuple[TaskRow, ...]:
-    """The site's rows of the worth-it report; its row-level predictions stay in its state folder.
+@dataclass(frozen=True)
+class Decision:
+    """What a site has settled for one task by its validation rows.
 
-    What the gate chooses from, a task at a time, is `models`, fine-tuned and fused versions of the federated one where the
-    plan has steps for them (`candidates.versions`), and the ensemble of federated and local.
+    Args:
+        chosen: the candidate to use.
+        versions: candidate -> which of its versions it stands for.
+        decisions: candidate -> where it decides (`Task.decisions`).
+    """
+
+    chosen: str
+    versions: dict[str, int]
+    decisions: dict[str, dict[str, Any]]
+
+
+class _Lineup:
+    """The models a site's gate chooses from, each in one or several versions.
+
+    They are those given, fine-tuned and fused versions of the federated one where the plan has steps for them
+    (`candidates.versions`), and the ensemble of federated and local.
+    """
+
+    def __init__(
+        self, site: Site, models: Mapping[str, TrunkModel], order: Order, tasks: Mapping[str, dict[str, Task]] | None
+    ) -> None:
+        given, rows = tasks or {}, site.rows(order)
+        self.judges = {
+            name: [_Judge(site, model, given.get(name, site.data.tasks), rows)] for name, model in models.items()
+        }
+        for candidate, some in versions(site, models["federated"], order).items():
+            self.judges[candidate] = [_Judge(site, model, site.data.tasks, rows) for model in some.values()]
+        self.together = "local" in models and not given
+
+    def of(self, name: str) -> dict[str, list[Predictor]]:
+        """candidate -> its versions, for one task."""
+        found: dict[str, list[Predictor]] = {
+            who: [_Alone(judge, name) for judge in some] for who, some in self.judges.items()
+        }
+        if self.together:
+            one, other = (_Alone(self.judges[who][0], name) for who in ("federated", "local"))
+            found["ensemble"] = [_Together(one, other)]
+        return found
+
+
+def decide_site(
+    site: Site, models: Mapping[str, TrunkModel], order: Order, *, tasks: Mapping[str, dict[str, Task]] | None = None
+) -> dict[str, Decision]:
+    """What the site settles by its validation rows, task by task; no test row is looked at. Arguments as in `score_site`."""
+    return _decide(site, _Lineup(site, models, order, tasks))
+
+
+def _decide(site: Site, lineup: _Lineup) -> dict[str, Decision]:
+    data, settled = site.data.validation, {}
+    for name in site.data.tasks:
+        tried: dict[str, Tried] = {}
+        picked: dict[str, int] = {}
+        for who, some in lineup.of(name).items():
+            results = [_try(site, name, one) for one in some]
+            picked[who] = _best(results)
+            tried[who] = replace(results[picked[who]], tries=len(results), half=who == "ensemble")
+        chosen = choose(tried, data.labels[name], data.groups)
+        if trouble := tried[chosen].task.trouble:
+            site.tell(f"task {name}, model {chosen}: {trouble}")
+        settled[name] = Decision(chosen, picked, {who: one.task.decisions() for who, one in tried.items()})
+    return settled
+
+
+def score_site(
+    site: Site, models: Mapping[str, TrunkModel], order: Order, *,
+    tasks: Mapping[str, dict[str, Task]] | None = None, settled: Mapping[str, Decision] | None = None,
+) -> tuple[TaskRow, ...]:  # fmt: skip
+    """The site's rows of the worth-it report; its row-level predictions stay in its state folder.
 
     Args:
         models: name -> model. "federated" is what the strategy made for this site; "local", the twin that trained alone,
             is absent where the run wanted no baseline. "shared", with a personal model, is the one that was averaged.
         order: of the run; its seed is the bootstrap's and its plan says whether and how to fine-tune.
         tasks: name of a model -> the tasks it was trained with, where they are not the site's own.
+        settled: task -> what was decided before these models saw the validation rows; None: they never did, and decide now.
     """
-    given = tasks or {}
-    judges = {name: _Judge(site, model, given.get(name, site.data.tasks)) for name, model in models.items()}
-    tries = {
-        candidate: [_Judge(site, model, site.data.tasks) for model in some.values()]
-        for candidate, some in versions(site, models["federated"], order).items()
-    }
+    lineup = _Lineup(site, models, order, tasks)
+    settled = settled or _decide(site, lineup)
     rows = []
     for name in site.data.tasks:
-        predictors: dict[str, Predictor] = {who: _Alone(judge, name) for who, judge in judges.items()}
-        tried = {who: _try(site, name, one) for who, one in predictors.items()}
-        for candidate, some in tries.items():
-            found = [_Alone(judge, name) for judge in some]
-            results = [_try(site, name, one) for one in found]
-            best = _best(results)
-            predictors[candidate], tried[candidate] = found[best], replace(results[best], tries=len(results))
-        if "local" in models and "local" not in given and "federated" not in given:
-            predictors["ensemble"] = _Together(_Alone(judges["federated"], name), _Alone(judges["local"], name))
-            tried["ensemble"] = replace(_try(site, name, predictors["ensemble"]), half=True)
-        data = site.data.validation
-        chosen = choose(tried, data.labels[name], data.groups)
-        if trouble := tried[chosen].task.trouble:
-            site.tell(f"task {name}, model {chosen}: {trouble}")
-        scored = {
-            who: Scored(tried[who].task, one.predict(tried[who].task, "test"), tried[who].score)
-            for who, one in predictors.items()
-        }
-        rows.append(_row(site, name, scored, chosen, order.seed))
-        _keep_predictions(site, order.run, name, scored, chosen)
+        decision = settled[name]
+        scored: dict[str, Scored] = {}
+        for who, some in lineup.of(name).items():
+            if who in decision.versions:  # else it was not there when the others were judged
+                one = some[decision.versions[who]]
+                task = copy.copy(one.task)
+                task.take_decisions(decision.decisions[who])
+                scored[who] = Scored(task, one.predict(task, "test"))
+        rows.append(_row(site, name, scored, decision.chosen, order))
+        _keep_predictions(site, order.run, name, scored, decision.chosen)
     return tuple(rows)
 
 
@@ -214,14 +266,15 @@ def _best(results: list[Tried]) -> int:
     return int(np.argmax(values))
 
 
-def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, seed: int) -> TaskRow:
+def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, order: Order) -> TaskRow:
     data, task = site.data, site.data.tasks[name]
     truth, groups = data.test.labels[name], data.test.groups
+    trained = (data.train, data.validation) if site.rows(order) == "all" else (data.train,)
     shown = {who: one for who, one in scored.items() if who in ("local", "federated", chosen)}
     measured = {who: one.task.measure(one.prediction, truth) for who, one in shown.items()}
     primary, local = task.card.metric, scored.get("local")
     intervals = {
-        who: paired_bootstrap(one, local, truth, groups, seed_of(seed, site.name, name))
+        who: paired_bootstrap(one, local, truth, groups, seed_of(order.seed, site.name, name))
         for who, one in shown.items()
         if local is not None and who != "local"
     }
@@ -232,7 +285,7 @@ def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, seed: in
     candidates = {who: one.task.score(one.prediction, truth) for who, one in scored.items()}
     return TaskRow(
         **task.card.model_dump(),
-        n_train=int(known(data.train.labels[name]).sum()),
+        n_train=sum(int(known(part.labels[name]).sum()) for part in trained),
         n_validation=int(task.judged(data.validation.labels[name]).sum()),
         n_test=int(task.judged(truth).sum()),
         n_groups=len(np.unique(groups[task.judged(truth)])),

@@ -92,7 +92,7 @@ def _gains(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, An
         scored = {}
         for who, output in found.items():
             own, prediction = judged(task, models[who], workshop, output)
-            scored[who] = Scored(own, prediction, None)
+            scored[who] = Scored(own, prediction)
         seed = seed_of(workshop.seed, "evidence", name)
         gains = {
             who: {

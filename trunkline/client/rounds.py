@@ -1,14 +1,15 @@
 """What a site does with each order: offer, train, evaluate. Pure of Flower; the vault is the only memory between calls."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 import trunkline
 from trunkline.client.candidates import finish
 from trunkline.client.data.statistics import lent_statistics, names_of
-from trunkline.client.evaluation import curve, score_site
+from trunkline.client.evaluation import Decision, curve, decide_site, score_site
 from trunkline.client.site import Site
 from trunkline.client.training import train_site
 from trunkline.client.vault import Entry, State, Vault
@@ -85,7 +86,7 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
         StorageError: the vault cannot be read.
     """
     site.consent(order.lend)
-    before = Vault(site.state, order.run, site.tell).before(order.round)
+    before = Vault(site.state, order.run, site.tell).before(order.round, order.passed)
     model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
     metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
     PROBED.check(Arrays(), metrics)
@@ -93,15 +94,17 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
 
 
 def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str) -> Entry:
-    before = vault.before(order.round)
+    before = vault.before(order.round, order.passed)
     model, twin = _models(site, order, arrays, before)
     tasks, plan = site.data.tasks, order.plan
     metrics: dict[str, float] = {}
     balance = dict(before.balance) if before is not None else {}
-    best = _Best.of(before)
+    best = _Best.of(before, _planned(vault, order))
     personal = _personal(site, order, before)
     for who, one in (("federated", model), ("personal", personal), ("local", twin)):
-        if one is not None and order.round > 1:  # before round 1 nothing has learnt anything
+        if one is not None and order.passed:  # what trains on the validation rows cannot be judged by them
+            best.arrive(who, one, order)
+        elif one is not None and order.done > 0:  # before round 1 nothing has learnt anything
             point = curve(one, site.resident("curve"), tasks)
             best.see(who, one, point.loss, order)
             # the curves called federated are those of the model the site uses: the personal one where there is one
@@ -109,7 +112,7 @@ def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str
             metrics["validation_loss" if name == "federated" else "local_validation_loss"] = point.loss
             metrics |= {f"{task}.{name}": value for task, value in point.metrics.items()}
     seed = seed_of(order.seed, site.name, order.round)
-    data, done = site.resident("train"), order.round - 1
+    data, done = site.resident(site.rows(order)), order.done
     arrived = [parameter.detach().clone() for parameter in model.parameters_of("trunk")] if personal else None
     if order.lend or best.hopeful("federated", order):
         trained = train_site(
@@ -148,28 +151,55 @@ def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str
 
 @dataclass
 class _Best:
-    """The best model so far of each kind, by validation loss: early stopping, alike for who federates and who does not."""
+    """The best model so far of each kind, by validation loss: early stopping, alike for who federates and who does not.
+
+    Args:
+        planned: in a second pass, who -> the round of a pass that was best in the first; its model is kept again.
+    """
 
     state: dict[str, State]
     loss: dict[str, float]
     round: dict[str, int]
+    planned: Mapping[str, int]
 
     @classmethod
-    def of(cls, before: Entry | None) -> "_Best":
-        return cls(dict(before.best), dict(before.best_loss), dict(before.best_round)) if before else cls({}, {}, {})
+    def of(cls, before: Entry | None, planned: Mapping[str, int] | None = None) -> "_Best":
+        kept = (dict(before.best), dict(before.best_loss), dict(before.best_round)) if before else ({}, {}, {})
+        return cls(*kept, planned or {})
 
     def see(self, who: str, model: TrunkModel, loss: float, order: Order) -> None:
         if order.plan.keep == "best" and np.isfinite(loss) and loss < self.loss.get(who, np.inf):
-            self.state[who], self.loss[who], self.round[who] = model.private(()), loss, order.round - 1
+            self.state[who], self.loss[who], self.round[who] = model.private(()), loss, order.done
+
+    def arrive(self, who: str, model: TrunkModel, order: Order) -> None:
+        if self.planned.get(who) == order.done:
+            self.state[who], self.loss[who], self.round[who] = model.private(()), 0.0, order.done  # no loss tells here
 
     def hopeful(self, who: str, order: Order) -> bool:
         """Whether one that trains alone should go on; who lends trains on for the others."""
+        if order.passed:
+            return order.done < self.planned.get(who, order.rounds)
         patience = order.plan.patience_rounds
-        return not patience or who not in self.round or order.round - 1 - self.round[who] < patience
+        return not patience or who not in self.round or order.done - self.round[who] < patience
 
-    def put_back(self, who: str, model: TrunkModel, loss: float) -> None:
-        if self.loss.get(who, np.inf) < loss:
+    def put_back(self, who: str, model: TrunkModel, site: Site, order: Order) -> None:
+        """The best state of `model`, where one before the last round was better."""
+        if who in self.state and (order.passed or self.loss[who] < self._last(model, site)):
             model.restore(self.state[who], ())
+
+    def plan(self, who: str, model: TrunkModel, site: Site, order: Order) -> int:
+        """At which round of a pass the best model of this one was reached."""
+        return self.round[who] if who in self.state and self.loss[who] < self._last(model, site) else order.done
+
+    @staticmethod
+    def _last(model: TrunkModel, site: Site) -> float:
+        return curve(model, site.resident("curve"), site.data.tasks).loss
+
+
+def _planned(vault: Vault, order: Order) -> dict[str, int]:
+    if not order.passed:
+        return {}
+    return dict((vault.decisions() or {}).get("planned", {}))
 
 
 def alone(plan: LocalPlan) -> LocalPlan:
@@ -208,13 +238,49 @@ def _personal(site: Site, order: Order, before: Entry | None) -> TrunkModel | No
     return model
 
 
+def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
+    """Settle by validation rows, before they are trained on, which model each task uses and where it decides.
+
+    The answer says nothing but that it is done: no test row is looked at, and what was settled stays in the vault. Asked
+    again the same, it is done already.
+    """
+    site.consent(order.lend)
+    vault = Vault(site.state, order.run, site.tell)
+    question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
+    if vault.decisions(question) is None:
+        before = vault.before(order.round)
+        roles = _roles(site, order, arrays, before)
+        best = _Best.of(before)
+        planned = {who: best.plan(who, one, site, order) for who, one in roles.items()}
+        settled = decide_site(site, _finished(site, order, roles, best), order)
+        kept = {"planned": planned, "tasks": {name: asdict(one) for name, one in settled.items()}}
+        vault.keep_decisions(question, kept)
+    return Scorecard(site=site.name, run=order.run, rows=())
+
+
 def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     """Score the final trunk with this site's stem and heads, the twin, and what else the gate may choose from, on test rows.
 
     With a personal model beside the shared one (`plan.personal`) it is the personal one that federation gave this site.
     """
     site.consent(order.lend)
-    before = Vault(site.state, order.run, site.tell).before(order.round)
+    vault = Vault(site.state, order.run, site.tell)
+    before = vault.before(order.round, order.passed)
+    models = _finished(site, order, _roles(site, order, arrays, before), _Best.of(before))
+    settled = None
+    if order.passed:
+        if (kept := vault.decisions()) is not None:
+            settled = {name: Decision(**one) for name, one in kept["tasks"].items()}
+        else:
+            site.tell(
+                "was not there when the sites chose by their validation rows, so it chooses by rows its models have seen: "
+                "thresholds and the choice of the gate are too hopeful. Run it again with all sites there."
+            )
+    return Scorecard(site=site.name, run=order.run, rows=score_site(site, models, order, settled=settled))
+
+
+def _roles(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> dict[str, TrunkModel]:
+    """The models of this site as the last round left them: "federated" with what arrived, "personal", "local"."""
     model, twin = _models(site, order, arrays, before)
     roles = {"federated": model}
     if before is not None and before.personal:
@@ -222,11 +288,15 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
         roles["personal"].restore(before.personal, ())
     if twin is not None:
         roles["local"] = twin
-    best = _Best.of(before)
+    return roles
+
+
+def _finished(site: Site, order: Order, roles: dict[str, TrunkModel], best: _Best) -> dict[str, TrunkModel]:
+    """`roles` at their best round, with what a strategy leaves for the end; the personal model is what federation gave."""
     for who, one in roles.items():
-        if who in best.loss:
-            best.put_back(who, one, curve(one, site.resident("curve"), site.data.tasks).loss)
-    finish(site, model, order)
-    if "personal" in roles:
-        roles["shared"], roles["federated"] = model, roles.pop("personal")
-    return Scorecard(site=site.name, run=order.run, rows=score_site(site, roles, order))
+        best.put_back(who, one, site, order)
+    finish(site, roles["federated"], order)
+    if "personal" not in roles:
+        return roles
+    others = {who: one for who, one in roles.items() if who != "personal"}
+    return {**others, "shared": roles["federated"], "federated": roles["personal"]}

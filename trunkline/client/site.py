@@ -17,6 +17,8 @@ from trunkline.models.trunk import TrunkModel, build_model
 
 CURVE_SAMPLES = 2000  # validation windows a round's curve is drawn from; the final choice uses all of them
 
+Part = Literal["train", "curve", "validation", "all", "test"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,11 +42,17 @@ class Site:
     def tell(self, text: str) -> None:
         logger.warning("%s: %s", self.name, text)
 
-    def resident(self, part: Literal["train", "curve", "validation", "test"]) -> Resident:
-        """`train`, `validation`, `test`, or `curve` (a spread of the validation windows), on the device."""
+    def rows(self, order: Order) -> Part:
+        """What `order` trains on: in the second pass of a run that refits, the validation rows too."""
+        return "all" if order.passed else "train"
+
+    def resident(self, part: Part) -> Resident:
+        """`train`, `validation`, `test`, `all` (the first two), or `curve` (a spread of the validation windows), on the device."""
         if part not in self._resident:
             if part == "train":  # a batch of unlabelled windows would be a step that learns nothing
                 windows = self.data.train.labelled()
+            elif part == "all":
+                windows = self.data.train.joined(self.data.validation).labelled()
             elif part == "curve":
                 windows = self.data.validation.spread(CURVE_SAMPLES)
             else:

@@ -3,6 +3,7 @@
 Flower's `Context.state` is memory and dies with its process, so nothing of value is put there.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from trunkline.errors import StorageError
 from trunkline.exchange import Arrays
-from trunkline.storage import Shelf
+from trunkline.storage import Shelf, write_atomic
 
 State = dict[str, NDArray[Any]]
 
@@ -89,14 +90,17 @@ class Vault:
             return None
         return entry if entry.question == question else None
 
-    def before(self, round: int) -> Entry | None:
+    def before(self, round: int, passed: int = 0) -> Entry | None:
         """What `round` starts from: the newest intact version of an earlier round; None for a site that is new to the run.
+
+        Args:
+            passed: rounds that belong to the pass before: nothing starts from them.
 
         Raises:
             StorageError: earlier versions are there but damaged, or only later ones are: training on would silently
                 start stem and heads afresh.
         """
-        found = self.shelf.newest(below=round)
+        found = self.shelf.newest(below=round, above=passed)
         if found is not None:
             return self._entry(found[1], found[2])
         if later := [one for one in self.shelf.rounds() if one > round]:
@@ -105,6 +109,31 @@ class Vault:
                 "further than this site remembers; start the run anew under another --out."
             )
         return None
+
+    def keep_decisions(self, question: str, decisions: Mapping[str, Any]) -> None:
+        """What this site has chosen by its validation rows, for the second pass of a run that refits."""
+        write_atomic(self._decisions, json.dumps({"question": question, **decisions}).encode())
+
+    def decisions(self, question: str | None = None) -> dict[str, Any] | None:
+        """What `keep_decisions` was given last; None where nothing was, or (with `question`) to another question.
+
+        Raises:
+            StorageError: the file is there and cannot be read.
+        """
+        try:
+            found = json.loads(self._decisions.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"{self._decisions}: damaged or unreadable ({type(error).__name__}: {error}). Restore a backup, or start the "
+                "run anew under another --out."
+            ) from None
+        return dict(found) if question in (None, found.get("question")) else None
+
+    @property
+    def _decisions(self) -> Path:
+        return self.shelf.folder / "decisions.json"
 
     @staticmethod
     def _entry(tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Entry:

@@ -107,7 +107,8 @@ def build_report(
             "name": run.name,
             "strategy": run.strategy.name,
             "backbone": run.trunk.backbone,
-            "rounds": run.rounds,
+            "rounds": run.total_rounds,
+            "refit": run.refit,  # the second half of the rounds, on all labelled rows, made the models that are scored
             "seed": run.seed,
             "trunk_parameters": trunk_parameters,
             "seconds": seconds,

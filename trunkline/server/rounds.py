@@ -37,6 +37,9 @@ def run_rounds(
 ) -> dict[str, Any]:
     """One whole run: gather, `rounds` rounds, evaluation. Returns the report; the final trunk is the last checkpoint.
 
+    With `refit` the rounds come twice: after the first pass every site settles by its validation rows what it will use and
+    where it decides; the second starts from the first trunk again, and the sites train on those rows too.
+
     Args:
         out: folder of checkpoints and events; made if absent.
         resume: go on from the newest checkpoint in `out`; without one, start.
@@ -98,10 +101,13 @@ class _Run:
             self._save(state, started)
         size = sum(array.size for name, array in state.trunk.items())
         self.tell(
-            {"event": "start", "run": self.run.name, "strategy": self.run.strategy.name, "rounds": self.run.rounds,
+            {"event": "start", "run": self.run.name, "strategy": self.run.strategy.name, "rounds": self.run.total_rounds,
              "sites": sorted(self.cohort.members), "trunk_parameters": size, "resumed_at": resumed_at}
         )  # fmt: skip
-        while state.round < self.run.rounds:
+        while state.round < self.run.total_rounds:
+            if state.round == self.run.rounds:
+                self._decide(state)
+                state = self.strategy.again(state, self.cohort.first_arrays(trunk))
             state = self._round(state)
             self._save(state, started)
         if not score:
@@ -130,6 +136,7 @@ class _Run:
     def _order(self, round: int) -> Order:
         return Order(
             run=self.key, seed=self.run.seed, round=round, rounds=self.run.rounds, trunk=self.spec, plan=self.strategy.plan,
+            passed=self.run.rounds if round > self.run.rounds and self.run.refit else 0,
             lend=self.lend, weight_cap=self.run.cohort.weight_cap, baseline=self.run.report.baseline and bool(self.lend),
             twin=self._twin(),
         )  # fmt: skip
@@ -146,7 +153,7 @@ class _Run:
         self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
         members = dict(sorted(self.cohort.members.items()))
         tally = _Tally()
-        self.tell({"event": "round", "round": round, "rounds": self.run.rounds})
+        self.tell({"event": "round", "round": round, "rounds": self.run.total_rounds})
         after, mean = self.strategy.advance(state, self._updates(state, round, members, tally))
         needed = max(1, -(-len(members) * self.run.cohort.quorum // 1))
         if len(tally.sites) < needed:
@@ -168,7 +175,7 @@ class _Run:
         )
         self.records.append(record)
         self.tell(
-            {"event": "round_end", "round": round, "rounds": self.run.rounds, "sites": len(record.sites), "seconds": record.seconds,
+            {"event": "round_end", "round": round, "rounds": self.run.total_rounds, "sites": len(record.sites), "seconds": record.seconds,
              "train_loss": record.train_loss, "validation_loss": mean.metrics.get("validation_loss"),
              "local_validation_loss": mean.metrics.get("local_validation_loss"), "bytes_up": record.bytes_up,
              "bytes_down": record.bytes_down, "refused": len(record.refused)}
@@ -275,7 +282,17 @@ class _Run:
 
     def _evaluate(self, state: State) -> list[tuple[str, TaskRow]]:
         """Every site scores the final trunk on its own test rows and sends the aggregates."""
-        order = self._order(self.run.rounds + 1)
+        return sorted(self._cards(state, self._order(self.run.total_rounds + 1)), key=lambda one: one[0])
+
+    def _decide(self, state: State) -> None:
+        """Every site settles by its validation rows, for the last time before it trains on them."""
+        order = self._order(self.run.rounds + 1).model_copy(update={"passed": 0, "decide": True})
+        self._cards(state, order)
+        text = f"Every site has chosen by its validation rows. Rounds {self.run.rounds + 1} to {self.run.total_rounds} start anew and train on them too."
+        self.tell({"event": "note", "text": text})
+
+    def _cards(self, state: State, order: Order) -> list[tuple[str, TaskRow]]:
+        """The rows of every site's Scorecard for the trunk it is served; a site that sends none, or another's, costs itself."""
         by_node = {member.node: member for member in self.cohort.members.values()}
 
         _, requests = self._ask_for(partial(self.strategy.serve, state), order, by_node)
@@ -303,8 +320,9 @@ class _Run:
                 rows += [(member.site, row) for row in card.rows]
             except ContractError as error:
                 self.tell({"event": "note", "text": str(error)})
-            self.tell({"event": "evaluate", "in": done, "of": len(by_node)})
-        return sorted(rows, key=lambda one: one[0])
+            if not order.decide:
+                self.tell({"event": "evaluate", "in": done, "of": len(by_node)})
+        return rows
 
     def _save(self, state: State, started: float) -> None:
         meta = {

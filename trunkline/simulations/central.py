@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trunkline.client.evaluation import score_site
+from trunkline.client.evaluation import Decision, decide_site, score_site
 from trunkline.client.rounds import alone
 from trunkline.client.site import Site, open_site
 from trunkline.client.training import Resident, steps_of, train_site
@@ -18,6 +18,7 @@ from trunkline.errors import ConfigError
 from trunkline.exchange import Order, TaskRow, seed_of
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.task import Task
+from trunkline.models.trunk import TrunkModel
 from trunkline.server.report import RoundRecord, build_report
 
 
@@ -46,80 +47,70 @@ def run_central(
         plan=run.training,
         lend=(),  # pooled rows are one site's, and its heads may begin where its labels say
     )
+    size = sum(array.size for array in pooled[0].model(order).share(("trunk", "stem", "heads")).values())
+    names = [site.name for site in sites]
+    tell(
+        {"event": "start", "run": run.name, "strategy": "central", "rounds": run.total_rounds, "sites": names,
+         "trunk_parameters": size, "resumed_at": None}
+    )  # fmt: skip
+    records: list[RoundRecord] = []
+    scoring = order.model_copy(update={"plan": run.training.model_copy(update={"finetune_steps": 0})})
+    settled: list[dict[str, Decision] | None] = [None] * len(sites)
+    for passed in (0, run.rounds)[: 2 if run.refit else 1]:
+        now = scoring.model_copy(update={"passed": passed})
+        models = _one_pass(pooled, sites, run, now, records, tell)
+        if run.refit and not passed:
+            settled = [
+                decide_site(site, one, now, tasks={"federated": tasks}) for site, one in zip(sites, models, strict=True)
+            ]
+    rows: list[tuple[str, TaskRow]] = []
+    for site, one, decided in zip(sites, models, settled, strict=True):
+        # the twin predicts with its own site's label scale, so that each model is scored as it was trained
+        found = score_site(site, one, now, tasks={"federated": tasks}, settled=decided)
+        rows += [(site.name, row) for row in found]
+    return build_report(run=run, rows=rows, rounds=records, trunk_parameters=size, seconds=time.monotonic() - started)
+
+
+def _one_pass(
+    pooled: Sequence[Site], sites: Sequence[Site], run: RunConfig, order: Order, records: list[RoundRecord],
+    tell: Callable[[dict[str, Any]], None],
+) -> list[dict[str, TrunkModel]]:  # fmt: skip
+    """The models of each site after `run.rounds` rounds from the start on the rows of `order`: the pooled one, and its twin."""
+    names = [site.name for site in sites]
     model = pooled[0].model(order)
-    data = _concatenate([site.resident("train") for site in sites])
+    parts = [site.resident(site.rows(order)) for site in sites]
+    data, tasks = _concatenate(parts), pooled[0].data.tasks
     plan = alone(run.training)
     plan = plan.model_copy(
         update={"epochs": None, "steps": steps_of(plan, len(data)) * (1 if plan.epochs else len(sites))}
     )
     twins = [site.model(order) if run.report.baseline else None for site in sites]
-    size = sum(array.size for array in model.share(("trunk", "stem", "heads")).values())
-    names = [site.name for site in sites]
-    tell(
-        {
-            "event": "start",
-            "run": run.name,
-            "strategy": "central",
-            "rounds": run.rounds,
-            "sites": names,
-            "trunk_parameters": size,
-            "resumed_at": None,
-        }
-    )
-    records = []
     # what balancing remembers: of each site's twin, and of the pooled model under no name
     balances: dict[str, dict[str, Any]] = {}
-    for round in range(1, run.rounds + 1):
-        began = time.monotonic()
+    for done in range(run.rounds):
+        began, round = time.monotonic(), order.passed + done + 1
         trained = train_site(
-            model, data, tasks, plan, seed=seed_of(run.seed, "central", round), done=round - 1, rounds=run.rounds,
+            model, data, tasks, plan, seed=seed_of(run.seed, "central", round), done=done, rounds=run.rounds,
             balance=balances.get(""),
         )  # fmt: skip
         balances[""] = trained.balance
-        for site, twin in zip(sites, twins, strict=True):
+        for site, part, twin in zip(sites, parts, twins, strict=True):
             if twin is not None:
-                seed = seed_of(run.seed, site.name, round)
                 balances[site.name] = train_site(
-                    twin,
-                    site.resident("train"),
-                    site.data.tasks,
-                    alone(run.training),
-                    seed=seed,
-                    done=round - 1,
-                    rounds=run.rounds,
-                    balance=balances.get(site.name),
-                ).balance
+                    twin, part, site.data.tasks, alone(run.training), seed=seed_of(run.seed, site.name, round), done=done,
+                    rounds=run.rounds, balance=balances.get(site.name),
+                ).balance  # fmt: skip
         seconds = time.monotonic() - began
         records.append(
             RoundRecord(
-                round=round,
-                sites=names,
-                refused=[],
-                seconds=seconds,
-                bytes_up=0,
-                bytes_down=0,
-                train_loss=trained.loss,
-                metrics={},
+                round=round, sites=names, refused=[], seconds=seconds, bytes_up=0, bytes_down=0, train_loss=trained.loss,
             )
-        )
+        )  # fmt: skip
         tell(
-            {
-                "event": "round_end",
-                "round": round,
-                "rounds": run.rounds,
-                "sites": len(sites),
-                "seconds": seconds,
-                "train_loss": trained.loss,
-            }
-        )
-    rows: list[tuple[str, TaskRow]] = []
-    for site, twin in zip(sites, twins, strict=True):
-        # the twin predicts with its own site's label scale, so that each model is scored as it was trained
-        models = {"federated": model} | ({"local": twin} if twin is not None else {})
-        scoring = order.model_copy(update={"plan": run.training.model_copy(update={"finetune_steps": 0})})
-        found = score_site(site, models, scoring, tasks={"federated": tasks})
-        rows += [(site.name, row) for row in found]
-    return build_report(run=run, rows=rows, rounds=records, trunk_parameters=size, seconds=time.monotonic() - started)
+            {"event": "round_end", "round": round, "rounds": run.total_rounds, "sites": len(sites), "seconds": seconds,
+             "train_loss": trained.loss}
+        )  # fmt: skip
+    return [{"federated": model} | ({"local": twin} if twin is not None else {}) for twin in twins]
 
 
 def _same_inputs(sites: Sequence[Site]) -> None:

@@ -273,7 +273,7 @@ def _try(
     plan = with_settings(run, settings["federated"], "[search]")
     local = {**run.report.local, **settings.get("local", {})}
     report = plan.report.model_copy(update={"local": local})
-    plan = plan.model_copy(update={"rounds": run.search.rounds or run.rounds, "report": report})
+    plan = plan.model_copy(update={"rounds": run.search.rounds or run.rounds, "refit": False, "report": report})
     if plan.rounds < 2:
         raise ConfigError(
             "[search] rounds = 1: what a site validates in a round is the model of the round before. Give at least 2."

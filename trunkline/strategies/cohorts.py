@@ -95,6 +95,14 @@ class Cohorts(Averaging):
             raise ValueError("only `assign = 'validation'` asks sites again; set that, or leave `every` out")
         return every
 
+    def again(self, state: State, trunk: Arrays) -> State:
+        """The cohorts as they are, each with the first trunk; nobody is asked any more what fits its validation rows."""
+        if "cohorts" not in state.notes:
+            return super().again(state, trunk)
+        trunks = {name: trunk for name in state.moments if name == "common" or name.startswith(TRUNK)}
+        moments = {"sketches": state.moments["sketches"], **trunks}
+        return State(trunk, moments, state.round, {**state.notes, "settled": True})
+
     def serve(self, state: State, site: str) -> Arrays:
         if "cohorts" not in state.notes:
             return state.trunk
@@ -150,7 +158,7 @@ class Cohorts(Averaging):
 
     def probes(self, state: State) -> dict[str, Arrays]:
         since = state.round - self.warm_rounds
-        if self.assign == "similarity" or since <= 0 or since % self.every:
+        if self.assign == "similarity" or since <= 0 or since % self.every or state.notes.get("settled"):
             return {}
         trunks = {name: arrays for name, arrays in state.moments.items() if name.startswith(TRUNK)}
         return trunks if len(trunks) > 1 else {}

@@ -48,6 +48,10 @@ class Strategy(Protocol):
 
     def start(self, trunk: Arrays) -> State: ...
 
+    def again(self, state: State, trunk: Arrays) -> State:
+        """Where a second pass starts from: as `start`, rounds counted on. What was decided by validation rows stays decided."""
+        ...
+
     def serve(self, state: State, site: str) -> Arrays:
         """The lent arrays this site gets next; its update is the change to exactly these."""
         ...
@@ -219,6 +223,9 @@ class Averaging(Frozen):
 
     def start(self, trunk: Arrays) -> State:
         return State(trunk)
+
+    def again(self, state: State, trunk: Arrays) -> State:
+        return replace(self.start(trunk), round=state.round)
 
     def serve(self, state: State, site: str) -> Arrays:
         return state.trunk

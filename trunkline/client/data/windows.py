@@ -65,6 +65,20 @@ class WindowSet:
             order=self.order[index],
         )
 
+    def joined(self, other: "WindowSet") -> "WindowSet":
+        """These samples and those of another part of the same site; no window reaches from one part into the other."""
+        rows = len(self.values)
+        return replace(
+            self,
+            values=np.concatenate([self.values, other.values]),
+            categorical=np.concatenate([self.categorical, other.categorical]),
+            first=np.concatenate([self.first, other.first + rows]),
+            ends=np.concatenate([self.ends, other.ends + rows]),
+            labels={task: np.concatenate([label, other.labels[task]]) for task, label in self.labels.items()},
+            groups=np.concatenate([self.groups, other.groups]),
+            order=np.concatenate([self.order, other.order]),
+        )
+
     def labelled(self) -> "WindowSet":
         """The samples that carry a label of at least one task."""
         return self.subset(np.any([known(label) for label in self.labels.values()], axis=0))

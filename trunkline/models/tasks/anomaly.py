@@ -42,6 +42,7 @@ class Anomaly(Task):
     """
 
     kind = "anomaly"
+    decision_keys = ("threshold",)
     primary = "f1"
     settles = True
     METRICS = {  # noqa: RUF012  (declared ClassVar in Task)

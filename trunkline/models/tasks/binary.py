@@ -31,6 +31,7 @@ class Binary(Task):
     """
 
     kind = "binary"
+    decision_keys = ("threshold", "line")
     primary = "f1"
     METRICS = {  # noqa: RUF012  (declared ClassVar in Task)
         "f1": Metric("of 1", "higher"),

@@ -34,6 +34,7 @@ class Multiclass(Task):
     """
 
     kind = "multiclass"
+    decision_keys = ("temperature",)
     primary = "macro_f1"
     METRICS = {  # noqa: RUF012  (declared ClassVar in Task)
         "macro_f1": Metric("of 1", "higher"),

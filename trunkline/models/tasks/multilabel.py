@@ -41,6 +41,7 @@ class Multilabel(Task):
     """
 
     kind = "multilabel"
+    decision_keys = ("thresholds",)
     primary = "micro_f1"
     METRICS = {  # noqa: RUF012  (declared ClassVar in Task)
         "micro_f1": Metric("of 1", "higher"),

@@ -219,6 +219,17 @@ class Task(ABC):
         """
         return
 
+    decision_keys: ClassVar[tuple[str, ...]] = ()  # keys of `state` that `calibrate` sets
+
+    def decisions(self) -> dict[str, Any]:
+        """What `calibrate` has chosen, ready for JSON."""
+        state = self.state()
+        return {key: state[key] for key in self.decision_keys}
+
+    def take_decisions(self, decisions: Mapping[str, Any]) -> None:
+        """Decide as `decisions` says, which another model of this task was calibrated for."""
+        self.load_state({**self.state(), **decisions})
+
     def calibrated(self, prediction: NDArray[Any]) -> NDArray[Any]:
         """The same predictions as probabilities that mean what they say, after `calibrate`; the order of any two stays.
 
