@@ -186,6 +186,9 @@ class LocalPlan(Frozen):
     finetune_rate: float = Field(
         default=0.1, gt=0.0, le=1.0, description="its learning rate, as a multiple of learning_rate"
     )
+    hold: Literal["federated", "ensemble"] = Field(
+        default="federated", description="the model the gate keeps until another is better beyond noise"
+    )
 
     @model_validator(mode="after")
     def _whole_batches_are_plain(self) -> Self:

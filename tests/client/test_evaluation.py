@@ -125,6 +125,25 @@ def test_an_ensemble_predicts_the_mean_of_the_two_models(with_stranger: Path) ->
             assert found["ensemble"] ** 2 <= (found["local"] ** 2 + found["federated"] ** 2) / 2.0 + 1e-6
 
 
+def test_a_gate_that_holds_the_ensemble_leaves_it_only_beyond_noise(with_stranger: Path, tmp_path: Path) -> None:
+    folders = sorted((with_stranger / "sites").iterdir())
+    federate(folders, tmp_path / "held", **{**RUN, "training": {**RUN["training"], "hold": "ensemble"}})
+    rows = rows_of(tmp_path / "held")
+    alike = [row["chosen"] for (site, _), row in rows.items() if site != "stranger"]
+    assert (
+        alike.count("ensemble") >= 3
+    )  # by the rule that holds the federated one it would be none or all of them by luck
+    assert rows["stranger", "wear"]["chosen"] in ("local", "ensemble")
+    federate(
+        folders,
+        tmp_path / "alone",
+        **{**RUN, "report": {"baseline": False}, "training": {**RUN["training"], "hold": "ensemble"}},
+    )
+    assert {row["chosen"] for row in rows_of(tmp_path / "alone").values()} == {
+        "federated"
+    }  # there is no ensemble to hold
+
+
 def test_what_a_site_keeps_of_its_test_rows_is_enough_to_draw_them(with_stranger: Path) -> None:
     for file in (with_stranger / "out" / "state" / "stranger" / "evaluation").rglob("*.safetensors"):
         with safetensors.safe_open(file, framework="numpy") as kept:

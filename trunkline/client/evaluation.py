@@ -203,19 +203,22 @@ def decide_site(
     site: Site, models: Mapping[str, TrunkModel], order: Order, *, tasks: Mapping[str, dict[str, Task]] | None = None
 ) -> dict[str, Decision]:
     """What the site settles by its validation rows, task by task; no test row is looked at. Arguments as in `score_site`."""
-    return _decide(site, _Lineup(site, models, order, tasks))
+    return _decide(site, _Lineup(site, models, order, tasks), order.plan.hold)
 
 
-def _decide(site: Site, lineup: _Lineup) -> dict[str, Decision]:
+def _decide(site: Site, lineup: _Lineup, hold: str) -> dict[str, Decision]:
     data, settled = site.data.validation, {}
     for name in site.data.tasks:
         tried: dict[str, Tried] = {}
+        held = hold if hold != "ensemble" or lineup.together else "federated"  # no ensemble where nobody trained alone
         picked: dict[str, int] = {}
         for who, some in lineup.of(name).items():
             results = [_try(site, name, one) for one in some]
             picked[who] = _best(results)
-            tried[who] = replace(results[picked[who]], tries=len(results), half=who == "ensemble")
-        chosen = choose(tried, data.labels[name], data.groups)
+            tried[who] = replace(
+                results[picked[who]], tries=len(results), half=who == "ensemble" and held != "ensemble"
+            )
+        chosen = choose(tried, data.labels[name], data.groups, held)
         if trouble := tried[chosen].task.trouble:
             site.tell(f"task {name}, model {chosen}: {trouble}")
         settled[name] = Decision(chosen, picked, {who: one.task.decisions() for who, one in tried.items()})
@@ -236,7 +239,7 @@ def score_site(
         settled: task -> what was decided before these models saw the validation rows; None: they never did, and decide now.
     """
     lineup = _Lineup(site, models, order, tasks)
-    settled = settled or _decide(site, lineup)
+    settled = settled or _decide(site, lineup, order.plan.hold)
     rows = []
     for name in site.data.tasks:
         decision = settled[name]

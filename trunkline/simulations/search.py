@@ -50,7 +50,7 @@ TOGETHER = (
     "private_rate", "proximal", "personal", "finish_steps", "finish_rate", "finetune_steps", "finetune_rate",
 )  # fmt: skip
 # how a model is picked from its rounds is what a trial is measured by, so it cannot be searched by that measure
-MEASURE = ("training.keep", "training.patience_rounds", "training.phases", "training.finish_parts")
+MEASURE = ("training.keep", "training.patience_rounds", "training.phases", "training.finish_parts", "training.hold")
 WORST = 10.0  # figure of a trial that failed or diverged, in units of the first trial's loss
 STARTUP = 8  # trials before the sampler models what it has seen; fewer than 16 trials in all: half of them
 
