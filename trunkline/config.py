@@ -282,7 +282,10 @@ class CohortConfig(Frozen):
     sites: tuple[str, ...] = Field(
         default=(), description="names that must all be present at the start; empty: whoever is connected"
     )
-    quorum: float = Field(default=0.6, gt=0.0, le=1.0, description="share of the cohort a round needs")
+    share: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="share of the cohort that a round asks, drawn anew each time"
+    )
+    quorum: float = Field(default=0.6, gt=0.0, le=1.0, description="share of the sites asked that a round needs")
     deadline_s: float = Field(default=600.0, gt=0.0, description="longest a round waits for a site")
     gather_s: float = Field(default=600.0, gt=0.0, description="longest the start waits for min_sites")
     resend_s: float = Field(

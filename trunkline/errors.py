@@ -7,6 +7,7 @@
     ├── ContractError              something would cross the wire that the run's contract does not name
     │   └── Refused                the server set one site's reply aside; the round goes on
     ├── StorageError               a vault or checkpoint cannot be written or read
+    ├── StateLost                  a process died with the state of the sites it trained; the run goes back to its checkpoint
     ├── QuorumError                too few sites answered; the run stopped with its state on disk
     └── DeploymentError            a daemon or one of its children cannot start or be reached
 
@@ -44,6 +45,10 @@ class Refused(ContractError):
 
 class StorageError(TrunklineError):
     """A file of state could not be written, or no intact version of it is left."""
+
+
+class StateLost(TrunklineError):
+    """A process of a simulation died with the state of its sites; what is on disk is of the last checkpoint."""
 
 
 class QuorumError(TrunklineError):

@@ -60,6 +60,10 @@ class Site:
             self._resident[part] = Resident.of(windows, device())
         return self._resident[part]
 
+    def forget(self) -> None:
+        """Let go of what lies on the device; asked for again, it is made again."""
+        self._resident.clear()
+
     def model(self, order: Order) -> TrunkModel:
         """A fresh model of the run's trunk and this site's stem and heads, as at the start of the run."""
         data = self.data

@@ -233,6 +233,11 @@ def _tensors(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}.{name}", tensor
 
 
+def tensors_of(model: TrunkModel) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer under the name that `share` and `private` give it."""
+    return list(_tensors(model._parts()))
+
+
 def _copy(tensor: Tensor) -> NDArray[np.generic]:
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     array: NDArray[np.generic] = tensor.detach().to("cpu", dtype, copy=True).numpy()

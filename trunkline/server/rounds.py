@@ -5,19 +5,21 @@ stands on Flower's messages (`Grid.push_messages`, `pull_messages`) instead; doc
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from trunkline.config import RunConfig, with_settings
-from trunkline.errors import ConfigError, ContractError, QuorumError, Refused
-from trunkline.exchange import FIT, PROBED, Arrays, Order, Scorecard, TaskRow, Twin, Update
+from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, StateLost
+from trunkline.exchange import FIT, PROBED, Arrays, Order, Scorecard, TaskRow, Twin, Update, seed_of
 from trunkline.flower import open_records, to_records
 from trunkline.models.trunk import first_trunk
 from trunkline.release import COHORT_RELEASE
@@ -28,8 +30,10 @@ from trunkline.server.intake import admit, read_header
 from trunkline.server.release import release
 from trunkline.server.report import Refusal, RoundRecord, build_report
 from trunkline.strategies import State, Strategy, build_strategy
+from trunkline.strategies.strategy import Streamed
 
 Tell = Callable[[dict[str, Any]], None]
+CHECKPOINT_S = 20.0  # between two checkpoints while the sites of a simulation are in memory
 
 
 def run_rounds(
@@ -85,6 +89,7 @@ class _Run:
         self.checkpoint = Checkpoint(out, tell=lambda text: tell({"event": "note", "text": text}))
         self.key = key or f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.records: list[RoundRecord] = []
+        self.saved = 0.0  # when the last checkpoint was written
         self.silent: set[str] = set()  # missed the last round: asked, but no longer waited for
         self.seconds = 0.0  # of this run before it was resumed
         self.digest = json.dumps(run.model_dump(mode="json"), sort_keys=True)
@@ -105,11 +110,19 @@ class _Run:
              "sites": sorted(self.cohort.members), "trunk_parameters": size, "resumed_at": resumed_at}
         )  # fmt: skip
         while state.round < self.run.total_rounds:
-            if state.round == self.run.rounds:
-                self._decide(state)
-                state = self.strategy.again(state, self.cohort.first_arrays(trunk))
-            state = self._round(state)
-            self._save(state, started)
+            try:
+                if state.round == self.run.rounds:
+                    self._decide(state)
+                    state = self.strategy.again(state, self.cohort.first_arrays(trunk))
+                state = self._round(state)
+                self._save(state, started)
+            except StateLost as lost:
+                back = self._restore()
+                assert back is not None  # one was saved before the first round
+                self.tell(
+                    {"event": "note", "text": f"{lost} Going back to round {back.round}, the last that is on disk."}
+                )
+                state = back
         if not score:
             seconds = self.seconds + time.monotonic() - started
             return build_report(run=self.run, rows=[], rounds=self.records, trunk_parameters=size, seconds=seconds)
@@ -151,10 +164,12 @@ class _Run:
         started = time.monotonic()
         round = state.round + 1
         self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
-        members = dict(sorted(self.cohort.members.items()))
+        members = self._asked(round)
         tally = _Tally()
         self.tell({"event": "round", "round": round, "rounds": self.run.total_rounds})
-        after, mean = self.strategy.advance(state, self._updates(state, round, members, tally))
+        # sums come only to a strategy that is summable, whose mean takes them like single updates
+        came = cast(Iterator[Update], self._updates(state, round, members, tally))
+        after, mean = self.strategy.advance(state, came)
         needed = max(1, -(-len(members) * self.run.cohort.quorum // 1))
         if len(tally.sites) < needed:
             causes = " ".join(f"{one.site}: {one.cause}" for one in tally.refused) or "No site was online."
@@ -185,6 +200,16 @@ class _Run:
             self.tell({"event": "note", "text": f"Round {round}: {_cohorts_in_words(cohorts, was or {})}"})
         return after
 
+    def _asked(self, round: int) -> dict[str, Member]:
+        """The members that this round asks: all, or a share drawn for it."""
+        members = dict(sorted(self.cohort.members.items()))
+        if self.run.cohort.share == 1.0:
+            return members
+        count = max(1, math.ceil(self.run.cohort.share * len(members)))
+        drawn = np.random.default_rng(seed_of(self.run.seed, "cohort", round)).permutation(len(members))[:count]
+        names = list(members)
+        return {names[place]: members[names[place]] for place in sorted(drawn.tolist())}
+
     def _ask_for(
         self, serve: Callable[[str], Arrays], order: Order, by_node: dict[int, Member]
     ) -> tuple[dict[int, Order], dict[int, Callable[[], RecordDict]]]:
@@ -199,15 +224,54 @@ class _Run:
 
         return orders, {node: content(node) for node in by_node}
 
-    def _updates(self, state: State, round: int, members: dict[str, Member], tally: _Tally) -> Iterator[Update]:
+    def _summed(self, state: State, round: int, by_node: dict[int, Member], tally: _Tally) -> Iterator[Streamed]:
+        """The updates of sites that a grid trains many at once, added up where they were made; they leave `by_node`.
+
+        Only a simulation has such a grid, and its sites are its own: they check their updates themselves.
+        """
+        together = getattr(self.grid, "together", None)
+        if together is None or not self.strategy.summable:
+            return
+        everybody, sizes = len(by_node), {name: array.nbytes for name, array in state.trunk.items()}
+        for part in together(self._order(round), state.trunk, list(by_node)):
+            for node, metrics in part.metrics.items():
+                member = by_node.pop(node)
+                tally.sites.append(member.site)
+                tally.metrics[member.site] = metrics
+                size = sum(sizes[name] for name in member.lends)
+                tally.bytes_down, tally.bytes_up = tally.bytes_down + size, tally.bytes_up + size
+            for node, problem in part.problems.items():
+                site = by_node.pop(node).site
+                cause = f"{site}, round {round}: update set aside. {problem}."
+                tally.refused.append(Refusal(site=site, cause=cause))
+                self.tell(
+                    {
+                        "event": "reply",
+                        "round": round,
+                        "site": site,
+                        "refused": cause,
+                        "in": len(tally.sites),
+                        "of": everybody,
+                    }
+                )
+            yield part.total
+            self.tell(
+                {"event": "reply", "round": round, "site": "", "refused": None, "in": len(tally.sites), "of": everybody}
+            )
+
+    def _updates(
+        self, state: State, round: int, members: dict[str, Member], tally: _Tally
+    ) -> Iterator[Update | Streamed]:
         """Ask every member, admit what comes, and hand it on at once: nothing is collected."""
         by_node = {member.node: member for member in members.values()}
+        everybody = len(by_node)
+        yield from self._summed(state, round, by_node, tally)
         serve = partial(self.strategy.serve, state)
         orders, requests = self._ask_for(serve, self._order(round), by_node)
         silent, self.silent = self.silent, set()
         patient = {node for node, member in by_node.items() if member.site not in silent} or set(by_node)
-        tally.bytes_down = sum(serve(member.site).only(member.lends).nbytes for member in by_node.values())
-        answered: set[str] = set()
+        tally.bytes_down += sum(serve(member.site).only(member.lends).nbytes for member in by_node.values())
+        answered: set[str] = set(tally.sites)
         for answer in ask(
             self.grid, "train", requests, round=round, deadline_s=self.run.cohort.deadline_s,
             resend_s=self.run.cohort.resend_s, patient_for=patient,
@@ -238,7 +302,7 @@ class _Run:
                     "site": member.site,
                     "refused": cause,
                     "in": len(tally.sites),
-                    "of": len(by_node),
+                    "of": everybody,
                 }
             )
         self.silent = {site for site in members if site not in answered}
@@ -259,6 +323,7 @@ class _Run:
         self, name: str, trunk: Arrays, round: int, members: dict[str, Member], tally: _Tally
     ) -> dict[str, float]:
         """site -> validation loss with these arrays as it would enter `round`, of the sites that say."""
+        self._put_away()
         by_node = {member.node: member for member in members.values()}
         order = self._order(round).model_copy(update={"probe": True})
         orders, requests = self._ask_for(lambda site: trunk, order, by_node)
@@ -293,6 +358,7 @@ class _Run:
 
     def _cards(self, state: State, order: Order) -> list[tuple[str, TaskRow]]:
         """The rows of every site's Scorecard for the trunk it is served; a site that sends none, or another's, costs itself."""
+        self._put_away()
         by_node = {member.node: member for member in self.cohort.members.values()}
 
         _, requests = self._ask_for(partial(self.strategy.serve, state), order, by_node)
@@ -324,7 +390,18 @@ class _Run:
                 self.tell({"event": "evaluate", "in": done, "of": len(by_node)})
         return rows
 
+    def _put_away(self) -> None:
+        """Have sites that a grid keeps in memory between rounds write their state to their vaults."""
+        if getattr(self.grid, "holding", False):
+            self.grid.flush()  # type: ignore[attr-defined]
+
     def _save(self, state: State, started: float) -> None:
+        """A checkpoint; while sites are in memory only now and then, because their vaults must be of the same round."""
+        last = state.round % self.run.rounds == 0
+        if getattr(self.grid, "holding", False) and not last and time.monotonic() - self.saved < CHECKPOINT_S:
+            return
+        self._put_away()
+        self.saved = time.monotonic()
         meta = {
             "key": self.key,
             "config": self.digest,

@@ -38,6 +38,11 @@ class Strategy(Protocol):
         """What each site is asked to do."""
         ...
 
+    @property
+    def summable(self) -> bool:
+        """Whether sums of updates do as well as single ones: none is looked at alone, and all sites get the same trunk."""
+        ...
+
     def lends(self, named: tuple[str, ...]) -> tuple[str, ...]:
         """The parts that travel, given what run.toml names."""
         ...
@@ -61,7 +66,10 @@ class Strategy(Protocol):
     def step(self, state: State, mean: Update) -> State: ...
 
     def advance(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
-        """One round: the state after it, and what was combined (its metrics go into the progress line)."""
+        """One round: the state after it, and what was combined (its metrics go into the progress line).
+
+        Sums of several updates come only to a strategy that is `summable`.
+        """
         ...
 
     def probes(self, state: State) -> dict[str, Arrays]:
@@ -76,20 +84,23 @@ class Strategy(Protocol):
         ...
 
 
+AT_ONCE = 1 << 16  # numbers that are split at a time: half a megabyte, which a core's own cache holds
+
+
 class ExactSum:
     """A sum of arrays that does not depend on the order of its terms, in memory that does not grow with them.
 
-    Each term is split into an integer part in units of 2^-20 and a remainder in units of 2^-72, both int64; integers
+    Each term is split into an integer part in units of 2^-10 and a remainder in units of 2^-62, both int64; integers
     add without rounding, so any order (and any grouping) gives the same bits. The idea is that of reproducible
     summation in fixed bins (Demmel and Nguyen 2015, doi:10.1109/TC.2014.2345391); two bins do here because admitted
     updates are bounded.
 
     Raises:
-        ContractError: a term is not finite, or the largest numbers of all terms together reach 2^42, near which the
-            integer part could overflow; what intake admits stays below it up to some 4,000 sites at their bounds.
+        ContractError: a term is not finite, or the largest numbers of all terms together reach 2^52, near which the
+            integer part could overflow; what intake admits stays below it up to some 4 million sites at their bounds.
     """
 
-    COARSE = 20
+    COARSE = 10
     FINE = 52
     CARRY_EVERY = 1024  # terms: each adds at most 2^51 to `fine`, which holds 2^63
 
@@ -100,10 +111,7 @@ class ExactSum:
         self._reach = 0.0  # no number of the sum is beyond it
 
     def add(self, term: NDArray[np.float64]) -> None:
-        reach = self._reach + (float(max(term.max(), -term.min())) if term.size else 0.0)
-        if not reach < 2.0**42:  # also for NaN, which both ends of an array that holds it are
-            raise ContractError("a term of the sum is not finite, or the terms together are beyond 2^42")
-        self._reach = reach
+        self._reaches(float(max(term.max(), -term.min())) if term.size else 0.0)
         # asarray: a number without dimensions would come back as a scalar, which nothing can be written into
         rest = np.asarray(np.multiply(term, 2.0**self.COARSE))
         whole = np.asarray(np.rint(rest))
@@ -115,6 +123,47 @@ class ExactSum:
         self._since += 1
         if self._since == self.CARRY_EVERY:
             self._carry()
+
+    def add_rows(self, rows: NDArray[np.float32], weights: NDArray[np.float64]) -> None:
+        """Add each of `rows` times its weight: the same bits as one `add` a row.
+
+        Shape:
+            (n, ...) and (n,).
+        """
+        flat = rows.reshape(len(rows), -1)
+        step = max(1, AT_ONCE // max(flat.shape[1], 1))
+        for start in range(0, len(flat), step):
+            self._add_rows(flat[start : start + step], weights[start : start + step])
+
+    def _add_rows(self, rows: NDArray[np.float32], weights: NDArray[np.float64]) -> None:
+        largest = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0)).astype(np.float64) * weights
+        self._reaches(float(largest.sum()))
+        rest = np.multiply(rows, (weights * 2.0**self.COARSE)[:, None], dtype=np.float64)
+        whole = np.rint(rest)
+        np.subtract(rest, whole, out=rest)
+        # whole numbers below 2^53 add exactly in float64, which is quicker than to make integers of each
+        small = self._reach * 2.0**self.COARSE < 2.0**53
+        coarse = whole.sum(axis=0).astype(np.int64) if small else whole.astype(np.int64).sum(axis=0)
+        np.multiply(rest, 2.0**self.FINE, out=rest)
+        np.rint(rest, out=rest)
+        self._carry()
+        self.coarse += coarse.reshape(self.coarse.shape)
+        self.fine += rest.astype(np.int64).sum(axis=0).reshape(self.fine.shape)
+        self._carry()
+
+    def merge(self, other: "ExactSum") -> None:
+        """Add what another sum holds: the same bits as if its terms had been added here."""
+        other._carry()
+        self._carry()
+        self._reaches(other._reach)
+        self.coarse += other.coarse
+        self.fine += other.fine
+        self._carry()
+
+    def _reaches(self, largest: float) -> None:
+        if not self._reach + largest < 2.0**52:  # also for NaN, which both ends of an array that holds it are
+            raise ContractError("a term of the sum is not finite, or the terms together are beyond 2^52")
+        self._reach += largest
 
     def _carry(self) -> None:
         """Bring `fine` into [0, 2^52): one bit pattern for one value, however it was reached."""
@@ -152,6 +201,35 @@ class Streamed:
             self.metrics.setdefault(name, ExactSum(())).add(np.asarray(np.float64(number) * weight))
             self.metric_weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
 
+    def add_stack(
+        self, run: str, round: int, changes: Mapping[str, NDArray[np.float32]], weights: NDArray[np.float64],
+        metrics: Sequence[Mapping[str, float]],
+    ) -> None:  # fmt: skip
+        """Add many sites at once, in the same bits as one by one: lent name -> (sites, ...), (sites,), and their metrics."""
+        self.run, self.round = run, round
+        self.total.add_rows(np.ones((len(weights), 1), np.float32), weights)
+        for name, rows in changes.items():
+            self.dtypes.setdefault(name, rows.dtype)
+            self.sums.setdefault(name, ExactSum(rows.shape[1:])).add_rows(rows, weights)
+            self.weights.setdefault(name, ExactSum(())).add_rows(np.ones((len(weights), 1), np.float32), weights)
+        for told, weight in zip(metrics, weights, strict=True):
+            for name, number in told.items():
+                self.metrics.setdefault(name, ExactSum(())).add(np.asarray(np.float64(number) * weight))
+                self.metric_weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
+
+    def merge(self, other: "Streamed") -> None:
+        """Add what another sum of the same round holds, in the same bits as if its updates had been added here."""
+        self.run, self.round = other.run or self.run, other.round or self.round
+        self.total.merge(other.total)
+        for name, dtype in other.dtypes.items():
+            self.dtypes.setdefault(name, dtype)
+        for mine, theirs in (
+            (self.sums, other.sums), (self.weights, other.weights), (self.metrics, other.metrics),
+            (self.metric_weights, other.metric_weights),
+        ):  # fmt: skip
+            for name, total in theirs.items():
+                mine.setdefault(name, ExactSum(total.coarse.shape)).merge(total)
+
     def value(self) -> Update:
         """The mean so far, as `weighted_mean` says."""
         sums, weights = self.sums, self.weights
@@ -170,8 +248,11 @@ class Streamed:
         )
 
 
-def weighted_mean(updates: Iterable[Update]) -> Update:
+def weighted_mean(updates: "Iterable[Update | Streamed]") -> Update:
     """The mean of `updates` by weight, each array over the sites that have it; streams, and is exact in any order.
+
+    Args:
+        updates: single ones, and sums of several that were made elsewhere.
 
     Returns:
         An Update whose `weight` is the total and whose `weights` holds the total behind each array. No update at all
@@ -179,7 +260,10 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
     """
     streamed = Streamed()
     for update in updates:
-        streamed.add(update)
+        if isinstance(update, Streamed):
+            streamed.merge(update)
+        else:
+            streamed.add(update)
         del update  # or the loop would hold one update more than it works on
     return streamed.value()
 
@@ -214,6 +298,10 @@ class Averaging(Frozen):
     @property
     def plan(self) -> LocalPlan:
         return self.training
+
+    @property
+    def summable(self) -> bool:
+        return all(getattr(type(self), name) is getattr(Averaging, name) for name in ("combine", "advance", "serve"))
 
     def lends(self, named: tuple[str, ...]) -> tuple[str, ...]:
         return named

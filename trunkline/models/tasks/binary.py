@@ -121,8 +121,12 @@ class Binary(Task):
         missing = labels.isnan()
         truth = torch.where(missing, 0.0, labels)
         one = self.config
-        each = yes_or_no(output[:, 0].float(), truth, self.emphasis, one.focal, one.label_smoothing)
+        emphasis = self.emphasis if self.lifted is None else self.lifted
+        each = yes_or_no(output[:, 0].float(), truth, emphasis, one.focal, one.label_smoothing)
         return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
+
+    def loss_numbers(self) -> dict[str, Tensor]:
+        return {"lifted": torch.as_tensor(self.emphasis, dtype=torch.float32)}
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
         """(batch, 1) -> (batch,) probability of the positive class."""

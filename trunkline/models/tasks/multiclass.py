@@ -153,8 +153,12 @@ class Multiclass(Task):
             each = (beyond * F.softplus(-output) + (1.0 - beyond) * F.softplus(output)).mean(dim=1)
         else:
             each = one_of_many(output, truth, self.config.focal, self.config.label_smoothing)
-        each = each * torch.tensor(self.emphasis, device=output.device)[truth]
+        weight = torch.tensor(self.emphasis, device=output.device) if self.lifted is None else self.lifted
+        each = each * weight[truth]
         return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
+
+    def loss_numbers(self) -> dict[str, Tensor]:
+        return {"lifted": torch.tensor(self.emphasis)}
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
         """(batch, outputs) -> (batch, K) probabilities, also where the classes have an order."""

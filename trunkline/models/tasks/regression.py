@@ -93,6 +93,9 @@ class Regression(Task):
             each = torch.maximum(self.config.quantile * miss, (self.config.quantile - 1.0) * miss)
         return each.sum() / (~missing).sum().clamp(min=1)
 
+    def loss_numbers(self) -> dict[str, Tensor]:
+        return {"mean": torch.tensor(self.mean), "std": torch.tensor(self.std)}
+
     def predict(self, output: Tensor) -> NDArray[np.float32]:
         """(batch, 1) -> (batch,), in the label's unit and never above the cap."""
         values = output.detach()[:, 0].float().cpu().numpy() * self.std + self.mean

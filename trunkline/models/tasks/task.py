@@ -1,9 +1,10 @@
 """What every task kind promises: how its label column is read, what it learns, how it is judged."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import polars as pl
@@ -204,6 +205,21 @@ class Task(ABC):
             output (batch, outputs), x (batch, channels, time) or (batch, columns) -> (batch, anything).
         """
         return output
+
+    lifted: Tensor | None = None  # the weights of classes in `loss`, where `with_numbers` gave them
+
+    def loss_numbers(self) -> dict[str, Tensor] | None:
+        """What `loss` reads that was learnt from this site's labels, by name; None where it cannot be lifted out.
+
+        Sites whose tasks differ in nothing else can be trained in one go: `with_numbers` gives the task of each.
+        """
+        return None
+
+    def with_numbers(self, numbers: Mapping[str, Tensor]) -> Self:
+        """A copy whose `loss` reads these instead of its own."""
+        other = copy.copy(self)
+        other.__dict__.update(numbers)
+        return other
 
     settles: ClassVar[bool] = False  # whether `settle` wants the trained model's outputs on the training samples
 
