@@ -46,7 +46,6 @@ HALF = 10.0  # groups at which the prior trusts the fine-tuned weights as much a
 HONEST = 3  # labelled groups from which on groups can be held out to choose by
 FOLDS = 3
 HOPELESS = 2.0  # times the reference's loss on the first fold: such a candidate is not made for the others
-MANY = 24  # labelled groups from which on one held-out quarter says enough; below, every group is held out once
 ROWS = 150  # samples of a held-out group that are scored; neighbouring windows say the same
 BLOCKS = 10  # stretches that stand for groups at a site without any
 
@@ -327,8 +326,6 @@ class Workshop:
         """Every candidate on groups it was not made from."""
         shuffled = self.labelled
         folds = [shuffled[place::FOLDS] for place in range(min(FOLDS, len(shuffled)))]
-        if len(shuffled) >= MANY:
-            folds = folds[:1]
         tried: dict[tuple[str, float], Tried] = {}
         for held in folds:
             rest = shuffled[~np.isin(shuffled, held)]
