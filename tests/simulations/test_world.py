@@ -258,7 +258,7 @@ def test_the_rows_a_round_sees(plan: dict[str, Any], rows: int, seen: int) -> No
 
 
 def test_nobody_is_asked_anything_outside_its_hours(benches: list[Path], tmp_path: Path) -> None:
-    grid = live(benches[:8], tmp_path, BUSY, rounds=4, **{**LINEAR, "cohort": PATIENT})
+    grid = live(benches[:8], tmp_path, BUSY, rounds=4, **LINEAR, cohort={**PATIENT, "min_sites": 8})
     inner = grid.inner
     assert isinstance(inner, Inner)
     shifted = [node for node, place in grid.places.items() if not place.hours.always]
