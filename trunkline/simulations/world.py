@@ -270,6 +270,7 @@ class WorldGrid(Grid):
         self._tries: dict[tuple[int, str], int] = {}  # messages of this round by node and kind
         self._trained: set[int] = set()  # this round
         self._free: dict[int, int] = {}  # node -> us, when it will have done all that is known of
+        self._line: dict[int, int] = {}  # node -> us, when all that was sent to it will be there
         self._bounds: dict[int, int] = {}  # node -> us, a time it is surely not done before
         self._rows: dict[int, int] = {}  # node -> training rows, once it has said how many
         self._joined: set[int] = set()
@@ -360,7 +361,7 @@ class WorldGrid(Grid):
             return
         line = {
             "round": round, "at": self.clock.at, "began": self._began, "joined": sorted(self._joined),
-            "busy": {str(node): free for node, free in self._free.items() if free > self.clock.at},
+            "busy": _after(self.clock.at, self._free), "line": _after(self.clock.at, self._line),
         }  # fmt: skip
         try:
             with self._journal.open("a", encoding="utf-8") as file:
@@ -392,6 +393,7 @@ class WorldGrid(Grid):
         self._returning = set(stood["joined"])
         self._joined = set(stood["joined"])
         self._free = {int(node): free for node, free in stood["busy"].items()}
+        self._line = {int(node): free for node, free in stood["line"].items()}
 
     # --- one message ----------------------------------------------------------------------------------------------
 
@@ -411,7 +413,9 @@ class WorldGrid(Grid):
         flight = _Flight("", node, kind, round, now, now)
         if not joins:
             flight.lost = _chance(self.config.seed, place.site, round, "reply", kind, tries) < self.world.reply_loss
-            flight.came = place.hours.spend(now, math.ceil(_bytes(message.content) * place.down))
+            size = _bytes(message.content)
+            flight.came = place.hours.spend(max(now, self._line.get(node, 0)), math.ceil(size * place.down))
+            self._line[node] = flight.came
             if kind == "train":
                 if self.world.row_seconds or place.hostile:
                     flight.order = Order.model_validate_json(str(message.content.config_records["header"]["json"]))
@@ -497,6 +501,11 @@ class WorldGrid(Grid):
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
         return came[0]
+
+
+def _after(at: int, times: Mapping[int, int]) -> dict[str, int]:
+    """Of `times` by node those that lie behind `at`, for JSON."""
+    return {str(node): time for node, time in times.items() if time > at}
 
 
 def _bytes(content: RecordDict) -> int:
