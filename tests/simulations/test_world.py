@@ -274,6 +274,19 @@ def test_nobody_is_asked_anything_outside_its_hours(benches: list[Path], tmp_pat
             assert 6 <= local % 24 < 14
 
 
+def test_a_message_to_who_is_not_there_reaches_nobody(benches: list[Path], tmp_path: Path) -> None:
+    inner = Inner(benches[:2], tmp_path)
+    grid = inner.world = WorldGrid(inner, run_of({"calendars": NIGHT, "start_hour": 12.0}, **LINEAR))
+    assert grid.get_node_ids() == []
+    (sent,) = grid.push_messages([grid.create_message(to_records({}, "{}"), "train", 2, "1")])
+    grid.clock.sleep(DAY_S)
+    assert grid.get_node_ids() == [2, 3]  # the clock has stopped where the night begins
+    assert grid.clock.monotonic() == 10 * 3600
+    grid.clock.sleep(DAY_S)
+    assert grid.pull_messages([sent]) == []
+    assert inner.sent == []
+
+
 def test_a_lost_reply_is_asked_again_after_resend_s_and_counted_once(benches: list[Path], tmp_path: Path) -> None:
     quick = {"min_sites": 4, "deadline_s": 1000.0, "resend_s": 7.0}
     live(benches[:4], tmp_path / "whole", {"row_seconds": 1e-3}, **LINEAR, cohort=quick)
@@ -289,6 +302,14 @@ def test_a_lost_reply_is_asked_again_after_resend_s_and_counted_once(benches: li
     for times in again:
         waits = [7.0 * 2**number for number in range(len(times) - 1)]
         np.testing.assert_allclose(np.diff(times), waits, atol=1e-5)
+    heard = {
+        (one["round"], one["site"]): one["virtual_seconds"]
+        for one in events_of(tmp_path / "lossy")
+        if one["event"] == "reply"
+    }
+    for (round, node), times in asked.items():  # who has trained already answers from its vault, at once
+        took = heard[round, grid.places[node].site] - times[-1]
+        assert took == pytest.approx(0.0 if len(times) > 1 else 0.096, abs=1e-5)
     assert all(
         one["sites"] == [folder.name for folder in benches[:4]] for one in read_report(tmp_path / "lossy")["rounds"]
     )
@@ -301,7 +322,7 @@ def test_a_site_that_drops_out_costs_itself_that_round_and_no_real_time(benches:
     grid = live(benches[:6], tmp_path, {"drop_out": 0.3}, rounds=6, **LINEAR, cohort=cohort)
     assert time.monotonic() - began < 60.0  # of 5 days a round
     missing = {round: set(causes) for round, causes in refusals_of(tmp_path).items()}
-    assert sum(map(len, missing.values())) > 0
+    assert len({frozenset(sites) for sites in missing.values()}) > 2  # another draw each round
     inner = grid.inner
     assert isinstance(inner, Inner)
     names = {node: place.site for node, place in grid.places.items()}
@@ -393,7 +414,7 @@ def test_a_resumed_world_equals_an_undisturbed_one_in_bytes_and_times(
     benches: list[Path], tmp_path: Path, kind: str
 ) -> None:
     world = {**BUSY, "drop_out": 0.0, "round_hours": 12.0}
-    changes = {**LINEAR, "cohort": {**PATIENT, "min_sites": 3}, "rounds": 4}
+    changes = {**LINEAR, "cohort": {**PATIENT, "min_sites": 6}, "rounds": 4}
     live(benches[:6], tmp_path / "undisturbed", world, **changes)
 
     def power_cut(message: Message, honest: Callable[[], Message]) -> Message:
@@ -410,6 +431,16 @@ def test_a_resumed_world_equals_an_undisturbed_one_in_bytes_and_times(
     grid = WorldGrid(Inner(benches[:6], tmp_path / "cut"), run_of(world, **changes), tmp_path / "cut", resume=True)
     rounds = grid.complete_report(read_report(tmp_path / "cut"))["rounds"]
     assert [one["virtual_seconds"] for one in rounds] == ends_of(tmp_path / "undisturbed")
+
+
+def test_who_was_still_at_work_when_the_run_stopped_is_still_at_work(benches: list[Path], tmp_path: Path) -> None:
+    world = {"row_seconds": 0.01, "speeds": [[0.5, 0.001]], "down_mb_s": 0.01}  # 3 x 32 rows: a second, or 16 minutes
+    changes = {**LINEAR, "cohort": {"min_sites": 2, "deadline_s": 60.0, "quorum": 0.5}, "rounds": 1}
+    live(benches[:2], tmp_path, world, **changes)
+    grid = WorldGrid(Inner(benches[:2], tmp_path), run_of(world, **changes), tmp_path, resume=True)
+    ((node, free),) = grid._free.items()
+    assert grid.places[node].speed < 1
+    assert free / SECOND == pytest.approx(960.0, abs=1.0)
 
 
 def test_a_resume_without_the_journal_says_so(benches: list[Path], tmp_path: Path) -> None:

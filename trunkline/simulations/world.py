@@ -505,7 +505,7 @@ class WorldGrid(Grid):
 
 def _after(at: int, times: Mapping[int, int]) -> dict[str, int]:
     """Of `times` by node those that lie behind `at`, for JSON."""
-    return {str(node): time for node, time in times.items() if time > at}
+    return {str(node): one for node, one in times.items() if one > at}
 
 
 def _bytes(content: RecordDict) -> int:
