@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -333,6 +333,74 @@ class SearchConfig(Frozen):
     )
 
 
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = get_args(Day)
+Shares = tuple[tuple[float, float], ...]  # of (share of the sites, factor)
+
+
+class CalendarConfig(Frozen):
+    """`[[world.calendars]]`: when a share of the sites can be reached and may train, in their own local time."""
+
+    share: float = Field(gt=0.0, le=1.0)
+    hours: tuple[tuple[float, float], ...] = Field(
+        default=((0.0, 24.0),), min_length=1, description="from and to; [22, 6] ends in the morning after"
+    )
+    days: tuple[Day, ...] = Field(default=DAYS, min_length=1, description="on which `hours` begin")
+
+    @model_validator(mode="after")
+    def _hours_of_a_day(self) -> Self:
+        for begin, end in self.hours:
+            if not (0.0 <= begin < 24.0 and 0.0 <= end <= 24.0) or begin == end:
+                raise ValueError(
+                    f"`hours` holds [{begin:g}, {end:g}]: two different hours of a day from 0 to 24; all day is [0, 24]"
+                )
+        return self
+
+
+class WorldConfig(Frozen):
+    """`[world]`: simulation only; sites that come and go, are slow, lose replies or lie, on a clock of their own."""
+
+    calendars: tuple[CalendarConfig, ...] = Field(default=(), description="sites without one are always there")
+    zones: tuple[float, ...] = Field(default=(), description="hours ahead of the run's clock; each site draws one")
+    start_hour: float = Field(default=0.0, ge=0.0, lt=168.0, description="of the week, when the run starts")
+    round_hours: float = Field(
+        default=0.0, ge=0.0, le=8760.0, description="from the start of one round to the next, at least"
+    )
+    row_seconds: float = Field(default=0.0, ge=0.0, le=3600.0, description="to train on one row once, at speed 1")
+    speeds: Shares = Field(default=(), description="share of the sites and their speed; the others have 1")
+    speed_spread: float = Field(default=0.0, ge=0.0, le=3.0, description="sigma of a log-normal factor on each speed")
+    up_mb_s: float | None = Field(default=None, gt=0.0, description="megabytes a second; absent: no time at all")
+    down_mb_s: float | None = Field(default=None, gt=0.0)
+    links: Shares = Field(default=(), description="share of the sites and a factor on both their bandwidths")
+    link_spread: float = Field(default=0.0, ge=0.0, le=3.0, description="sigma of a log-normal factor on both")
+    drop_out: float = Field(default=0.0, ge=0.0, lt=1.0, description="chance that a site is not heard of in a round")
+    reply_loss: float = Field(default=0.0, ge=0.0, lt=1.0, description="chance that a reply gets lost")
+    hostile_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    hostile_sites: tuple[str, ...] = Field(default=(), description="by name, instead of a share")
+    lie: Literal["sign-flip", "scale", "random"] = Field(default="sign-flip", description="what hostile sites send")
+
+    @model_validator(mode="after")
+    def _can_be_meant(self) -> Self:
+        shares = {"calendars": [(one.share, 1.0) for one in self.calendars], "speeds": self.speeds, "links": self.links}
+        for key, given in shares.items():
+            if any(not 0.0 < share <= 1.0 or factor <= 0.0 for share, factor in given):
+                raise ValueError(f"`{key}` are pairs of a share, above 0 and at most 1, and a factor above 0")
+            if (total := sum(share for share, _ in given)) > 1.0 + 1e-9:
+                raise ValueError(f"the shares of `{key}` sum to {total:g}; lower them to 1 or less")
+        if wide := [zone for zone in self.zones if abs(zone) > 14.0]:
+            raise ValueError(f"`zones` holds {wide[0]:g}: hours ahead of the run's clock, from -14 to 14")
+        if self.hostile_share and self.hostile_sites:
+            raise ValueError("`hostile_share` and `hostile_sites` both say who lies; drop one of the two")
+        for keys, needs in ((("speeds", "speed_spread"), ("row_seconds",)), (("zones",), ("calendars",)),
+                            (("links", "link_spread"), ("up_mb_s", "down_mb_s"))):  # fmt: skip
+            idle = [key for key in keys if getattr(self, key)]
+            if idle and not any(getattr(self, need) for need in needs):
+                raise ValueError(
+                    f"`{idle[0]}` changes nothing without {' or '.join(map('`{}`'.format, needs))}: set it"
+                )
+        return self
+
+
 class RunConfig(Frozen):
     """run.toml, as the operator of the federation writes it."""
 
@@ -351,6 +419,7 @@ class RunConfig(Frozen):
     report: ReportConfig = ReportConfig()
     newcomers: NewcomersConfig = NewcomersConfig()
     search: SearchConfig = SearchConfig()
+    world: WorldConfig = WorldConfig()
 
     @property
     def total_rounds(self) -> int:
@@ -460,6 +529,8 @@ def parse_value(text: str) -> Any:
 
 __all__ = [
     "CLASSED",
+    "DAYS",
+    "CalendarConfig",
     "CleanConfig",
     "CohortConfig",
     "DataConfig",
@@ -475,6 +546,7 @@ __all__ = [
     "StrategyConfig",
     "TaskConfig",
     "TrunkSpec",
+    "WorldConfig",
     "parse_run",
     "parse_value",
     "read_run",

@@ -33,10 +33,11 @@ def main(grid: Grid, context: Context) -> None:
     run = _run_of(str(config.get("run-toml", "")))
     out = Path(str(config.get("out") or Path.home() / ".trunkline" / "runs" / run.name))
     out.mkdir(parents=True, exist_ok=True)
+    stamp = getattr(grid, "stamp", dict)  # a simulated world says when it was on its own clock
     with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
 
         def tell(event: Mapping[str, Any]) -> None:
-            events.write(json.dumps(event) + "\n")
+            events.write(json.dumps(stamp(event)) + "\n")
 
         try:
             report = run_rounds(grid, run, out, resume=bool(config.get("resume", 0)), tell=tell)

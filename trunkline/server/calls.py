@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
@@ -14,6 +15,25 @@ from trunkline.flower import RESTARTED, error_site
 LOST = frozenset({RESTARTED, 3, 4, 5, 8})
 POLL_FIRST_S, POLL_MOST_S = 0.002, 0.25
 BATCH = 16  # replies fetched at once: each may hold a whole trunk, so this bounds memory
+
+
+class Clock(Protocol):
+    """What waits. The machine's own, or of a simulated world: `sleep` then ends early, with the first thing that happens."""
+
+    def monotonic(self) -> float: ...
+    def sleep(self, seconds: float, /) -> None: ...
+
+
+def pause(grid: Grid, seconds: float, most: float) -> None:
+    """Let `seconds` pass before the next look; on a grid's own clock, which knows what comes next, at most `most`."""
+    own: Clock | None = getattr(grid, "clock", None)
+    time.sleep(seconds) if own is None else own.sleep(most)
+
+
+def now(grid: Grid) -> float:
+    """Seconds on the grid's own clock where it brings one, else on the machine's."""
+    own: Clock | None = getattr(grid, "clock", None)
+    return time.monotonic() if own is None else own.monotonic()
 
 
 @dataclass(frozen=True)
@@ -53,15 +73,15 @@ def ask(
         deadline_s: seconds after which the remaining nodes are given up.
         patient_for: nodes worth waiting for; the others are heard only while these are not all in. Default: all.
     """
-    end = time.monotonic() + deadline_s
+    end = now(grid) + deadline_s
     open_requests = {node: _Request(content) for node, content in requests.items()}
     sent: dict[str, int] = {}
     patient = set(requests) if patient_for is None else patient_for & set(requests)
     poll = POLL_FIRST_S
-    while open_requests and patient and time.monotonic() < end:
+    while open_requests and patient and now(grid) < end:
         online = set(grid.get_node_ids())
-        now = time.monotonic()
-        due = [node for node, request in open_requests.items() if node in online and now >= request.again_at]
+        at = now(grid)
+        due = [node for node, request in open_requests.items() if node in online and at >= request.again_at]
         for node in due:
             request = open_requests[node]
             message = Message(
@@ -73,7 +93,7 @@ def ask(
             )
             sent |= {message_id: node for message_id in grid.push_messages([message]) if message_id}
             request.tries += 1
-            request.again_at = time.monotonic() + resend_s * 2.0 ** (request.tries - 1)
+            request.again_at = now(grid) + resend_s * 2.0 ** (request.tries - 1)
         heard = False
         waiting = [message_id for message_id, node in sent.items() if node in open_requests]
         for start in range(0, len(waiting), BATCH):
@@ -84,14 +104,15 @@ def ask(
                 heard = True
                 error = error_site(message)
                 if error is not None and error[1] in LOST:
-                    open_requests[answered].again_at = time.monotonic() + min(1.0, resend_s)
+                    open_requests[answered].again_at = now(grid) + min(1.0, resend_s)
                     continue
                 del open_requests[answered]
                 patient.discard(answered)
                 yield Answer(answered, None, error[2]) if error is not None else Answer(answered, message.content)
         poll = POLL_FIRST_S if heard else min(poll * 2, POLL_MOST_S)
         if open_requests and patient and not heard:
-            time.sleep(poll)
+            at = now(grid)
+            pause(grid, poll, min([end, *(one.again_at for one in open_requests.values() if one.again_at > at)]) - at)
     for node in open_requests:
         if node in patient:
             yield Answer(node, None, f"no reply within {deadline_s:g} s", silent=True)

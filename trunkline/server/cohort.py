@@ -1,6 +1,5 @@
 """Who takes part: offers from sites, the contract made of them, and the name behind each node."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from trunkline.config import CohortConfig
 from trunkline.errors import ContractError, QuorumError, Refused
 from trunkline.exchange import Arrays, ArraySpec, Contract, Offer, Order, metric_names, specs_of
 from trunkline.flower import open_records, to_records
-from trunkline.server.calls import ask
+from trunkline.server.calls import ask, now, pause
 from trunkline.server.intake import read_header
 from trunkline.server.release import check_statistics
 
@@ -65,14 +64,14 @@ class Cohort:
         Raises:
             QuorumError: they did not within `gather_s`; the text says who came and who is missing.
         """
-        end = time.monotonic() + self.config.gather_s
+        end = now(self.grid) + self.config.gather_s
         told: tuple[int, ...] = ()
         while True:
-            self.greet(deadline_s=max(0.0, end - time.monotonic()))
+            self.greet(deadline_s=max(0.0, end - now(self.grid)))
             missing = [site for site in self.config.sites if site not in self.members]
             if len(self.members) >= self.config.min_sites and not missing:
                 return
-            if time.monotonic() >= end or getattr(self.grid, "complete", False):
+            if now(self.grid) >= end or getattr(self.grid, "complete", False):
                 came = ", ".join(sorted(self.members)) or "none"
                 lacking = f"; missing by name: {', '.join(missing)}" if missing else ""
                 why = " ".join(self._left_out.values())
@@ -80,8 +79,8 @@ class Cohort:
                     f"{len(self.members)} of {self.config.min_sites} sites have joined ({came}{lacking}). {why + ' ' if why else ''}"
                     "Start or mend the missing sites, or lower [cohort] min_sites, and run again."
                 )
-            if told != (now := tuple(sorted(self._greeted))):
-                told = now
+            if told != (greeted := tuple(sorted(self._greeted))):
+                told = greeted
                 self.tell(
                     {
                         "event": "gather",
@@ -89,7 +88,7 @@ class Cohort:
                         "wanted": max(self.config.min_sites, len(self.config.sites)),
                     }
                 )
-            time.sleep(GREET_S)
+            pause(self.grid, GREET_S, end - now(self.grid))
 
     def greet(self, deadline_s: float) -> None:
         """Ask every node not yet known who it is. A node that restarted comes back under a new id, and its site moves to it."""

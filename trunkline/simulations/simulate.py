@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, RecordDict
 
-from trunkline.config import RunConfig
+from trunkline.config import RunConfig, WorldConfig
 from trunkline.errors import ConfigError
 from trunkline.progress import EVENTS
 from trunkline.release import RELEASE
@@ -16,6 +16,7 @@ from trunkline.strategies import build_strategy
 
 if TYPE_CHECKING:
     from trunkline.server.plots import Predictions
+    from trunkline.simulations.world import WorldGrid
 
 
 def simulate(
@@ -23,6 +24,7 @@ def simulate(
 ) -> dict[str, Any]:  # fmt: skip
     """Run the whole federation on Ray; returns the report, which also lies in `out` with the plots of the predictions."""
     newcomers: list[Path] = []
+    world: WorldGrid | None = None
     if run.newcomers.sites:
         from trunkline.simulations.newcomers import set_apart
 
@@ -39,6 +41,8 @@ def simulate(
             raise ConfigError(
                 "[search] tries runs of a federation, and strategy 'central' is none. Choose another strategy."
             )
+        if run.world != WorldConfig():
+            raise ConfigError("strategy 'central' has no sites that could be away: take [world] out of the run file.")
 
         with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
             report = run_central(folders, states, run, lambda event: _write(events.write, event))
@@ -64,10 +68,16 @@ def simulate(
                 "resume": int(resume),
             }
             context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
-            app(grid=grid, context=context)
+            if run.world != WorldConfig():  # after a search, which has all sites at its disposal
+                from trunkline.simulations import world as worlds
+
+                world = worlds.WorldGrid(grid, run, out, resume=resume)
+            app(grid=world or grid, context=context)
         finally:
             grid.close()
     report = read_report(out)
+    if world is not None:
+        report = world.complete_report(report)
     if newcomers:
         from trunkline.simulations.newcomers import onboard
 

@@ -23,7 +23,7 @@ from trunkline.strategies import STRATEGIES, build_strategy
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-ADDED = {"cmapss-small-plants.toml", "hydraulic-rig.toml"}  # examples that a data set has beside its own
+ADDED = {"cmapss-small-plants.toml", "hydraulic-rig.toml", "shifts.toml"}  # examples that a data set has beside its own
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 BLOCKS = [
     (f"{page.name}, block {number}", block)
