@@ -26,7 +26,6 @@ Flower's actors in round 1. What Trunkline does beside the step does count: vali
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -244,9 +243,8 @@ def flower(job: dict[str, Any]) -> dict[str, Any]:
         if file is None:
             back = _held.setdefault("answer", [np.full(answer, 0.5, np.float32)])
         else:
-            import torch
-
             import engine
+            import torch
 
             if "bare" not in engine._held:
                 engine._held["bare"] = engine.Bare(Path(file))
