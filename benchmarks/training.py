@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +211,10 @@ def one_site(where: torch.device, options: argparse.Namespace) -> list[dict[str,
         plan = LocalPlan(steps=steps, batch_size=batch)
         models = {name: model_of(spec, WINDOW, CHANNELS, task, where) for name in (*RUNGS, "graph")}
         runs: dict[str, Callable[[], Any]] = {
-            name: (lambda name=name, rung=rung: bare(models[name], data, task, plan, rung))  # type: ignore[misc]
-            for rung, name in enumerate(RUNGS[:-1])
+            name: partial(bare, models[name], data, task, plan, rung) for rung, name in enumerate(RUNGS[:-1])
         }
-        runs["train_site"] = lambda models=models, plan=plan: train_site(  # type: ignore[misc]
-            models["train_site"], data, {"level": task}, plan, seed=0, done=0, rounds=1
-        )
+        tasks = {"level": task}
+        runs["train_site"] = partial(train_site, models["train_site"], data, tasks, plan, seed=0, done=0, rounds=1)
         if options.graph and cuda:
             runs["graph"] = graphed(models["graph"], data, task, plan)
         seconds = in_turn(runs, options.repeats, where)
