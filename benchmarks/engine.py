@@ -11,7 +11,8 @@ one task, one step of one batch a round, everything lent, no local twin. Compare
     flower      Flower's run_simulation and its FedAvg, a ClientApp that takes the bare step, one actor a worker
     sequential  `trunkline simulate` with one site at a time (TRUNKLINE_BATCH=0)
     auto        `trunkline simulate` as a user gets it
-    pfl         pfl-research, where `--pfl` names a folder it was installed in (pip install --target)
+    pfl         pfl-research, one process a worker, where `--pfl` names a folder with it (pip install --no-deps --target
+                FOLDER pfl multiprocess dill prv-accountant 'dp-accounting<0.6' absl-py attrs dm-tree mpmath)
 
 `noop_100` and `noop_1000` train nothing: a ClientApp answers with 100,000 float32, and the centre averages. There
 `bare_1` and `bare_n` both are a loopback call in one process, and Trunkline's two are its grid on Ray.
@@ -22,12 +23,14 @@ Flower's actors in round 1. What Trunkline does beside the step does count: vali
 `MiB` is the peak of the memory of all processes of a contestant, shared pages counted once (PSS), looked at once a second.
 
 `--cases big` are two more: `sites_10000` (10,000 sites, a tenth of them a round) and `stream_11m` (1,000 replies of
-11 million float32 through the grid; the driver's peak in copies of the trunk; `--scale` for less).
+11 million float32 through the grid; the driver's peak of private memory in copies of the trunk; `--scale` for less).
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -354,13 +357,13 @@ def noop(job: dict[str, Any]) -> dict[str, Any]:
     else:
         import ray
 
-        from trunkline.simulations.engine import OBJECT_STORE, RayGrid
+        from trunkline.simulations import engine as simulation
 
-        ray.init(
-            num_cpus=job["workers"], include_dashboard=False, log_to_driver=False, object_store_memory=OBJECT_STORE,
+        ray.init(  # as the grid itself would, but for the hook
+            num_cpus=job["workers"], include_dashboard=False, log_to_driver=False, object_store_memory=getattr(simulation, "OBJECT_STORE", 256 * 2**20), _system_config={"automatic_object_spilling_enabled": True},
             runtime_env={"worker_process_setup_hook": "engine.use_noop"},
         )  # fmt: skip
-        grid = RayGrid(sites, sites, workers=job["workers"])
+        grid = simulation.RayGrid(sites, sites, workers=job["workers"])
     trunk = {"trunk.w": np.zeros(job["answer"], np.float32)}
 
     def updates(round: int) -> Iterator[Update]:
@@ -372,31 +375,138 @@ def noop(job: dict[str, Any]) -> dict[str, Any]:
             yield Update(str(answer.node), "noop", round, Arrays(arrays), 1.0)
 
     seconds = []
-    for round in range(job["rounds"]):
-        start = time.perf_counter()
-        mean = weighted_mean(updates(round))
-        seconds.append(time.perf_counter() - start)
-        if mean.weight != len(sites):
-            raise RuntimeError(f"{mean.weight:g} of {len(sites)} answered")
+    with Own() as own:
+        for round in range(job["rounds"]):
+            start = time.perf_counter()
+            mean = weighted_mean(updates(round))
+            seconds.append(time.perf_counter() - start)
+            if mean.weight != len(sites):
+                raise RuntimeError(f"{mean.weight:g} of {len(sites)} answered")
     if job["grid"] != "loopback":
         grid.close()
         ray.shutdown()
-    return {"seconds": seconds, "failed": 0, "driver_mib": _peak_of(os.getpid())}
+    return {"seconds": seconds, "failed": 0, "driver_mib": own.peak - own.start}
 
 
-def _peak_of(process: int) -> float:
-    """Peak of one process's own memory, MiB."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+class Own:
+    """The peak of this process's private memory above what it was, MiB, looked at every 20 ms.
+
+    Pages of Ray's object store are shared and not among it: that store has a size of its own, however many the replies.
+    """
+
+    def __enter__(self) -> "Own":
+        self.start = self.peak = self._now()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.02):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 # --- pfl-research -----------------------------------------------------------------------------------------------------
 
 
 def pfl(job: dict[str, Any]) -> dict[str, Any]:
-    raise NotImplementedError
+    """pfl-research's SimulatedBackend with the bare step; as its manual says one process a worker, joined by gloo."""
+    if "RANK" not in os.environ:
+        return _ranks(job)
+    from functools import partial
+
+    import torch
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.callback.base import TrainingProcessCallback
+    from pfl.data.dataset import Dataset
+    from pfl.data.federated_dataset import FederatedDataset
+    from pfl.data.sampling import MinimizeReuseUserSampler
+    from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.metrics import Metrics, Weighted
+    from pfl.model.pytorch import PyTorchModel
+
+    held = Bare(Path(job["bare"]))
+    samples = held.x.shape[1]
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = held.model
+
+        def loss(self, x: Any, y: Any) -> Any:
+            return torch.nn.functional.huber_loss(self.inner(x, held.codes)["level"][:, 0], y)
+
+        @torch.no_grad()
+        def metrics(self, x: Any, y: Any) -> dict[str, Any]:
+            return {"loss": Weighted(float(self.loss(x, y)) * len(x), len(x))}
+
+    stamps = [time.perf_counter()]
+
+    class Clock(TrainingProcessCallback):
+        def after_central_iteration(self, metrics: Any, model: Any, *, central_iteration: int) -> Any:
+            stamps.append(time.perf_counter())
+            return False, Metrics()
+
+    net = Net()
+    model = PyTorchModel(
+        net,
+        partial(torch.optim.AdamW, weight_decay=held.plan.weight_decay, fused=True),
+        torch.optim.SGD(net.parameters(), lr=1.0),
+    )
+    data = FederatedDataset(
+        lambda site: Dataset((held.x[site], held.y[site])), MinimizeReuseUserSampler(list(range(job["sites"])))
+    )
+    rounds = job["rounds"]
+    FederatedAveraging().run(
+        NNAlgorithmParams(
+            central_num_iterations=rounds, evaluation_frequency=rounds + 1, train_cohort_size=job["sites"], val_cohort_size=0
+        ),
+        SimulatedBackend(training_data=data, val_data=data),
+        model,
+        NNTrainHyperParams(
+            local_batch_size=samples, local_num_epochs=1, local_learning_rate=held.plan.learning_rate,
+            local_max_grad_norm=held.plan.clip_norm,
+        ),
+        NNEvalHyperParams(local_batch_size=samples),
+        callbacks=[Clock()],
+    )  # fmt: skip
+    return {"seconds": np.diff(stamps).tolist()}
+
+
+def _ranks(job: dict[str, Any]) -> dict[str, Any]:
+    """The answer of rank 0 of `workers` processes."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    order = Path(job["out"]) / "job.json"
+    order.write_text(json.dumps(job))
+    children = []
+    for rank in range(job["workers"]):
+        places = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["workers"], "LOCAL_WORLD_SIZE": job["workers"],
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench",
+        }  # fmt: skip
+        code = "import engine, sys; engine.child(*sys.argv[1:])"
+        command = [sys.executable, "-c", code, "pfl", str(order), f"{order}.{rank}"]
+        settings = {**os.environ, **{name: str(value) for name, value in places.items()}}
+        children.append(subprocess.Popen(command, env=settings))
+    if any(one.wait(LIMIT_S) for one in children):
+        raise RuntimeError("a rank of pfl failed; its own words are above")
+    found: dict[str, Any] = json.loads(Path(f"{order}.0").read_text())
+    return found
 
 
 # --- running them -----------------------------------------------------------------------------------------------------
@@ -412,6 +522,7 @@ class Memory:
     def __init__(self, mark: str) -> None:
         self.mark = f"{MARK}={mark}".encode()
         self.peak = 0.0
+        self._known: dict[str, bool] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -423,23 +534,34 @@ class Memory:
         self._end.set()
         self._thread.join()
 
+    def _ours(self) -> Iterator[Path]:
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                if entry.name not in self._known:
+                    self._known[entry.name] = self.mark in (entry / "environ").read_bytes().split(b"\0")
+            except OSError:  # it has ended, or belongs to somebody else
+                continue
+            if self._known[entry.name]:
+                yield entry
+
     def _watch(self) -> None:
-        marked: dict[int, bool] = {}
         while not self._end.wait(1.0):
             total = 0
-            for entry in Path("/proc").iterdir():
-                if not entry.name.isdigit():
-                    continue
+            for entry in self._ours():
                 try:
-                    process = int(entry.name)
-                    if process not in marked:
-                        marked[process] = self.mark in (entry / "environ").read_bytes().split(b"\0")
-                    if marked[process]:
-                        rollup = (entry / "smaps_rollup").read_text()
-                        total += int(rollup.split("\nPss:")[1].split()[0])
-                except (OSError, IndexError):  # it has ended, or belongs to somebody else
+                    total += int((entry / "smaps_rollup").read_text().split("\nPss:")[1].split()[0])
+                except (OSError, IndexError):  # it has just ended
                     continue
             self.peak = max(self.peak, total / 1024)
+
+    def end_what_is_left(self) -> None:
+        """Ray's own processes outlive a driver that was killed."""
+        self._known = {}
+        for entry in list(self._ours()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def contest(role: str, job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
@@ -451,9 +573,11 @@ def contest(role: str, job: dict[str, Any], environment: dict[str, str]) -> dict
         order.write_text(json.dumps({**job, "out": str(out)}))
         mark = Path(scratch).name
         settings = {
-            **os.environ, **environment, MARK: mark, "FLWR_HOME": str(Path(scratch) / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
+            **{name: value for name, value in os.environ.items() if name != "TRUNKLINE_BATCH"}, **environment, MARK: mark, "FLWR_HOME": str(Path(scratch) / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", ""), environment.get("PYTHONPATH", "")]
+            ),
         }  # fmt: skip
         command = [sys.executable, "-c", "import engine, sys; engine.child(*sys.argv[1:])", role, order, answer]
         with Memory(mark) as memory, log.open("w") as said:
@@ -524,7 +648,7 @@ def run_case(case: str, options: argparse.Namespace) -> dict[str, dict[str, Any]
                 if case in NOOPS and name == "bare_n" and "bare_1" in options.who:
                     continue  # the same loopback call
                 role, job, environment = jobs[name]
-                one = contest(role, job, {"TRUNKLINE_BATCH": "", **environment})
+                one = contest(role, job, environment)
                 found.setdefault(name, []).append(one)
                 told = f"{case} {repeat + 1}/{options.repeats} {name}: {rate_of(one, job['sites']):.1f} site-rounds a second"
                 print(told, file=sys.stderr, flush=True)
@@ -568,7 +692,7 @@ def sites_10000(options: argparse.Namespace) -> dict[str, float] | None:
     with tempfile.TemporaryDirectory(prefix="bench-sites-") as folder:
         write_sites(Path(folder), sites, windows=False)
         job = {"sites": sites, "rounds": options.rounds, "workers": options.workers, "run": run, "folders": folder}
-        found = contest("trunkline", job, {"TRUNKLINE_BATCH": ""})
+        found = contest("trunkline", job, {})
     asked = sites // 10
     result = {"sites": sites, "rate": rate_of(found, asked), "peak_mib": found["peak_mib"], "around_s": found["around"]}
     print(
@@ -581,16 +705,15 @@ def stream_11m(options: argparse.Namespace) -> dict[str, float]:
     """The driver's memory while large replies stream through the grid into the sum."""
     answer, sites = int(BIG_ANSWER * options.scale), options.sites or int(REPLIES * options.scale)
     job = {"sites": sites, "answer": answer, "rounds": 1, "workers": options.workers, "grid": "ray"}
-    small = contest("noop", {**job, "answer": 1, "sites": 2}, {"TRUNKLINE_BATCH": ""})
-    found = contest("noop", job, {"TRUNKLINE_BATCH": ""})
+    found = contest("noop", job, {})
     copy = answer * 4 / 2**20
     result = {
         "replies": sites, "parameters": answer, "ms_a_reply": found["seconds"][0] / sites * 1e3,
-        "driver_copies": (found["driver_mib"] - small["driver_mib"]) / copy, "peak_mib": found["peak_mib"],
+        "driver_copies": found["driver_mib"] / copy, "peak_mib": found["peak_mib"],
     }  # fmt: skip
     print(
         f"stream_11m: {sites} replies of {answer:,} float32, {result['ms_a_reply']:.1f} ms each; the driver's peak is "
-        f"{result['driver_copies']:.1f} copies of the trunk above an idle driver; all processes {found['peak_mib']:.0f} MiB"
+        f"{result['driver_copies']:.1f} copies of the trunk; all processes {found['peak_mib']:.0f} MiB"
     )
     return result
 
