@@ -20,7 +20,9 @@ one task, one step of one batch a round, everything lent, no local twin. Compare
 Contestants take turns (A B C A B C ...), `--repeats` times; figures are medians over the repeats of the median round
 without the first, so starting Ray, reading sites and the report do not count. Data are read before a bare loop and by
 Flower's actors in round 1. What Trunkline does beside the step does count: validation, vault, checkpoint, messages.
-`MiB` is the peak of the memory of all processes of a contestant, shared pages counted once (PSS), looked at once a second.
+`MiB` is the peak of the memory of all processes of a contestant, shared pages counted once (PSS), looked at once a
+second. `apart` is how far the shared model of Trunkline ended from that of `bare_1`, in lengths of the way it went: all
+contestants do the same work, and where a first step of Adam is a sign, rounding can turn it.
 
 `--cases big` are two more: `sites_10000` (10,000 sites, a tenth of them a round) and `stream_11m` (1,000 replies of
 11 million float32 through the grid; the driver's peak of private memory in copies of the trunk; `--scale` for less).
@@ -149,6 +151,7 @@ class Bare:
         held = torch.load(file, weights_only=False)
         self.model, self.x, self.y, self.plan = held["model"], held["x"], held["y"], held["plan"]
         self.parameters = list(self.model.parameters())
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.shared = [parameter.detach().clone() for parameter in self.parameters]
         self.codes = torch.zeros((self.x.shape[1], 0), dtype=torch.int64)
         self.model.train()
@@ -203,7 +206,9 @@ def bare(job: dict[str, Any]) -> dict[str, Any]:
         held = Bare(file)
         seconds = held.timed(range(job["sites"]), job["rounds"])
         names = [name for name, _ in held.model.named_parameters()]
-        np.savez(Path(job["out"]) / "bare.npz", **{n: p.numpy() for n, p in zip(names, held.shared, strict=True)})
+        ends = {name: one.numpy() for name, one in zip(names, held.shared, strict=True)}
+        starts = {f"start/{name}": one.numpy() for name, one in zip(names, held.start, strict=True)}
+        np.savez(Path(job["keep"]) / "bare.npz", **ends, **starts)
         return {"seconds": seconds}
     import multiprocessing
 
@@ -314,7 +319,24 @@ def trunkline(job: dict[str, Any]) -> dict[str, Any]:
     rounds = read_report(out)["rounds"]
     seconds = [one["seconds"] for one in rounds]
     failed = sum(len(one["refused"]) for one in rounds)
-    return {"seconds": seconds, "failed": failed, "around": whole - sum(seconds)}
+    apart = _apart(out, Path(job["keep"]) / "bare.npz") if "keep" in job else None
+    return {"seconds": seconds, "failed": failed, "around": whole - sum(seconds), "apart": apart}
+
+
+def _apart(out: Path, bare: Path) -> float | None:
+    """How far the run in `out` ended from where the bare loop did, in lengths of the way that went; None without a bare loop."""
+    from trunkline.server.checkpoint import Checkpoint
+
+    found = Checkpoint(out).load()
+    if found is None or not bare.exists():
+        return None
+    held = np.load(bare)
+    way = miss = 0.0
+    for name, array in found[0].trunk.items():
+        own = name.replace("trunk.norms.", "norms.").replace("head.", "heads.")
+        way += float(np.square(held[own] - held[f"start/{own}"]).sum())
+        miss += float(np.square(held[own] - array).sum())
+    return (miss / way) ** 0.5
 
 
 def use_noop() -> None:
@@ -587,9 +609,6 @@ def contest(role: str, job: dict[str, Any], environment: dict[str, str]) -> dict
         if code or not answer.exists():
             raise SystemExit(f"{role} ended with {code}:\n" + "\n".join(log.read_text().splitlines()[-25:]))
         found: dict[str, Any] = json.loads(answer.read_text())
-        if keep := job.get("keep"):
-            for file in out.glob("bare.npz"):
-                (Path(keep) / "bare.npz").write_bytes(file.read_bytes())
         return {**found, "peak_mib": memory.peak}
 
 
@@ -660,19 +679,25 @@ def run_case(case: str, options: argparse.Namespace) -> dict[str, dict[str, Any]
             "rate": statistics.median(rate_of(one, sites) for one in some),
             "peak_mib": statistics.median(one["peak_mib"] for one in some),
             "failed": sum(one.get("failed", 0) for one in some),
+            "apart": max((one["apart"] for one in some if one.get("apart") is not None), default=None),
         }
         for name, some in found.items()
     }
 
 
 def show(case: str, found: dict[str, dict[str, Any]]) -> None:
-    print(f"{case:14}{'site-rounds/s':>15}{'ms a site':>11}{'to bare_1':>11}{'to flower':>11}{'MiB':>8}{'failed':>8}")
+    print(
+        f"{case:14}{'site-rounds/s':>15}{'ms a site':>11}{'to bare_1':>11}{'to flower':>11}{'MiB':>8}{'failed':>8}{'apart':>9}"
+    )
     for name, one in found.items():
         ratios = "".join(
             f"{one['rate'] / found[other]['rate']:11.3f}" if other in found else f"{'-':>11}"
             for other in ("bare_1", "flower")
         )
-        print(f"  {name:12}{one['rate']:15.1f}{1e3 / one['rate']:11.3f}{ratios}{one['peak_mib']:8.0f}{one['failed']:8}")
+        apart = f"{'-':>9}" if one["apart"] is None else f"{one['apart']:9.0e}"
+        print(
+            f"  {name:12}{one['rate']:15.1f}{1e3 / one['rate']:11.3f}{ratios}{one['peak_mib']:8.0f}{one['failed']:8}{apart}"
+        )
     sys.stdout.flush()
 
 
