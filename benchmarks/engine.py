@@ -21,7 +21,7 @@ Contestants take turns (A B C A B C ...), `--repeats` times; figures are medians
 without the first, so starting Ray, reading sites and the report do not count. Data are read before a bare loop and by
 Flower's actors in round 1. What Trunkline does beside the step does count: validation, vault, checkpoint, messages.
 `MiB` is the peak of the memory of all processes of a contestant, shared pages counted once (PSS), looked at once a
-second. `apart` is how far the shared model of Trunkline ended from that of `bare_1`, in lengths of the way it went: all
+second. `apart` is how far a contestant's shared model ended from that of `bare_1`, in lengths of the way it went: all
 contestants do the same work, and where a first step of Adam is a sign, rounding can turn it.
 
 `--cases big` are two more: `sites_10000` (10,000 sites, a tenth of them a round) and `stream_11m` (1,000 replies of
@@ -39,7 +39,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,17 @@ class Bare:
         return seconds
 
 
+def apart_of(ended: Mapping[str, np.ndarray], job: dict[str, Any]) -> float | None:
+    """How far a contestant's last model is from `bare_1`'s, in lengths of the way that went; None where it did not run."""
+    file = Path(job["keep"]) / "bare.npz"
+    if not file.exists():
+        return None
+    held = np.load(file)
+    ways = [float(np.square(held[name] - held[f"start/{name}"]).sum()) for name in ended]
+    misses = [float(np.square(held[name] - array).sum()) for name, array in ended.items()]
+    return float((sum(misses) / sum(ways)) ** 0.5)
+
+
 def _share(file: Path, sites: range, rounds: int, barrier: Any, answers: Any) -> None:
     answers.put(Bare(file).timed(sites, rounds, barrier.wait))
 
@@ -244,6 +255,7 @@ def flower(job: dict[str, Any]) -> dict[str, Any]:
     client, server = ClientApp(), ServerApp()
     starts: list[float] = []
     seconds: list[float] = []
+    ended: list[np.ndarray] = []
     failed = 0
 
     @client.train()
@@ -287,7 +299,8 @@ def flower(job: dict[str, Any]) -> dict[str, Any]:
             else [parameter.detach().numpy() for parameter in Bare(Path(file)).parameters]
         )
         strategy = Timed(fraction_evaluate=0.0, min_evaluate_nodes=0, min_available_nodes=sites, min_train_nodes=sites)
-        strategy.start(grid, ArrayRecord(first), num_rounds=rounds, timeout=LIMIT_S)
+        result = strategy.start(grid, ArrayRecord(first), num_rounds=rounds, timeout=LIMIT_S)
+        ended.extend(result.arrays.to_numpy_ndarrays())
 
     run_simulation(
         server, client, num_supernodes=sites,
@@ -296,7 +309,10 @@ def flower(job: dict[str, Any]) -> dict[str, Any]:
             "init_args": {"num_cpus": job["workers"], "include_dashboard": False, "log_to_driver": False},
         },
     )  # fmt: skip
-    return {"seconds": seconds, "failed": failed}
+    if file is None:
+        return {"seconds": seconds, "failed": failed}
+    names = [name for name, _ in Bare(Path(file)).model.named_parameters()]
+    return {"seconds": seconds, "failed": failed, "apart": apart_of(dict(zip(names, ended, strict=True)), job)}
 
 
 # --- Trunkline --------------------------------------------------------------------------------------------------------
@@ -319,24 +335,18 @@ def trunkline(job: dict[str, Any]) -> dict[str, Any]:
     rounds = read_report(out)["rounds"]
     seconds = [one["seconds"] for one in rounds]
     failed = sum(len(one["refused"]) for one in rounds)
-    apart = _apart(out, Path(job["keep"]) / "bare.npz") if "keep" in job else None
+    apart = None
+    if "keep" in job:
+        from trunkline.server.checkpoint import Checkpoint
+
+        last = Checkpoint(out).load()
+        assert last is not None
+        # the names of the wire -> the model's own
+        ended = {
+            name.replace("trunk.norms.", "norms.").replace("head.", "heads."): a for name, a in last[0].trunk.items()
+        }
+        apart = apart_of(ended, job)
     return {"seconds": seconds, "failed": failed, "around": whole - sum(seconds), "apart": apart}
-
-
-def _apart(out: Path, bare: Path) -> float | None:
-    """How far the run in `out` ended from where the bare loop did, in lengths of the way that went; None without a bare loop."""
-    from trunkline.server.checkpoint import Checkpoint
-
-    found = Checkpoint(out).load()
-    if found is None or not bare.exists():
-        return None
-    held = np.load(bare)
-    way = miss = 0.0
-    for name, array in found[0].trunk.items():
-        own = name.replace("trunk.norms.", "norms.").replace("head.", "heads.")
-        way += float(np.square(held[own] - held[f"start/{own}"]).sum())
-        miss += float(np.square(held[own] - array).sum())
-    return (miss / way) ** 0.5
 
 
 def use_noop() -> None:
@@ -503,7 +513,8 @@ def pfl(job: dict[str, Any]) -> dict[str, Any]:
         NNEvalHyperParams(local_batch_size=samples),
         callbacks=[Clock()],
     )  # fmt: skip
-    return {"seconds": np.diff(stamps).tolist()}
+    ended = {name: one.detach().numpy() for name, one in held.model.named_parameters()}
+    return {"seconds": np.diff(stamps).tolist(), "apart": apart_of(ended, job)}
 
 
 def _ranks(job: dict[str, Any]) -> dict[str, Any]:
