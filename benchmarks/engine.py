@@ -384,6 +384,8 @@ def noop(job: dict[str, Any]) -> dict[str, Any]:
 
     os.environ["TRUNKLINE_BENCHMARK_ANSWER"] = str(job["answer"])
     sites = [Path(job["out"]) / f"site-{place:05d}" for place in range(job["sites"])]
+    for site in sites:
+        site.mkdir()
     if job["grid"] == "loopback":
         grid: Any = LoopbackGrid(noop_app(), [{"site": str(site)} for site in sites])
     else:
