@@ -10,8 +10,9 @@
     flower    FedAvg.aggregate_train of Flower, from messages as they arrive
 
 Contestants take turns, after one of each that does not count; seconds are medians, and the ratios are to `plain` and
-`flower` of the same run. Making an update or a message does not count. Memory is the peak while aggregating, in copies of one float32
-update; it is measured apart from the time, by tracemalloc, and holds what a contestant keeps of the messages.
+`flower` of the same run. Making an update or a message does not count. Memory is the peak while aggregating, in copies
+of one float32 update; it is measured apart from the time, by tracemalloc, and holds what a contestant keeps of the
+messages.
 """
 
 import argparse
