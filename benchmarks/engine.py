@@ -3,8 +3,8 @@
     python benchmarks/engine.py [--quick] [--repeats 3] [--rounds 6] [--workers 2] [--cases NAME ...] [--json FILE]
                                 [--who NAME ...] [--scale 1.0] [--pfl FOLDER]
 
-Training cases (`mlp_500x32`, `cnn16_500x32`, `cnn64_500x32`): 500 sites of 32 training samples, all of them every round,
-one task, one step of one batch a round, everything lent, no local twin. Compared, each in processes of its own:
+Training cases (`mlp_500x32`, `cnn16_500x32`, `cnn64_500x32`): 500 sites of 32 training samples, all of them every
+round, one task, one step of one batch a round, everything lent, no local twin. Compared, each in processes of its own:
 
     bare_1      one process, one torch thread: copy the shared model in, one step, add the change to a float64 sum
     bare_n      the same over `--workers` processes at once; sites over the seconds of the slowest
@@ -65,7 +65,7 @@ LIMIT_S = 1800.0  # longest one contestant may take
 
 
 def write_sites(root: Path, sites: int, windows: bool) -> list[Path]:
-    """Site folders of `UNITS` units each, one sample a unit; quick, because they say nothing but how much work there is."""
+    """Site folders of `UNITS` units each, one sample a unit; numbers without a meaning, so written quickly."""
     rng = np.random.default_rng(0)
     rows = WINDOW if windows else 1
     names = [f"c{place:02d}" for place in range(CHANNELS if windows else COLUMNS)]
@@ -113,7 +113,7 @@ def table_of(case: str, rounds: int) -> dict[str, Any]:
 
 
 def model_and_rows(case: str, root: Path, rounds: int) -> Path:
-    """What the bare loops and Flower's clients need, in one file: the model, and every site's samples as they are trained on."""
+    """One file for the bare loops and the others' clients: the model, and every site's samples as they are trained on."""
     import torch
 
     from trunkline.client.site import open_site
@@ -131,7 +131,8 @@ def model_and_rows(case: str, root: Path, rounds: int) -> Path:
         x, _ = data.batch(torch.arange(len(data)))
         task = site.data.tasks["level"]
         inputs.append(x)
-        labels.append((data.labels["level"] - task.mean) / task.std)  # type: ignore[attr-defined]  # as Regression learns them
+        # as Regression learns them
+        labels.append((data.labels["level"] - task.mean) / task.std)  # type: ignore[attr-defined]
     file = root / "bare.pt"
     torch.save({"model": model, "x": torch.stack(inputs), "y": torch.stack(labels), "plan": run.training}, file)
     return file
@@ -196,7 +197,7 @@ class Bare:
 
 
 def apart_of(ended: Mapping[str, np.ndarray], job: dict[str, Any]) -> float | None:
-    """How far a contestant's last model is from `bare_1`'s, in lengths of the way that went; None where it did not run."""
+    """How far a contestant's last model is from `bare_1`'s, in lengths of its way; None where it did not run."""
     file = Path(job["keep"]) / "bare.npz"
     if not file.exists():
         return None
@@ -394,7 +395,9 @@ def noop(job: dict[str, Any]) -> dict[str, Any]:
         from trunkline.simulations import engine as simulation
 
         ray.init(  # as the grid itself would, but for the hook
-            num_cpus=job["workers"], include_dashboard=False, log_to_driver=False, object_store_memory=getattr(simulation, "OBJECT_STORE", 256 * 2**20), _system_config={"automatic_object_spilling_enabled": True},
+            num_cpus=job["workers"], include_dashboard=False, log_to_driver=False,
+            object_store_memory=getattr(simulation, "OBJECT_STORE", 256 * 2**20),
+            _system_config={"automatic_object_spilling_enabled": True},
             runtime_env={"worker_process_setup_hook": "engine.use_noop"},
         )  # fmt: skip
         grid = simulation.RayGrid(sites, sites, workers=job["workers"])
@@ -504,7 +507,8 @@ def pfl(job: dict[str, Any]) -> dict[str, Any]:
     rounds = job["rounds"]
     FederatedAveraging().run(
         NNAlgorithmParams(
-            central_num_iterations=rounds, evaluation_frequency=rounds + 1, train_cohort_size=job["sites"], val_cohort_size=0
+            central_num_iterations=rounds, evaluation_frequency=rounds + 1, train_cohort_size=job["sites"],
+            val_cohort_size=0,
         ),
         SimulatedBackend(training_data=data, val_data=data),
         model,
@@ -608,7 +612,8 @@ def contest(role: str, job: dict[str, Any], environment: dict[str, str]) -> dict
         order.write_text(json.dumps({**job, "out": str(out)}))
         mark = Path(scratch).name
         settings = {
-            **{name: value for name, value in os.environ.items() if name != "TRUNKLINE_BATCH"}, **environment, MARK: mark, "FLWR_HOME": str(Path(scratch) / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
+            **{name: value for name, value in os.environ.items() if name != "TRUNKLINE_BATCH"}, **environment,
+            MARK: mark, "FLWR_HOME": str(Path(scratch) / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "PYTHONPATH": os.pathsep.join(
                 [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", ""), environment.get("PYTHONPATH", "")]
@@ -779,6 +784,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.sites, options.repeats, options.rounds = options.sites or 40, 1, 3
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
     if options.rounds < 2:
         parser.error("--rounds: the first is not counted; take 2 or more")
     if "pfl" in options.who and not (options.pfl and (options.pfl / "pfl").is_dir()):

@@ -3,12 +3,12 @@
     python benchmarks/training.py [--device cpu|cuda] [--repeats 5] [--steps N] [--graph] [--json FILE]
 
 The same network (tcn, small and base), device, data (200,000 rows that lie on it, windows of 30 rows of 14 sensors) and
-arithmetic: AdamW (fused), clipped gradients, Huber loss, bf16 autocast on CUDA. The bare loop is what one would write by
-hand for just this: windows are a view, one gather a batch, nothing waits for the device. Rungs between the two add one
-thing of `train_site` at a time, each with its ratio to the bare loop. All take turns after a warm-up; figures are medians,
-and the device has finished when the clock is read. On a CPU the clock is the one thread's own processor time, so that
-what else runs there does not count. `--graph` adds the bare step as one CUDA graph: what is left when the
-host costs nothing. The profile beside it counts, a step, the host's time in operators and the device's own.
+arithmetic: AdamW (fused), clipped gradients, Huber loss, bf16 autocast on CUDA. The bare loop is what one would write
+by hand for just this: windows are a view, one gather a batch, nothing waits for the device. Rungs between the two add
+one thing of `train_site` at a time, each with its ratio to the bare loop. All take turns after a warm-up; figures are
+medians, and the device has finished when the clock is read. On a CPU the clock is the one thread's own processor time,
+so that what else runs there does not count. `--graph` adds the bare step as one CUDA graph: what is left when the host
+costs nothing. The profile beside it counts, a step, the host's time in operators and the device's own.
 
 Second table: 64 small sites of 32 samples, one after another with `train_site`, and all at once by torch.func.vmap over
 stacked parameters, which is the reference of what batching can give. `difference` is how far the two end apart, in
@@ -247,7 +247,8 @@ def stacked(models: list[TrunkModel], x: Tensor, y: Tensor, plan: LocalPlan) -> 
         x: (sites, samples, ...) inputs; y: (sites, samples) labels as they are learnt.
     """
     where = x.device
-    begin = {name: torch.stack([dict(one.named_parameters())[name].detach() for one in models]) for name, _ in models[0].named_parameters()}  # fmt: skip
+    each = [dict(one.named_parameters()) for one in models]
+    begin = {name: torch.stack([one[name].detach() for one in each]) for name in each[0]}
     codes = torch.zeros((x.shape[1], 0), dtype=torch.int64, device=where)
     first = models[0]
     first.train()
