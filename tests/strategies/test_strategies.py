@@ -1,3 +1,4 @@
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,7 @@ from tests import laws
 from trunkline.errors import ConfigError, ContractError
 from trunkline.exchange import Arrays, LocalPlan, TrunkSpec, Update
 from trunkline.strategies import STRATEGIES, build_strategy
-from trunkline.strategies.strategy import ExactSum, weighted_mean
+from trunkline.strategies.strategy import ExactSum, Streamed, weighted_mean
 
 TRUNK = Arrays({"trunk.b": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "trunk.a": np.ones(4, np.float32)})
 
@@ -227,3 +228,40 @@ def test_a_misspelt_strategy_or_option_names_the_nearest() -> None:
         build_strategy("fedprox", {"muu": 1}, LocalPlan())
     with pytest.raises(ConfigError, match="greater than or equal to 0"):
         build_strategy("fedprox", {"mu": -1}, LocalPlan())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 40), st.integers(0, 10**6), st.sampled_from([1e-12, 1e-3, 1.0, 3e3]))
+def test_stacks_and_sums_of_sums_give_the_bits_of_one_by_one(sites: int, size: int, seed: int, scale: float) -> None:
+    """However many sites are added at once, where, and in which order: the mean does not change by a bit."""
+    draw = np.random.default_rng(seed)
+    deltas = {name: (draw.normal(size=(sites, *shape)) * scale).astype(np.float32)
+              for name, shape in (("trunk.w", (size, 3)), ("trunk.b", (size,)), ("trunk.s", ()))}  # fmt: skip
+    weights = draw.integers(1, 100_000, sites).astype(np.float64)
+    metrics = [{"train_loss": float(draw.normal()), **({"b": 1e-9} if place % 3 else {})} for place in range(sites)]
+    updates = [
+        replace(
+            laws.update(f"s{place}", {name: rows[place] for name, rows in deltas.items()}, weights[place]),
+            metrics=metrics[place],
+        )
+        for place in range(sites)
+    ]
+    plain = weighted_mean(updates)
+    cut = int(draw.integers(0, sites + 1))
+    parts: list[Streamed] = []
+    for some in (range(cut), range(cut, sites)):
+        if len(some):
+            part = Streamed()
+            rows = {name: array[list(some)] for name, array in deltas.items()}
+            part.add_stack(plain.run, plain.round, rows, weights[list(some)], [metrics[place] for place in some])
+            parts.append(part)
+    mixed = weighted_mean([*parts[1:], *updates[:cut]] if cut and len(parts) > 1 else parts)
+    for found in (mixed, weighted_mean(parts)):
+        assert {name: one.tobytes() for name, one in found.delta.items()} == {
+            name: one.tobytes() for name, one in plain.delta.items()
+        }
+        assert (found.weight, dict(found.metrics), dict(found.weights)) == (
+            plain.weight,
+            dict(plain.metrics),
+            dict(plain.weights),
+        )

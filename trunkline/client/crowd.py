@@ -28,7 +28,8 @@ from trunkline.exchange import Arrays, Augment, LocalPlan, Order, conflict_name,
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, tensors_of
 
-SIZES = (64, 16, 4, 1)  # sites in one stack; which is fastest depends on network and machine, so it is tried once
+SIZES = {"cpu": (64, 32, 8, 1), "cuda": (256, 64, 16)}  # sites in one stack; which is fastest is tried once
+TRIES = 3  # stacks of each size in that trial: one to warm up, and the better of the others counts
 Key = tuple[object, ...]
 Tensors = dict[str, Tensor]
 
@@ -212,20 +213,25 @@ class Crew:
     def _try(
         self, places: list[int], order: Order, arrays: Arrays
     ) -> Iterator[tuple[list[str], list[Trained], Mapping[str, NDArray[np.float32]]]]:
-        """The first round: stacks of several sizes, each timed once warm, and the rest by the fastest."""
+        """The first round: stacks of several sizes, timed once warm, and the rest by the fastest.
+
+        On a CPU it is the thread's own time that counts, so that what else runs there decides nothing.
+        """
         seconds: dict[int, float] = {}
+        sizes = SIZES.get(self.where.type, SIZES["cpu"])
+        clock = time.thread_time if self.where.type == "cpu" else time.perf_counter
         left = list(places)
-        for size in SIZES:
-            for warm in (False, True):
-                some, left = left[:size], left[size:]
-                if not some:
+        for size in sizes:
+            for attempt in range(TRIES):
+                if len(left) < size:
                     break
-                began = time.perf_counter()
-                done = self._stack_of(some, order, arrays)
-                if warm and len(some) == size:
-                    seconds[size] = (time.perf_counter() - began) / size
+                some, left = left[:size], left[size:]
+                began = clock()
+                done = self._stack_of(some, order, arrays)  # its changes are on the CPU: a GPU has finished too
+                if attempt:
+                    seconds[size] = min(seconds.get(size, math.inf), (clock() - began) / size)
                 yield done
-        self.size = min(seconds, key=lambda size: seconds[size]) if seconds else SIZES[0]
+        self.size = min(seconds, key=lambda size: seconds[size]) if seconds else sizes[0]
         for start in range(0, len(left), self.size):
             yield self._stack_of(left[start : start + self.size], order, arrays)
 

@@ -131,7 +131,7 @@ class ExactSum:
             (n, ...) and (n,).
         """
         flat = rows.reshape(len(rows), -1)
-        step = max(1, AT_ONCE // max(flat.shape[1], 1))
+        step = min(self.CARRY_EVERY, max(1, AT_ONCE // max(flat.shape[1], 1)))
         for start in range(0, len(flat), step):
             self._add_rows(flat[start : start + step], weights[start : start + step])
 
@@ -146,9 +146,20 @@ class ExactSum:
         coarse = whole.sum(axis=0).astype(np.int64) if small else whole.astype(np.int64).sum(axis=0)
         np.multiply(rest, 2.0**self.FINE, out=rest)
         np.rint(rest, out=rest)
-        self._carry()
+        self._since += len(rows)
+        if self._since >= self.CARRY_EVERY:
+            self._carry()
         self.coarse += coarse.reshape(self.coarse.shape)
         self.fine += rest.astype(np.int64).sum(axis=0).reshape(self.fine.shape)
+
+    def add_all(self, terms: NDArray[np.float64]) -> None:
+        """Add each of (n,) terms to a sum of one number: the same bits as one `add` a term."""
+        self._reaches(float(np.abs(terms).sum()))
+        rest = terms * 2.0**self.COARSE
+        whole = np.rint(rest)
+        self._carry()
+        self.coarse += whole.astype(np.int64).sum()
+        self.fine += np.rint((rest - whole) * 2.0**self.FINE).astype(np.int64).sum()
         self._carry()
 
     def merge(self, other: "ExactSum") -> None:
@@ -207,15 +218,20 @@ class Streamed:
     ) -> None:  # fmt: skip
         """Add many sites at once, in the same bits as one by one: lent name -> (sites, ...), (sites,), and their metrics."""
         self.run, self.round = run, round
-        self.total.add_rows(np.ones((len(weights), 1), np.float32), weights)
+        one = np.ones((len(weights), 1), np.float32)
+        total = ExactSum(())
+        total.add_rows(one, weights)
+        self.total.merge(total)
         for name, rows in changes.items():
             self.dtypes.setdefault(name, rows.dtype)
             self.sums.setdefault(name, ExactSum(rows.shape[1:])).add_rows(rows, weights)
-            self.weights.setdefault(name, ExactSum(())).add_rows(np.ones((len(weights), 1), np.float32), weights)
-        for told, weight in zip(metrics, weights, strict=True):
-            for name, number in told.items():
-                self.metrics.setdefault(name, ExactSum(())).add(np.asarray(np.float64(number) * weight))
-                self.metric_weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
+            self.weights.setdefault(name, ExactSum(())).merge(total)
+        for name in sorted({name for told in metrics for name in told}):
+            there = [place for place, told in enumerate(metrics) if name in told]
+            numbers = np.array([metrics[place][name] for place in there])
+            behind = weights[there]
+            self.metrics.setdefault(name, ExactSum(())).add_all(numbers * behind)
+            self.metric_weights.setdefault(name, ExactSum(())).add_all(behind)
 
     def merge(self, other: "Streamed") -> None:
         """Add what another sum of the same round holds, in the same bits as if its updates had been added here."""
