@@ -118,7 +118,7 @@ def _wrap_array(array: NDArray[Any]) -> Array:
     """Flower's Array with the bytes `np.save` writes, made by one copy instead of its three."""
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
         array = np.ascontiguousarray(array)
-    dtype = np.lib.format.dtype_to_descr(array.dtype)
+    dtype = array.dtype.str  # plain numbers only, see `to_records`
     fortran = array.flags.f_contiguous and not array.flags.c_contiguous
     body = array.T if fortran else array
     data = b"".join((_npy_header(dtype, fortran, array.shape), body.reshape(-1).view(np.uint8).data))

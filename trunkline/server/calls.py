@@ -86,8 +86,7 @@ def ask(
             due = iter([node for node in asked if now >= open_requests[node].again_at])
         taken: list[int] = []
         if local is not None:
-            for message_id, node in zip(local.push_messages(outgoing(local.room)), taken, strict=True):
-                sent[message_id] = node
+            sent |= dict(zip(local.push_messages(outgoing(local.room)), taken, strict=True))
         else:  # Flower's own grid goes through what it is given twice, so it gets one at a time
             for message in outgoing(lambda: True):
                 sent |= {message_id: taken[-1] for message_id in grid.push_messages([message]) if message_id}

@@ -22,20 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from flwr.app import Context, Message
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from flwr.app import Context, Message, RecordDict
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import trunkline
 from trunkline.errors import DeploymentError
-from trunkline.flower import CRASHED, LocalGrid, error_reply, message_of
+from trunkline.flower import CRASHED, LocalGrid, error_reply, message_of, stamp
 from trunkline.simulations.desk import Desk, check_opened, node_configs
 from trunkline.simulations.parcels import Buffer, Shared, Sharing, pack, unpack
 
 OBJECT_STORE = 256 * 1024 * 1024  # bytes; a round's trunk and the replies in flight, not the data
-AHEAD = 16 * 1024 * 1024  # bytes of replies a worker may have made, or be making, that the driver has not fetched
+AHEAD = 32 * 1024 * 1024  # bytes of replies a worker may have made, or be making, that the driver has not fetched
 GROUPS = 2  # outstanding a worker: one it works on, and one so that it need not wait for the driver
-GROUP_MOST = 64  # messages; what a call of Ray costs is no longer seen at that
+GROUP_MOST = 48  # messages; what a call of Ray costs is hardly seen at that
+GROUP_FIRST = 8  # messages that an idle worker is sent while others are still being made
 GROUP_S = 0.25  # s of work in a group, so that progress is seen and there is something left to hand to an idle worker
 UNSENT = 64 * 1024 * 1024  # bytes of messages that no worker has taken yet, beyond which the grid asks for no more
 JOIN_S = 15.0  # s to reach a cluster
@@ -70,7 +71,10 @@ class Worker:
         return [self.desk.open(context) for context in contexts]
 
     def answer(
-        self, parcels: list[tuple[int, bytes, bytes, list[Buffer] | int]], contexts: list[Context], shared: dict[int, list[Any]]
+        self,
+        parcels: list[tuple[int, bytes, bytes, list[Buffer] | int]],
+        contexts: list[Context],
+        shared: dict[int, list[Any]],
     ) -> list[tuple[bytes, list[Buffer], float]]:
         """The replies to a group of messages in their order, each with the seconds it took.
 
@@ -114,7 +118,12 @@ class _Job:
         return own + len(self.rest) + len(self.metadata)
 
     def parcel(self) -> tuple[int, bytes, bytes, list[Buffer] | int]:
-        return self.node, self.metadata, self.rest, self.arrays.number if isinstance(self.arrays, Shared) else self.arrays
+        return (
+            self.node,
+            self.metadata,
+            self.rest,
+            self.arrays.number if isinstance(self.arrays, Shared) else self.arrays,
+        )
 
     def same(self, other: "_Job") -> bool:
         """Whether the same is asked again, as of a site that has been silent for long."""
@@ -244,7 +253,9 @@ class RayGrid(LocalGrid):
                 self._seat_worker(seat)
             return False
         if wrong := _differences(versions(), found):
-            raise DeploymentError(f"Ray node {_name(seat.home)} {wrong}. Install the same versions there; constraints.txt pins them.")
+            raise DeploymentError(
+                f"Ray node {_name(seat.home)} {wrong}. Install the same versions there; constraints.txt pins them."
+            )
         seat.ready, seat.failures = True, 0
         return True
 
@@ -259,7 +270,11 @@ class RayGrid(LocalGrid):
         self._seats = left
         mine = [node for node, owner in self._owner.items() if owner is seat]
         self._owner |= self._dealt(mine, left)
-        jobs = [*seat.suspects, *(job for group in seat.out for job in group.jobs), *(job for _, _, job in seat.queue)]
+        waiting = [*seat.suspects, *(job for _, _, job in seat.queue)]
+        self._unsent -= sum(job.nbytes for job in waiting)
+        jobs = [*waiting, *(job for group in seat.out for job in group.jobs)]
+        for held in (seat.suspects, seat.queue, seat.out):
+            held.clear()
         for job in jobs:
             job.deaths = 0  # it was the node
             self._enqueue(job)
@@ -287,6 +302,7 @@ class RayGrid(LocalGrid):
                 self._struck.add(job.node)
                 self._finish(job, self._death(seat, job))
             else:
+                self._unsent += job.nbytes
                 seat.suspects.appendleft(job)
         if seat.home in _alive():
             self._seat_worker(seat)
@@ -327,6 +343,7 @@ class RayGrid(LocalGrid):
         return sorted(self.contexts, key=lambda node: (-self._cost(node), node))
 
     def _enqueue(self, job: _Job) -> None:
+        self._unsent += job.nbytes
         seat = self._owner[job.node]
         if job.node in self._struck:  # it has killed before, so it takes nobody else's answers with it
             job.deaths = max(job.deaths, 1)
@@ -346,6 +363,7 @@ class RayGrid(LocalGrid):
                 if seconds is None or reading is None or reading + seconds >= left - seconds:
                     continue
                 del victim.queue[place]
+                self._unsent -= job.nbytes
                 heapq.heapify(victim.queue)
                 self._owner[job.node] = thief
                 self._enqueue(job)
@@ -369,13 +387,12 @@ class RayGrid(LocalGrid):
         )  # fmt: skip
         known = self._open.get(job.node)
         if known is not None and known.same(job):  # still waiting for its turn, so it need not be done twice
-            metadata.__dict__["_message_id"] = known.message_id
+            stamp(message, known.message_id)
             return
         self._open[job.node] = job
-        self._unsent += job.nbytes
         self._enqueue(job)
         seat = self._owner[job.node]
-        if len(seat.queue) >= GROUP_MOST:
+        if len(seat.queue) >= (GROUP_MOST if seat.out else GROUP_FIRST):
             self._send(seat)
 
     def _take(self, seat: _Seat) -> list[_Job]:
@@ -408,7 +425,9 @@ class RayGrid(LocalGrid):
             else:
                 ahead = sum(group.expected for group in seat.out)
                 kind = seat.queue[0][2].kind
-                if seat.out and (len(seat.out) >= GROUPS or kind not in self._typical or ahead + self._typical[kind][1] > AHEAD):
+                if seat.out and (
+                    len(seat.out) >= GROUPS or kind not in self._typical or ahead + self._typical[kind][1] > AHEAD
+                ):
                     return
                 jobs = self._take(seat)
             new = {job.node for job in jobs} - seat.known
@@ -518,8 +537,6 @@ class RayGrid(LocalGrid):
 
 def _message(job: _Job) -> Message:
     """The message without its arrays: enough to reply to it."""
-    from flwr.app import RecordDict
-
     return message_of(pickle.loads(job.metadata), RecordDict())
 
 
@@ -541,7 +558,9 @@ def _homes(workers: int | None, sites: int) -> list[str]:
     cpus = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]}
     total = int(sum(cpus.values()))
     if total < 1:
-        raise DeploymentError("the Ray cluster has no CPU: expected at least 1. Start a node with `ray start --num-cpus`.")
+        raise DeploymentError(
+            "the Ray cluster has no CPU: expected at least 1. Start a node with `ray start --num-cpus`."
+        )
     count = max(1, min(workers or total, total, sites))
     free, homes = dict(cpus), []
     for _ in range(count):
@@ -579,7 +598,8 @@ def _start_ray(address: str | None, workers: int | None) -> None:
         else:
             ray.init(
                 num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=OBJECT_STORE,
-                _system_config={"automatic_object_spilling_enabled": True},
+                # fetched replies are freed one by one: Ray would keep a hundred of them, or a second's worth
+                _system_config={"automatic_object_spilling_enabled": True, "free_objects_batch_size": 1},
             )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise DeploymentError(
@@ -591,14 +611,18 @@ def _join(address: str) -> None:
     """`ray.init` at an address, for 15 s at most; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address != "auto" and not (host and port.isdigit()):
-        raise DeploymentError(f"--address {address}: expected HOST:PORT or ray://HOST:PORT, as `ray start --head` prints it.")
+        raise DeploymentError(
+            f"--address {address}: expected HOST:PORT or ray://HOST:PORT, as `ray start --head` prints it."
+        )
     remedy = "Is `ray start --head` running there, and the port open to this machine?"
     end = time.monotonic() + JOIN_S
     if address != "auto":
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_S / 3).close()
         except OSError as error:
-            raise DeploymentError(f"--address {address}: expected a Ray cluster, found none ({error}). {remedy}") from None
+            raise DeploymentError(
+                f"--address {address}: expected a Ray cluster, found none ({error}). {remedy}"
+            ) from None
     failed: list[BaseException] = []
 
     def join() -> None:
@@ -612,6 +636,8 @@ def _join(address: str) -> None:
     joining.start()
     joining.join(max(1.0, end - time.monotonic()))
     if joining.is_alive():
-        raise DeploymentError(f"--address {address}: something listens there, but no Ray cluster answered within {JOIN_S:g} s. {remedy}")
+        raise DeploymentError(
+            f"--address {address}: something listens there, but no Ray cluster answered within {JOIN_S:g} s. {remedy}"
+        )
     if failed:
         raise DeploymentError(f"--address {address}: no Ray cluster could be joined ({failed[0]}). {remedy}") from None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Buffer = NDArray[np.uint8]
 SHARED_FROM = 16 * 1024  # bytes; less than this costs as little in every message as the look-up would
 KEPT = 64 * 1024 * 1024  # bytes of shared content that are remembered, and always the newest
-AT_ONCE = 1 << 20  # bytes compared in one step
+AT_ONCE = 1 << 16  # bytes compared in one step: the answer of a comparison is an array too, and a small one is reused
 
 
 class _Pickler(pickle.Pickler):
@@ -31,7 +31,7 @@ def pack(one: object) -> tuple[bytes, list[Buffer]]:
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
     _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(one)
-    return stream.getvalue(), [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+    return stream.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
 
 
 def unpack(rest: bytes, buffers: Sequence[Any]) -> Any:
@@ -47,7 +47,9 @@ class Shared:
         put: writes buffers to the store; returns what a worker finds them by, and the driver's view of them there.
     """
 
-    def __init__(self, number: int, buffers: list[Buffer], put: Callable[[list[Buffer]], tuple[Any, list[Buffer]]]) -> None:
+    def __init__(
+        self, number: int, buffers: list[Buffer], put: Callable[[list[Buffer]], tuple[Any, list[Buffer]]]
+    ) -> None:
         self.number = number
         self.buffers = buffers
         self.reference: Any = None
@@ -58,7 +60,9 @@ class Shared:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def holds(self, buffers: list[Buffer]) -> bool:
-        return [one.nbytes for one in buffers] == [one.nbytes for one in self.buffers] and all(map(_same, buffers, self.buffers))
+        return [one.nbytes for one in buffers] == [one.nbytes for one in self.buffers] and all(
+            map(_same, buffers, self.buffers)
+        )
 
     def store(self) -> None:
         if self.reference is None:  # from here on the driver itself holds no second copy
@@ -66,7 +70,6 @@ class Shared:
 
 
 def _same(one: Buffer, other: Buffer) -> bool:
-    # in pieces: the answer of a comparison is an array too
     starts = range(0, one.nbytes, AT_ONCE)
     return all(np.array_equal(one[start : start + AT_ONCE], other[start : start + AT_ONCE]) for start in starts)
 
