@@ -145,7 +145,10 @@ def open_records(content: RecordDict) -> tuple[dict[str, NDArray[Any]], str, dic
     expected = {"arrays": "ArrayRecord", "header": "ConfigRecord", "metrics": "MetricRecord"}
     if found != expected:
         raise ContractError(f"a message holds the records {_listing(found)}; expected exactly {_listing(expected)}")
-    header = content.config_records["header"]
+    # not by `content.array_records` and its like: those views refer back to the content, and such a ring keeps a whole trunk
+    # in memory until Python next looks for rings
+    records: dict[str, Any] = dict(content.items())
+    header: ConfigRecord = records["header"]
     text = header.get("json")
     if set(header) != {"json"} or not isinstance(text, str):
         inside = _listing({key: type(value).__name__ for key, value in header.items()})
@@ -153,11 +156,11 @@ def open_records(content: RecordDict) -> tuple[dict[str, NDArray[Any]], str, dic
     if len(text) > HEADER_LIMIT or len(text.encode(errors="replace")) > HEADER_LIMIT:
         raise ContractError(f"the header has more than {HEADER_LIMIT} bytes; no run of Trunkline needs so many")
     metrics: dict[str, float] = {}
-    for name, value in content.metric_records["metrics"].items():
+    for name, value in records["metrics"].items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ContractError(f"metric `{name[:256]}` is a {type(value).__name__}; expected one number")
         metrics[name] = float(value)
-    arrays = {name: _open_array(name, array) for name, array in content.array_records["arrays"].items()}
+    arrays = {name: _open_array(name, array) for name, array in records["arrays"].items()}
     return arrays, text, metrics
 
 
@@ -268,6 +271,7 @@ class LocalGrid(Grid):
             stamp(message, f"{message.metadata.run_id}-{next(self._numbers)}")
             self._dispatch(message, self.contexts[node])
             ids.append(message.metadata.message_id)
+            del message  # before the next is made: each may hold a trunk
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

@@ -77,6 +77,7 @@ def ask(
             request.again_at = time.monotonic() + resend_s * 2.0 ** (request.tries - 1)
             taken.append(node)
             yield message
+            del message  # before the next is made: each may hold a trunk
 
     while open_requests and patient and time.monotonic() < end:
         now = time.monotonic()

@@ -30,7 +30,7 @@ import trunkline
 from trunkline.errors import DeploymentError
 from trunkline.flower import CRASHED, LocalGrid, error_reply, message_of, stamp
 from trunkline.simulations.desk import Desk, check_opened, node_configs
-from trunkline.simulations.parcels import Buffer, Shared, Sharing, pack, unpack
+from trunkline.simulations.parcels import Buffer, Shared, Sharing, equal, pack, unpack
 
 OBJECT_STORE = 256 * 1024 * 1024  # bytes; a round's trunk and the replies in flight, not the data
 AHEAD = 32 * 1024 * 1024  # bytes of replies a worker may have made, or be making, that the driver has not fetched
@@ -109,13 +109,14 @@ class _Job:
     metadata: bytes
     rest: bytes
     arrays: list[Buffer] | Shared
+    first: bool = True  # with these arrays
     deaths: int = 0  # of workers that had nothing but this to do
 
     @property
     def nbytes(self) -> int:
-        """What it takes of the driver's memory: shared content takes none."""
-        own = 0 if isinstance(self.arrays, Shared) else sum(one.nbytes for one in self.arrays)
-        return own + len(self.rest) + len(self.metadata)
+        """What it takes of the memory of this machine; content it shares with an earlier message takes none."""
+        own = self.arrays.nbytes if isinstance(self.arrays, Shared) else sum(one.nbytes for one in self.arrays)
+        return (own if self.first else 0) + len(self.rest) + len(self.metadata)
 
     def parcel(self) -> tuple[int, bytes, bytes, list[Buffer] | int]:
         return (
@@ -130,9 +131,8 @@ class _Job:
         if (self.kind, self.group, self.rest) != (other.kind, other.group, other.rest):
             return False
         if isinstance(self.arrays, Shared) or isinstance(other.arrays, Shared):
-            mine, others = (one.buffers if isinstance(one, Shared) else one for one in (self.arrays, other.arrays))
-            return self.arrays is other.arrays or Shared(0, mine, lambda buffers: (None, buffers)).holds(others)
-        return Shared(0, self.arrays, lambda buffers: (None, buffers)).holds(other.arrays)
+            return self.arrays is other.arrays
+        return equal(self.arrays, other.arrays)
 
 
 @dataclass
@@ -381,9 +381,10 @@ class RayGrid(LocalGrid):
     def _dispatch(self, message: Message, context: Context) -> None:
         rest, buffers = pack(message.content)
         metadata = message.metadata
+        shared, new = self._sharing.find(buffers)
         job = _Job(
             metadata.message_id, context.node_id, metadata.message_type, metadata.group_id, pickle.dumps(metadata, 5), rest,
-            self._sharing.find(buffers) or buffers,
+            shared or buffers, first=new or shared is None,
         )  # fmt: skip
         known = self._open.get(job.node)
         if known is not None and known.same(job):  # still waiting for its turn, so it need not be done twice

@@ -40,33 +40,23 @@ def unpack(rest: bytes, buffers: Sequence[Any]) -> Any:
 
 
 class Shared:
-    """One array content that goes to many nodes: first only remembered, in the object store once it comes again.
+    """One array content in the object store, for all the messages that have it; the driver holds no second copy.
 
     Args:
         number: names it towards the workers.
-        put: writes buffers to the store; returns what a worker finds them by, and the driver's view of them there.
+        reference: what a worker finds it by.
+        buffers: the driver's view of it there.
     """
 
-    def __init__(
-        self, number: int, buffers: list[Buffer], put: Callable[[list[Buffer]], tuple[Any, list[Buffer]]]
-    ) -> None:
+    def __init__(self, number: int, reference: Any, buffers: list[Buffer]) -> None:
         self.number = number
+        self.reference = reference
         self.buffers = buffers
-        self.reference: Any = None
-        self._put = put
+        self.nbytes = sum(buffer.nbytes for buffer in buffers)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
 
-    def holds(self, buffers: list[Buffer]) -> bool:
-        return [one.nbytes for one in buffers] == [one.nbytes for one in self.buffers] and all(
-            map(_same, buffers, self.buffers)
-        )
-
-    def store(self) -> None:
-        if self.reference is None:  # from here on the driver itself holds no second copy
-            self.reference, self.buffers = self._put(self.buffers)
+def equal(some: Sequence[Buffer], others: Sequence[Buffer]) -> bool:
+    return [one.nbytes for one in some] == [one.nbytes for one in others] and all(map(_same, some, others))
 
 
 def _same(one: Buffer, other: Buffer) -> bool:
@@ -75,23 +65,26 @@ def _same(one: Buffer, other: Buffer) -> bool:
 
 
 class Sharing:
-    """Finds what many messages have in common by their bytes, so that who makes them need not say so."""
+    """Finds what many messages have in common by their bytes, so that who makes them need not say so.
+
+    Args:
+        put: writes buffers to the store; returns what a worker finds them by, and the driver's view of them there.
+    """
 
     def __init__(self, put: Callable[[list[Buffer]], tuple[Any, list[Buffer]]]) -> None:
         self._put = put
         self._known: list[Shared] = []
         self._made = 0
 
-    def find(self, buffers: list[Buffer]) -> Shared | None:
-        """The stored content that equals `buffers`; None where they are few bytes, or come for the first time."""
+    def find(self, buffers: list[Buffer]) -> tuple[Shared | None, bool]:
+        """The stored content that equals `buffers`, and whether it is new; None where they are few bytes."""
         if sum(buffer.nbytes for buffer in buffers) < SHARED_FROM:
-            return None
+            return None, False
         for one in reversed(self._known):
-            if one.holds(buffers):
-                one.store()
-                return one
+            if equal(buffers, one.buffers):
+                return one, False
         self._made += 1
-        self._known.append(Shared(self._made, buffers, self._put))
+        self._known.append(Shared(self._made, *self._put(buffers)))
         while len(self._known) > 1 and sum(one.nbytes for one in self._known) > KEPT:
             del self._known[0]
-        return None
+        return self._known[-1], True
