@@ -255,16 +255,19 @@ def test_idle_workers_take_waiting_sites_over_and_the_bytes_are_the_same(
     assert trunk_of(tmp_path).digest() == reference
 
 
-def test_a_site_is_not_moved_for_less_than_its_rows_take_to_read(
-    tmp_path: Path, grid_of: Callable[..., RayGrid]
+@pytest.mark.parametrize(("reading", "moved"), [(0.5, 1), (2.5, 0), (60.0, 0)])
+def test_a_site_moves_only_if_its_rows_are_read_before_its_worker_would_come_to_it(
+    tmp_path: Path, grid_of: Callable[..., RayGrid], reading: float, moved: int
 ) -> None:
-    grid = grid_of(empty(40, tmp_path), tmp_path, workers=2, desk=NoOp)
-    grid._owner = dict.fromkeys(grid.contexts, grid._seats[0])
-    grid.open_sites()
-    grid._opened = dict.fromkeys(grid.contexts, 60.0)
-    for round in (1, 2):
-        found = answers(grid, lambda node: to_records({}, "{}"), round)
-        assert len({where for where, _ in found.values()}) == 1
+    grid = grid_of(empty(4, tmp_path), tmp_path, workers=2, desk=NoOp)
+    owner, idle = grid._seats
+    grid._owner = dict.fromkeys(grid.contexts, owner)
+    grid._opened = dict.fromkeys(grid.contexts, reading)
+    grid._seconds = {(node, "train"): 1.0 for node in grid.contexts}  # 3 s of others' work, and 1 s of its own
+    grid.push_messages([Message(to_records({}, "{}"), node, "train", ttl=60.0, group_id="1") for node in grid.contexts])
+    grid._steal(idle)
+    assert (len(owner.queue), len(idle.queue)) == (4 - moved, moved)
+    assert sum(seat is idle for seat in grid._owner.values()) == moved
 
 
 def test_long_sites_start_first_and_are_dealt_evenly(tmp_path: Path, grid_of: Callable[..., RayGrid]) -> None:
