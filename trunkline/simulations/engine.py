@@ -356,7 +356,9 @@ class RayGrid(LocalGrid):
         for victim in self._seats:
             if victim is thief or victim.home != thief.home or len(victim.queue) < 2:
                 continue
-            left = sum(self._seconds.get((job.node, job.kind), 0.0) for _, _, job in victim.queue)
+            # the group it works on may be as good as done; the next one is not begun
+            ahead = [job for group in victim.out[1:] for job in group.jobs] + [job for _, _, job in victim.queue]
+            left = sum(self._seconds.get((job.node, job.kind), 0.0) for job in ahead)
             for place, (_, _, job) in enumerate(victim.queue):
                 seconds = self._seconds.get((job.node, job.kind))
                 reading = 0.0 if job.node in thief.known else self._opened.get(job.node)
