@@ -595,6 +595,8 @@ def _start_ray(address: str | None, workers: int | None) -> None:
     # without these Ray warns of its own future defaults and reports usage to its makers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would give its workers the lowest priority, and they do all of the work: on a shared machine everybody else came first
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         if address:
             _join(address)
