@@ -1,8 +1,10 @@
 """What crosses the wire opens to what was packed, and anything else is refused by name."""
 
+import gc
 import io
 import json
 import tracemalloc
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,29 @@ def test_what_is_packed_is_what_is_opened(arrays: dict[str, Any], header: str, t
         assert found[name].dtype == array.dtype and found[name].shape == array.shape
         assert found[name].tobytes() == array.tobytes()
         assert not found[name].flags.writeable
+
+
+@given(ARRAYS, st.booleans())
+@settings(deadline=None)
+def test_the_bytes_of_an_array_are_those_that_numpy_and_flower_write(array: np.ndarray, turned: bool) -> None:
+    array = array.T if turned else array
+    packed = to_records({"w": array}, "{}").array_records["arrays"]["w"]
+    stream = io.BytesIO()
+    np.save(stream, array)
+    assert packed.data == stream.getvalue()
+    assert packed == Array(array)
+
+
+def test_an_opened_message_is_freed_as_soon_as_nobody_uses_it() -> None:
+    gc.disable()
+    try:
+        content = to_records({"w": np.zeros(3)}, "{}")
+        open_records(content)
+        left = weakref.ref(content)
+        del content
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def claimed(

@@ -105,7 +105,7 @@ def simulate(plants: list[Path], tmp_path: Path, workers: str) -> list[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["0", "1", "2", "3"])
 def test_a_simulated_run_ends_with_the_bytes_of_the_loopback_run(
     plants: list[Path], tmp_path: Path, reference: Path, workers: str
 ) -> None:

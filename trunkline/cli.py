@@ -70,8 +70,13 @@ def simulate(
     run_toml: RunFile,
     sites: Annotated[Path, typer.Option("--sites", help="Folder of site folders.")],
     out: OutDir,
-    workers: Annotated[str, typer.Option(help="Worker processes; `auto`: one a core.")] = "auto",
-    address: Annotated[str | None, typer.Option(help="Join a Ray cluster: ray://HOST:PORT or HOST:PORT.")] = None,
+    workers: Annotated[
+        str, typer.Option(help="Worker processes; `auto`: one a core, never more than sites; 0: all in this one.")
+    ] = "auto",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Join a Ray cluster: HOST:PORT or ray://HOST:PORT; sites and --out on shared storage."),
+    ] = None,
     resume: Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
     seed: Seed = None,
@@ -83,7 +88,7 @@ def simulate(
 
     run = _read_run(run_toml, seed, strategy, settings)
     folders = site_folders(sites)
-    count = _workers(workers, len(folders))
+    count = _workers(workers, len(folders), address)
     prepare(out, resume=resume, overwrite=overwrite)
     from trunkline.simulations.simulate import (
         simulate,  # seconds of imports, so only once the command is known to be right
@@ -242,14 +247,19 @@ def _read_run(path: Path, seed: int | None, strategy: str | None, settings: list
     return run
 
 
-def _workers(text: str, sites: int) -> int:
+def _workers(text: str, sites: int, address: str | None) -> int | None:
+    """Worker processes; None: as many as the cluster at `address` has CPUs, which only it can tell."""
     from trunkline.errors import ConfigError
 
     if text == "auto":
-        return max(1, min(len(os.sched_getaffinity(0)), sites))
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"--workers {text}: expected `auto` or a number of at least 1.")
-    return int(text)
+        return None if address else max(1, min(len(os.sched_getaffinity(0)), sites))
+    if not text.isdigit():
+        raise ConfigError(f"--workers {text}: expected `auto`, or a number; 0 means without worker processes.")
+    if int(text) == 0 and address:
+        raise ConfigError(
+            "--workers 0 runs everything in this process, so there is no cluster to join. Drop one of it and --address."
+        )
+    return min(int(text), sites)
 
 
 def _watched(out: Path, work: Callable[[], Out], stopped: str) -> Out:

@@ -21,6 +21,8 @@ import zipfile
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,11 +107,29 @@ def to_records(arrays: Mapping[str, NDArray[Any]], header: str, metrics: Mapping
         raise ContractError(f"the header has {size} bytes; at most {HEADER_LIMIT} are read. Lend fewer arrays.")
     return RecordDict(
         {
-            "arrays": ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()}),
+            "arrays": ArrayRecord({name: _wrap_array(np.asarray(array)) for name, array in arrays.items()}),
             "header": ConfigRecord({"json": header}),
             "metrics": MetricRecord({name: float(value) for name, value in metrics.items()}),
         }
     )
+
+
+def _wrap_array(array: NDArray[Any]) -> Array:
+    """Flower's Array with the bytes `np.save` writes, made by one copy instead of its three."""
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        array = np.ascontiguousarray(array)
+    dtype = array.dtype.str  # plain numbers only, see `to_records`
+    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+    body = array.T if fortran else array
+    data = b"".join((_npy_header(dtype, fortran, array.shape), body.reshape(-1).view(np.uint8).data))
+    return Array(str(array.dtype), tuple(array.shape), "numpy.ndarray", data)
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(dtype: str, fortran: bool, shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": fortran, "shape": shape})
+    return stream.getvalue()
 
 
 def open_records(content: RecordDict) -> tuple[dict[str, NDArray[Any]], str, dict[str, float]]:
@@ -125,7 +145,10 @@ def open_records(content: RecordDict) -> tuple[dict[str, NDArray[Any]], str, dic
     expected = {"arrays": "ArrayRecord", "header": "ConfigRecord", "metrics": "MetricRecord"}
     if found != expected:
         raise ContractError(f"a message holds the records {_listing(found)}; expected exactly {_listing(expected)}")
-    header = content.config_records["header"]
+    # not by `content.array_records` and its like: those views refer back to the content, and such a ring keeps a whole trunk
+    # in memory until Python next looks for rings
+    records: dict[str, Any] = dict(content.items())
+    header: ConfigRecord = records["header"]
     text = header.get("json")
     if set(header) != {"json"} or not isinstance(text, str):
         inside = _listing({key: type(value).__name__ for key, value in header.items()})
@@ -133,11 +156,11 @@ def open_records(content: RecordDict) -> tuple[dict[str, NDArray[Any]], str, dic
     if len(text) > HEADER_LIMIT or len(text.encode(errors="replace")) > HEADER_LIMIT:
         raise ContractError(f"the header has more than {HEADER_LIMIT} bytes; no run of Trunkline needs so many")
     metrics: dict[str, float] = {}
-    for name, value in content.metric_records["metrics"].items():
+    for name, value in records["metrics"].items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ContractError(f"metric `{name[:256]}` is a {type(value).__name__}; expected one number")
         metrics[name] = float(value)
-    arrays = {name: _open_array(name, array) for name, array in content.array_records["arrays"].items()}
+    arrays = {name: _open_array(name, array) for name, array in records["arrays"].items()}
     return arrays, text, metrics
 
 
@@ -151,12 +174,9 @@ def _open_array(name: str, wrapped: Array) -> NDArray[Any]:
     label = f"`{name[:256]}`"
     if wrapped.stype != "numpy.ndarray":
         raise ContractError(f"{label} is serialised as {wrapped.stype[:64]!r}; expected 'numpy.ndarray'")
-    stream = io.BytesIO(wrapped.data)
+    start = 10 + int.from_bytes(wrapped.data[8:10], "little")  # magic, version and length of the header, then itself
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("not format 1.0")
-        # the header is a Python literal of bounded length: parsed by ast.literal_eval, never evaluated
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, fortran, dtype = _read_npy_header(wrapped.data[:start])
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise ContractError(f"{label} does not begin like a numpy array ({type(error).__name__})") from None
     if dtype.kind not in "biuf":
@@ -164,7 +184,7 @@ def _open_array(name: str, wrapped: Array) -> NDArray[Any]:
     if wrapped.dtype != str(dtype) or tuple(wrapped.shape) != shape:
         outside = f"{wrapped.dtype[:32]} {tuple(wrapped.shape)}"
         raise ContractError(f"{label} claims {outside} outside and {dtype} {shape} inside; the two must agree")
-    body = memoryview(wrapped.data)[stream.tell() :]
+    body = memoryview(wrapped.data)[start:]
     size = dtype.itemsize
     for length in shape:  # Python integers: a product of claimed lengths cannot overflow
         size *= length
@@ -172,6 +192,18 @@ def _open_array(name: str, wrapped: Array) -> NDArray[Any]:
         raise ContractError(f"{label} claims shape {shape} of {dtype}, {size} bytes; {len(body)} came")
     array: NDArray[Any] = np.frombuffer(body, dtype=dtype).reshape(shape, order="F" if fortran else "C")
     return array
+
+
+# a round brings the same few headers from every site, and parsing one costs as much as copying 1 MB; 512, because a
+# hostile site can make each of them 64 kB long
+@lru_cache(maxsize=512)
+def _read_npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    stream = io.BytesIO(head)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("not format 1.0")
+    # the header is a Python literal of bounded length: parsed by ast.literal_eval, never evaluated
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    return shape, fortran, dtype
 
 
 class LocalGrid(Grid):
@@ -185,6 +217,7 @@ class LocalGrid(Grid):
     """
 
     complete = True  # no node will join later, so nobody need wait for one
+    waits = False  # whether `pull_messages` itself waits a moment for the first reply, so that who polls need not sleep
 
     def __init__(
         self,
@@ -205,8 +238,12 @@ class LocalGrid(Grid):
         """Start the work that answers `message`; may do it all before returning."""
 
     @abstractmethod
-    def _collect(self, message_ids: Sequence[str]) -> list[Message]:
-        """The replies that are there among those to `message_ids`, each handed out once, without waiting."""
+    def _collect(self, message_ids: AbstractSet[str]) -> list[Message]:
+        """Replies that are there among those to `message_ids`, each handed out once; a few at a time where they are many."""
+
+    def room(self) -> bool:
+        """Whether it is time to push more: what is pushed beyond this only lies in memory. A push is never refused."""
+        return True
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -224,7 +261,7 @@ class LocalGrid(Grid):
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send `messages`; the ids in the same order are what `pull_messages` takes."""
+        """Send `messages`, each taken when the one before is on its way; the ids in the same order are what `pull_messages` takes."""
         ids = []
         for message in messages:
             node = message.metadata.dst_node_id
@@ -232,12 +269,14 @@ class LocalGrid(Grid):
                 known = f"{CENTRE + 1} to {CENTRE + len(self.contexts)}"
                 raise ContractError(f"a message is addressed to node {node}; this grid has nodes {known}")
             stamp(message, f"{message.metadata.run_id}-{next(self._numbers)}")
-            ids.append(message.metadata.message_id)
             self._dispatch(message, self.contexts[node])
+            ids.append(message.metadata.message_id)
+            del message  # before the next is made: each may hold a trunk
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return self._collect(list(message_ids))
+        # a view of a dict's keys is taken as it is: at 10^5 sites, a copy for every few replies would cost more than they
+        return self._collect(message_ids if isinstance(message_ids, AbstractSet) else set(message_ids))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push, then collect until all have answered or `timeout` seconds have passed; the late are left out."""
@@ -271,13 +310,21 @@ class LoopbackGrid(LocalGrid):
     def _dispatch(self, message: Message, context: Context) -> None:
         self._answers[message.metadata.message_id] = answer(self._app, message, context)
 
-    def _collect(self, message_ids: Sequence[str]) -> list[Message]:
-        return [self._answers.pop(one) for one in message_ids if one in self._answers]
+    def _collect(self, message_ids: AbstractSet[str]) -> list[Message]:
+        return [self._answers.pop(one) for one in list(self._answers) if one in message_ids]
+
+    def room(self) -> bool:
+        return not self._answers
 
 
 def stamp(message: Message, message_id: str) -> None:
     """Give a message the id that its reply will name; Flower itself writes it this way, there is no setter."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def message_of(metadata: Any, content: RecordDict) -> Message:
+    """A message again, from the two halves it was sent in."""
+    return make_message(metadata=metadata, content=content)
 
 
 def answer(client_app: ClientApp, message: Message, context: Context) -> Message:

@@ -8,7 +8,7 @@ from typing import Protocol
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
-from trunkline.flower import RESTARTED, error_site
+from trunkline.flower import RESTARTED, LocalGrid, error_site
 
 # Flower's own codes for a node that went away or a message that was lost: the site did nothing wrong, so it is asked again
 # (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died)
@@ -70,49 +70,80 @@ def ask(
 
     Args:
         requests: node id -> maker of the content (made when sent, so that a thousand trunks do not lie in memory).
-        deadline_s: seconds after which the remaining nodes are given up.
+        deadline_s: seconds after which the remaining nodes are given up; in a simulation since the last answer.
         patient_for: nodes worth waiting for; the others are heard only while these are not all in. Default: all.
     """
+    local = grid if isinstance(grid, LocalGrid) else None
     end = now(grid) + deadline_s
     open_requests = {node: _Request(content) for node, content in requests.items()}
     sent: dict[str, int] = {}
     patient = set(requests) if patient_for is None else patient_for & set(requests)
-    poll = POLL_FIRST_S
-    while open_requests and patient and now(grid) < end:
-        online = set(grid.get_node_ids())
-        at = now(grid)
-        due = [node for node, request in open_requests.items() if node in online and at >= request.again_at]
-        for node in due:
-            request = open_requests[node]
+    poll, look_at = POLL_FIRST_S, 0.0
+    due: Iterator[int] = iter(())
+
+    def outgoing(room: Callable[[], bool]) -> Iterator[Message]:
+        """One message a due node, made when it is taken, until there is no room for more."""
+        while room() and (node := next(due, None)) is not None:
+            if (request := open_requests.get(node)) is None:
+                continue
             message = Message(
                 request.content(),
                 dst_node_id=node,
                 message_type=kind,
-                ttl=min(deadline_s, DEFAULT_TTL),
+                ttl=min(deadline_s, DEFAULT_TTL) if local is None else DEFAULT_TTL,
                 group_id=str(round),
             )
-            sent |= {message_id: node for message_id in grid.push_messages([message]) if message_id}
             request.tries += 1
             request.again_at = now(grid) + resend_s * 2.0 ** (request.tries - 1)
+            taken.append(node)
+            yield message
+            del message  # before the next is made: each may hold a trunk
+
+    while open_requests and patient and now(grid) < end:
+        at = now(grid)
+        if at >= look_at:  # not at every reply: at 10^5 sites the look itself would cost more than the replies
+            look_at = at + min(POLL_MOST_S, resend_s)
+            asked = (node for node in grid.get_node_ids() if node in open_requests)
+            due = iter([node for node in asked if at >= open_requests[node].again_at])
+        taken: list[int] = []
+        if local is not None:
+            sent |= dict(zip(local.push_messages(outgoing(local.room)), taken, strict=True))
+        else:  # Flower's own grid goes through what it is given twice, so it gets one at a time
+            for message in outgoing(lambda: True):
+                sent |= {message_id: taken[-1] for message_id in grid.push_messages([message]) if message_id}
         heard = False
-        waiting = [message_id for message_id, node in sent.items() if node in open_requests]
-        for start in range(0, len(waiting), BATCH):
-            for message in grid.pull_messages(waiting[start : start + BATCH]):
-                answered = sent.pop(message.metadata.reply_to_message_id, None)
-                if answered is None or answered not in open_requests:
-                    continue
-                heard = True
-                error = error_site(message)
-                if error is not None and error[1] in LOST:
-                    open_requests[answered].again_at = now(grid) + min(1.0, resend_s)
-                    continue
-                del open_requests[answered]
-                patient.discard(answered)
-                yield Answer(answered, None, error[2]) if error is not None else Answer(answered, message.content)
+        for message in _pull(grid, sent, open_requests):
+            answered = sent.pop(message.metadata.reply_to_message_id, None)
+            if answered is None or answered not in open_requests:
+                continue
+            heard = True
+            if local is not None:
+                # there a message waits for a worker, not for a plant: how busy this machine is must not decide who is in
+                end = now(grid) + deadline_s
+            error = error_site(message)
+            if error is not None and error[1] in LOST:
+                open_requests[answered].again_at = now(grid) + min(1.0, resend_s)
+                continue
+            del open_requests[answered]
+            patient.discard(answered)
+            yield Answer(answered, None, error[2]) if error is not None else Answer(answered, message.content)
+            del message  # it may hold a trunk, and what comes next may be another
         poll = POLL_FIRST_S if heard else min(poll * 2, POLL_MOST_S)
-        if open_requests and patient and not heard:
+        if open_requests and patient and not heard and not (local is not None and local.waits):
             at = now(grid)
             pause(grid, poll, min([end, *(one.again_at for one in open_requests.values() if one.again_at > at)]) - at)
     for node in open_requests:
         if node in patient:
             yield Answer(node, None, f"no reply within {deadline_s:g} s", silent=True)
+
+
+def _pull(grid: Grid, sent: dict[str, int], open_requests: dict[int, _Request]) -> Iterator[Message]:
+    """The replies that are there, never more of them at once in memory than a few."""
+    if isinstance(grid, LocalGrid):
+        came = list(grid.pull_messages(sent.keys()))
+        while came:
+            yield came.pop(0)
+        return
+    waiting = [message_id for message_id, node in sent.items() if node in open_requests]
+    for start in range(0, len(waiting), BATCH):
+        yield from grid.pull_messages(waiting[start : start + BATCH])

@@ -16,13 +16,20 @@ from trunkline.strategies import build_strategy
 
 if TYPE_CHECKING:
     from trunkline.server.plots import Predictions
+    from trunkline.simulations.desk import DeskGrid
+    from trunkline.simulations.engine import RayGrid
     from trunkline.simulations.world import WorldGrid
 
 
 def simulate(
-    run: RunConfig, folders: list[Path], out: Path, *, workers: int, resume: bool = False, address: str | None = None,
+    run: RunConfig, folders: list[Path], out: Path, *, workers: int | None, resume: bool = False, address: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run the whole federation on Ray; returns the report, which also lies in `out` with the plots of the predictions."""
+    """Run the whole federation; returns the report, which also lies in `out` with the plots of the predictions.
+
+    Args:
+        workers: processes on Ray; 0: everything in this process, without Ray; None: one for every CPU of the cluster.
+        address: of a Ray cluster to join.
+    """
     newcomers: list[Path] = []
     world: WorldGrid | None = None
     if run.newcomers.sites:
@@ -49,12 +56,11 @@ def simulate(
         write_report(report, out)
     else:
         from trunkline.server.app import app
-        from trunkline.simulations.engine import RayGrid
 
         # all sites of a simulation are there from the start: with fewer than the run file wants, all of them will do
         cohort = run.cohort.model_copy(update={"min_sites": min(run.cohort.min_sites, len(folders))})
         run = run.model_copy(update={"cohort": cohort})
-        grid = RayGrid(folders, states, workers=workers, address=address)
+        grid = _grid(folders, states, workers, address)
         try:
             grid.open_sites()
             if run.search.trials:
@@ -84,6 +90,16 @@ def simulate(
         report["newcomers"] = onboard(newcomers, out / RELEASE, run.newcomers, out)
     write_report(report, out, predictions_below(out))
     return report
+
+
+def _grid(folders: list[Path], states: list[Path], workers: int | None, address: str | None) -> "DeskGrid | RayGrid":
+    if workers == 0:
+        from trunkline.simulations.desk import DeskGrid
+
+        return DeskGrid(folders, states)
+    from trunkline.simulations.engine import RayGrid  # here, because importing and starting Ray takes seconds
+
+    return RayGrid(folders, states, workers=workers, address=address)
 
 
 def _write(write: Callable[[str], Any], event: dict[str, Any]) -> None:
