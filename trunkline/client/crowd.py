@@ -82,14 +82,18 @@ class _Role:
         order: as this role takes it.
         template: one model, for its code; its own values are never used.
         kept: name of `TrunkModel.private` -> (sites, ...) values.
-        best: name -> (sites, ...) of each site's best model so far; empty before the first.
+        best: name -> (sites, ...) of what is not lent of each site's best model so far; empty before the first.
+        arrived: round -> what is lent of the best models of that round, the same at every site.
         loss, round: (sites,) of that model; infinite, 0.
+        own: place -> the whole best model, of a site whose vault had one.
     """
 
     order: Order
     template: _Template
     kept: Tensors
     best: Tensors = field(default_factory=dict)
+    arrived: dict[int, Tensors] = field(default_factory=dict)
+    own: dict[int, State] = field(default_factory=dict)
     loss: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     round: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -151,20 +155,30 @@ class Crew:
             role.loss, role.round = np.full(number, np.inf), np.zeros(number, np.int64)
             for place, entry in enumerate(entries):
                 if entry is not None and who in entry.best:
-                    self._remember(role, place, entry.best[who], entry.best_loss[who], entry.best_round[who])
+                    role.own[place] = entry.best[who]
+                    role.loss[place], role.round[place] = entry.best_loss[who], entry.best_round[who]
             self.roles[who] = role
 
-    def _remember(self, role: _Role, place: int, state: State, loss: float, round: int) -> None:
-        tensors = {name: torch.from_numpy(np.array(array)).to(self.where) for name, array in state.items()}
-        self._see(role, [place], {name: one[None] for name, one in tensors.items()})
-        role.loss[place], role.round[place] = loss, round
-
-    def _see(self, role: _Role, places: Sequence[int], models: Tensors) -> None:
+    def _see(self, role: _Role, places: list[int], models: Tensors, arrived: Tensors, losses: list[float]) -> None:
+        """Keep these models as the best of their sites; what is lent of them is the same at all, and kept once."""
         if not role.best:
-            number = len(self.sites)
-            role.best = {name: one.new_zeros((number, *one.shape[1:])) for name, one in models.items()}
-        for name, values in models.items():
-            role.best[name][list(places)] = values
+            role.best = {name: torch.empty_like(value) for name, value in role.kept.items()}
+        for name in role.best:
+            role.best[name][places] = models[name]
+        done = role.order.done
+        role.arrived[done] = arrived
+        for place, loss in zip(places, losses, strict=True):
+            role.loss[place], role.round[place] = loss, done
+            role.own.pop(place, None)
+        still = set(role.round.tolist())
+        role.arrived = {round: values for round, values in role.arrived.items() if round in still}
+
+    @staticmethod
+    def _best(role: _Role, place: int) -> State:
+        if place in role.own:
+            return role.own[place]
+        lent = {name: value.cpu().numpy() for name, value in role.arrived[int(role.round[place])].items()}
+        return {**_row(role.best, place), **lent}
 
     def flush(self) -> None:
         """Put every site's state into its vault, as if it had just answered the last round it took part in.
@@ -179,7 +193,7 @@ class Crew:
                 question="",  # nobody can ask it again
                 private=_row(self.roles["federated"].kept, place),
                 local=_row(self.roles["local"].kept, place) if "local" in self.roles else {},
-                best={names[id(role)]: _row(role.best, place) for role in best},
+                best={names[id(role)]: self._best(role, place) for role in best},
                 best_loss={names[id(role)]: float(role.loss[place]) for role in best},
                 best_round={names[id(role)]: int(role.round[place]) for role in best},
             )
@@ -243,9 +257,9 @@ class Crew:
         change: dict[str, NDArray[np.float32]] = {}
         for who, role in self.roles.items():
             models = {name: value[places] for name, value in role.kept.items()}
-            if who == "federated":
-                models |= {name: value.expand(len(places), *value.shape).clone() for name, value in arrived.items()}
-            self._judge(who, role, places, models, told)
+            lent = arrived if who == "federated" else {}
+            self._judge(who, role, places, models, lent, told)
+            models |= {name: value.expand(len(places), *value.shape).clone() for name, value in lent.items()}
             hopeful = [self._hopeful(role, place, who) for place in places]
             if who == "federated" and order.lend:
                 hopeful = [True] * len(places)  # who lends trains on for the others
@@ -279,19 +293,25 @@ class Crew:
         patience = order.plan.patience_rounds
         return not patience or not np.isfinite(role.loss[place]) or order.done - role.round[place] < patience
 
-    def _judge(self, who: str, role: _Role, places: list[int], models: Tensors, told: list[Trained]) -> None:
-        """Validation loss and metrics of the models as they are, and the best of each kept; as `_train` in rounds.py."""
+    def _judge(
+        self, who: str, role: _Role, places: list[int], models: Tensors, lent: Tensors, told: list[Trained]
+    ) -> None:
+        """Validation loss and metrics of the models as they are, and the best of each kept; as `_train` in rounds.py.
+
+        Args:
+            models: what is not lent, stacked.
+            lent: what has arrived, one for all.
+        """
         order = role.order
         if order.passed:
             here = [at for at, place in enumerate(places) if self.planned[place].get(who) == order.done]
             if here:
-                self._see(role, [places[at] for at in here], {name: one[here] for name, one in models.items()})
-                for at in here:
-                    role.loss[places[at]], role.round[places[at]] = 0.0, order.done
+                kept = {name: one[here] for name, one in models.items()}
+                self._see(role, [places[at] for at in here], kept, lent, [0.0] * len(here))
             return
         if order.done <= 0:
             return
-        outputs, labels, there = self._outputs(role, places, models)
+        outputs, labels, there = self._outputs(role, places, models, lent)
         losses = self._losses(outputs, labels, places).sum(dim=0).cpu().numpy().astype(np.float64)  # (sites,)
         better = []
         for at, place in enumerate(places):
@@ -306,12 +326,13 @@ class Crew:
             if order.plan.keep == "best" and np.isfinite(losses[at]) and losses[at] < role.loss[place]:
                 better.append(at)
         if better:
-            self._see(role, [places[at] for at in better], {name: one[better] for name, one in models.items()})
-            for at in better:
-                role.loss[places[at]], role.round[places[at]] = losses[at], order.done
+            kept = {name: one[better] for name, one in models.items()}
+            self._see(role, [places[at] for at in better], kept, lent, [float(losses[at]) for at in better])
 
     @torch.no_grad()
-    def _outputs(self, role: _Role, places: list[int], models: Tensors) -> tuple[Tensors, Tensors, Tensor]:
+    def _outputs(
+        self, role: _Role, places: list[int], models: Tensors, lent: Tensors
+    ) -> tuple[Tensors, Tensors, Tensor]:
         """task -> (sites, rows, outputs) on the rows a curve is drawn from, their labels, and how many are a site's own."""
         role.template.silence(training=False)
         rows, there = self.curve.all_of(places)  # (sites, rows) positions; how many of them count
@@ -319,7 +340,7 @@ class Crew:
         wide = max(1, SCORE_BATCH // max(1, len(places)))
         for start in range(0, rows.shape[1], wide):
             x, codes = self.curve.batch(rows[:, start : start + wide])
-            _, outputs = role.template.forward(models, x, codes, [])
+            _, outputs = role.template.forward(models, x, codes, [], lent)
             for name in self.tasks:
                 parts[name].append(outputs[name].float())
         outputs = {name: torch.cat(some, dim=1) for name, some in parts.items()}
@@ -507,16 +528,26 @@ class _Template:
             one.masks = None
 
     def forward(
-        self, models: Tensors, x: Tensor, codes: Tensor, masks: Sequence[tuple[_Dropped, Tensor]]
+        self,
+        models: Tensors,
+        x: Tensor,
+        codes: Tensor,
+        masks: Sequence[tuple[_Dropped, Tensor]],
+        same: Tensors | None = None,
     ) -> tuple[Tensor, Tensors]:
-        """Stacked values and inputs (sites, batch, ...) -> (sites, batch, width), task -> (sites, batch, outputs)."""
-        values = {self.inside[name]: value for name, value in models.items() if name in self.inside}
+        """Stacked values and inputs (sites, batch, ...) -> (sites, batch, width), task -> (sites, batch, outputs).
+
+        Args:
+            same: values that all sites share, not stacked.
+        """
+        values = {self.inside[name]: value for name, value in models.items()}
+        shared = {self.inside[name]: value for name, value in (same or {}).items()}
 
         def one(values: Tensors, x: Tensor, codes: Tensor, drawn: list[Tensor]) -> tuple[Tensor, Tensors]:
             for module in self.dropouts:
                 own = [mask for (owner, _), mask in zip(masks, drawn, strict=True) if owner is module]
                 module.masks = iter(own) if masks else None
-            made: tuple[Tensor, Tensors] = torch.func.functional_call(self.whole, values, (x, codes))
+            made: tuple[Tensor, Tensors] = torch.func.functional_call(self.whole, {**values, **shared}, (x, codes))
             return made
 
         found: tuple[Tensor, Tensors] = torch.func.vmap(one)(values, x, codes, [mask for _, mask in masks])

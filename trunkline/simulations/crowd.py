@@ -6,7 +6,7 @@ stays in memory until a checkpoint asks for it. Sites that fit no stack are left
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -127,16 +127,13 @@ class Alone:
         nodes: as of `Crowd`.
     """
 
-    def __init__(self, nodes: Callable[[], Mapping[int, Mapping[str, object]]]) -> None:
-        self.nodes = nodes
-        self.crowd: Crowd | None = None
+    def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
+        self.crowd = Crowd(nodes)
 
     def together(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
         """Parts of a round, one after the other; nodes that are in none are to be asked singly."""
         if not wanted():
             return
-        if self.crowd is None:
-            self.crowd = Crowd(self.nodes())
         if self.crowd.pass_of != (order.run, order.passed):
             self.crowd.begin(order)
         mine = [node for node in nodes if node in self.crowd.crew_of]
@@ -145,8 +142,7 @@ class Alone:
 
     @property
     def holding(self) -> bool:
-        return self.crowd is not None and bool(self.crowd.crews)
+        return bool(self.crowd.crews)
 
     def flush(self) -> None:
-        if self.crowd is not None:
-            self.crowd.flush()
+        self.crowd.flush()

@@ -3,13 +3,15 @@
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import Context, Message
 
 from trunkline.errors import DataError, TrunklineError
+from trunkline.exchange import Arrays, Order
 from trunkline.flower import CRASHED, LoopbackGrid, Scalar, answer, error_reply
+from trunkline.simulations.crowd import Alone, Part
 
 
 class Desk:
@@ -76,6 +78,19 @@ class DeskGrid(LoopbackGrid):
         logging.getLogger("flwr").setLevel(logging.ERROR)
         self._desk = Desk("this process")
         super().__init__(self._desk.app, node_configs(sites, states))
+        self._alone = Alone({node: context.node_config for node, context in self.contexts.items()})
+
+    def together(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+        """A round of the sites that can be trained in stacks; the others are to be asked singly."""
+        return self._alone.together(order, arrays, nodes)
+
+    def flush(self) -> None:
+        """What sites have in memory goes to their vaults."""
+        self._alone.flush()
+
+    @property
+    def holding(self) -> bool:
+        return self._alone.holding
 
     def _dispatch(self, message: Message, context: Context) -> None:
         self._answers[message.metadata.message_id] = self._desk.answer(message, context)

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -28,9 +28,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import trunkline
 from trunkline.errors import DeploymentError
+from trunkline.exchange import Arrays, Order
 from trunkline.flower import CRASHED, LocalGrid, error_reply, message_of, stamp
+from trunkline.simulations.crowd import Part
 from trunkline.simulations.desk import Desk, check_opened, node_configs
 from trunkline.simulations.parcels import Buffer, Shared, Sharing, equal, pack, unpack
+from trunkline.simulations.together import Together
 
 OBJECT_STORE = 256 * 1024 * 1024  # bytes; a round's trunk and the replies in flight, not the data
 AHEAD = 32 * 1024 * 1024  # bytes of replies a worker may have made, or be making, that the driver has not fetched
@@ -65,6 +68,19 @@ class Worker:
 
     def hello(self) -> dict[str, str]:
         return versions()
+
+    def crowd_begin(self, order: str, contexts: list[Context]) -> list[int]:
+        """See `crowd.Crowd`, of which this process has one; it is made anew for every pass of a run."""
+        from trunkline.simulations.crowd import Crowd
+
+        self.crowd = Crowd({context.node_id: context.node_config for context in contexts})
+        return self.crowd.begin(Order.model_validate_json(order))
+
+    def crowd_answer(self, order: str, arrays: dict[str, Any], nodes: list[int]) -> Any:
+        return self.crowd.answer(Order.model_validate_json(order), Arrays(arrays), nodes)
+
+    def crowd_flush(self) -> None:
+        self.crowd.flush()
 
     def open(self, contexts: list[Context]) -> list[tuple[str | None, float]]:
         self.contexts |= {context.node_id: context for context in contexts}
@@ -207,6 +223,7 @@ class RayGrid(LocalGrid):
         self._done: dict[str, Message] = {}
         self._struck: set[int] = set()  # sites that have cost two workers in one message
         self._order = itertools.count()
+        self._together = Together(self)
 
     # ---- workers
 
@@ -497,6 +514,44 @@ class RayGrid(LocalGrid):
         if self._open.get(job.node) is job:
             del self._open[job.node]
 
+    # ---- many sites at once
+
+    def together(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+        """A round of the sites that can be trained in stacks; see `Together.answer`."""
+        return self._together.answer(order, arrays, nodes)
+
+    def flush(self) -> None:
+        """What sites have in memory goes to their vaults."""
+        self._together.flush()
+
+    @property
+    def holding(self) -> bool:
+        """Whether sites keep their state in memory between rounds."""
+        return self._together.holding
+
+    def homes(self) -> list[tuple[Any, list[Context]]]:
+        """Every worker that has started, with the sites that are its own."""
+        for seat in list(self._seats):
+            while seat in self._seats and not self._is_ready(seat, wait_s=LOOK_S):
+                pass
+        return [
+            (seat.actor, [context for node, context in self.contexts.items() if self._owner[node] is seat])
+            for seat in self._seats
+        ]
+
+    def look_after(self, error: Exception) -> str | None:
+        """Start anew the workers that have died, and say which; None where none has."""
+        dead = []
+        for seat in list(self._seats):
+            try:
+                ray.get(seat.actor.hello.remote(), timeout=START_S)
+            except RayActorError:
+                dead.append(f"worker {seat.number} on Ray node {_name(seat.home)}")
+                self._bury(seat)
+            except RayError:
+                continue
+        return f"{' and '.join(dead)} died" if dead else None
+
     # ---- a run
 
     def open_sites(self) -> None:
@@ -597,6 +652,9 @@ def _start_ray(address: str | None, workers: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would give its workers the lowest priority, and they do all of the work: on a shared machine everybody else came first
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # stacks of models come and go in blocks of megabytes: given back to the system each time, each would be paged in anew
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(256 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 << 20))
     try:
         if address:
             _join(address)

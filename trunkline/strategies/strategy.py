@@ -131,19 +131,34 @@ class ExactSum:
             (n, ...) and (n,).
         """
         flat = rows.reshape(len(rows), -1)
-        step = min(self.CARRY_EVERY, max(1, AT_ONCE // max(flat.shape[1], 1)))
+        largest = np.maximum(flat.max(axis=1, initial=0.0), -flat.min(axis=1, initial=0.0)).astype(np.float64) * weights
+        self._reaches(float(largest.sum()))
+        few = min(self.CARRY_EVERY, max(1, AT_ONCE // max(flat.shape[1], 1)))
+        at_most = float(largest.max(initial=0.0))
+        small = at_most < 0.5  # so that several rows fit into the fine part, and nothing has to be split
+        step = max(1, min(few, int(1.0 / at_most))) if small and at_most > 0.0 else few
         for start in range(0, len(flat), step):
-            self._add_rows(flat[start : start + step], weights[start : start + step])
+            some = slice(start, start + step)
+            if small:
+                self._add_small(flat[some], weights[some])
+            else:
+                self._add_rows(flat[some], weights[some])
+
+    def _add_small(self, rows: NDArray[np.float32], weights: NDArray[np.float64]) -> None:
+        """Rows whose largest terms come to less than 1 together: 2^62 of the fine units, of which an int64 holds twice as many."""
+        fine = np.multiply(rows, (weights * 2.0 ** (self.COARSE + self.FINE))[:, None], dtype=np.float64)
+        np.rint(fine, out=fine)
+        self._carry()
+        self.fine += fine.astype(np.int64).sum(axis=0).reshape(self.fine.shape)
+        self._carry()
 
     def _add_rows(self, rows: NDArray[np.float32], weights: NDArray[np.float64]) -> None:
-        largest = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0)).astype(np.float64) * weights
-        self._reaches(float(largest.sum()))
         rest = np.multiply(rows, (weights * 2.0**self.COARSE)[:, None], dtype=np.float64)
         whole = np.rint(rest)
         np.subtract(rest, whole, out=rest)
         # whole numbers below 2^53 add exactly in float64, which is quicker than to make integers of each
-        small = self._reach * 2.0**self.COARSE < 2.0**53
-        coarse = whole.sum(axis=0).astype(np.int64) if small else whole.astype(np.int64).sum(axis=0)
+        exact = self._reach * 2.0**self.COARSE < 2.0**53
+        coarse = whole.sum(axis=0).astype(np.int64) if exact else whole.astype(np.int64).sum(axis=0)
         np.multiply(rest, 2.0**self.FINE, out=rest)
         np.rint(rest, out=rest)
         self._since += len(rows)
@@ -164,11 +179,11 @@ class ExactSum:
 
     def merge(self, other: "ExactSum") -> None:
         """Add what another sum holds: the same bits as if its terms had been added here."""
-        other._carry()
-        self._carry()
         self._reaches(other._reach)
-        self.coarse += other.coarse
-        self.fine += other.fine
+        self._carry()
+        carry = other.fine >> self.FINE  # what came from another process may be read-only
+        self.coarse += other.coarse + carry
+        self.fine += other.fine - (carry << self.FINE)
         self._carry()
 
     def _reaches(self, largest: float) -> None:
