@@ -66,10 +66,9 @@ def run(folders: list[Path], state: Path, order: Order, rounds: int, together: b
         found: dict[str, Any] = {}
         if together:
             crew = crew or Crew(sites, now)
-            for names, trained, changes in crew.answer([site.name for site in sites], now, arrays):
-                for at, (name, one) in enumerate(zip(names, trained, strict=True)):
-                    assert not one.problem
-                    found[name] = ({key: rows[at] for key, rows in changes.items()}, one.metrics, one.weight)
+            for stack in crew.answer([site.name for site in sites], now, arrays):
+                for at, (name, one) in enumerate(zip(stack.names, stack.told, strict=True)):
+                    found[name] = ({key: rows[at] for key, rows in stack.changes.items()}, one.metrics, one.weight)
         else:
             for site in sites:
                 _, entry = answer_train(site, now, arrays)
@@ -173,9 +172,9 @@ def test_a_crew_goes_on_from_the_vaults(tmp_path: Path, smooth: None) -> None:
         arrays = {key: (array + mean[key]).astype(np.float32) for key, array in arrays.items()}
     now = order.model_copy(update={"round": 3})
     crew = Crew(sites, now)
-    for names, _, changes in crew.answer([site.name for site in sites], now, Arrays(arrays)):
-        for at, name in enumerate(names):
-            for key, rows in changes.items():
+    for stack in crew.answer([site.name for site in sites], now, Arrays(arrays)):
+        for at, name in enumerate(stack.names):
+            for key, rows in stack.changes.items():
                 np.testing.assert_allclose(rows[at], whole[2][name][0][key], rtol=0, atol=1e-5)
 
 

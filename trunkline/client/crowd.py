@@ -71,7 +71,20 @@ class Trained:
 
     weight: float
     metrics: dict[str, float]
-    problem: str = ""  # why its update must not be added, in words
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a stack of sites came to in one round.
+
+    Args:
+        names: of the sites, in order; told: of each.
+        changes: lent name -> (sites, ...) after minus before.
+    """
+
+    names: list[str]
+    told: list[Trained]
+    changes: dict[str, NDArray[np.float32]]
 
 
 @dataclass
@@ -200,21 +213,10 @@ class Crew:
             Vault(site.state, self.order.run, site.tell).put(int(self.rounds[place]), entry)
             self.rounds[place] = 0
 
-    @staticmethod
-    def largest(change: Mapping[str, NDArray[np.float32]], count: int) -> list[float]:
-        """(sites,) the largest change of each; NaN where it is not finite."""
-        largest = np.zeros(count)
-        for array in change.values():
-            flat = array.reshape(count, -1)
-            largest = np.maximum(largest, np.maximum(flat.max(axis=1, initial=0.0), -flat.min(axis=1, initial=0.0)))
-        return [float(one) for one in largest]
-
     # --- a round -------------------------------------------------------------------------------------------------------
 
-    def answer(
-        self, names: Sequence[str], order: Order, arrays: Arrays
-    ) -> Iterator[tuple[list[str], list[Trained], Mapping[str, NDArray[np.float32]]]]:
-        """Train these sites in stacks: (names, what they tell, lent name -> (sites, ...) change), a stack at a time."""
+    def answer(self, names: Sequence[str], order: Order, arrays: Arrays) -> Iterator[Stack]:
+        """Train these sites in stacks, one after the other."""
         places = [self.place[name] for name in names]
         for who, role in self.roles.items():
             role.order = order if who == "federated" else apart(order)
@@ -224,9 +226,7 @@ class Crew:
         for start in range(0, len(places), self.size):
             yield self._stack_of(places[start : start + self.size], order, arrays)
 
-    def _try(
-        self, places: list[int], order: Order, arrays: Arrays
-    ) -> Iterator[tuple[list[str], list[Trained], Mapping[str, NDArray[np.float32]]]]:
+    def _try(self, places: list[int], order: Order, arrays: Arrays) -> Iterator[Stack]:
         """The first round: stacks of several sizes, timed once warm, and the rest by the fastest.
 
         On a CPU it is the thread's own time that counts, so that what else runs there decides nothing.
@@ -249,9 +249,7 @@ class Crew:
         for start in range(0, len(left), self.size):
             yield self._stack_of(left[start : start + self.size], order, arrays)
 
-    def _stack_of(
-        self, places: list[int], order: Order, arrays: Arrays
-    ) -> tuple[list[str], list[Trained], Mapping[str, NDArray[np.float32]]]:
+    def _stack_of(self, places: list[int], order: Order, arrays: Arrays) -> Stack:
         arrived = {name: torch.from_numpy(np.array(array)).to(self.where) for name, array in arrays.items()}
         told = [Trained(float(min(self.train.sizes[place], order.weight_cap)), {}) for place in places]
         change: dict[str, NDArray[np.float32]] = {}
@@ -278,13 +276,8 @@ class Crew:
             if who == "federated":
                 for name, value in arrived.items():
                     change[name] = (models[name] - value).cpu().numpy()
-        for one, largest in zip(told, self.largest(change, len(places)), strict=True):
-            if not math.isfinite(largest):
-                one.problem = (
-                    "its update holds NaN or infinity. Look at the site's learning rate and its `trunkline check`"
-                )
         self.rounds[places] = order.round
-        return [self.sites[place].name for place in places], told, change
+        return Stack([self.sites[place].name for place in places], told, change)
 
     def _hopeful(self, role: _Role, place: int, who: str) -> bool:
         order = role.order

@@ -15,7 +15,7 @@ from trunkline.client.crowd import Crew, Key, kind_of
 from trunkline.client.site import Site, open_site
 from trunkline.exchange import Arrays, Order
 from trunkline.server.intake import LARGEST_CHANGE
-from trunkline.strategies.strategy import Streamed
+from trunkline.strategies.strategy import Streamed, largest_of
 
 FEWEST = 8  # sites of a kind below which a process trains them alone, byte for byte as at a plant
 SWITCH = "TRUNKLINE_BATCH"  # "0" in the environment: every site alone
@@ -87,21 +87,24 @@ class Crowd:
             own = {self.crew_of[node][1]: node for node in by_crew.get(id(crew), [])}
             if not own:
                 continue
-            for names, told, changes in crew.answer(list(own), order, arrays.only(crew.lent)):
-                largest = crew.largest(changes, len(names))
+            for stack in crew.answer(list(own), order, arrays.only(crew.lent)):
+                largest = {name: largest_of(rows) for name, rows in stack.changes.items()}
+                most = np.max(list(largest.values()), axis=0) if largest else np.zeros(len(stack.names))
                 good = []
-                for at, (name, one) in enumerate(zip(names, told, strict=True)):
-                    problem = one.problem or _beyond(largest[at], one.metrics)
-                    if problem:
+                for at, (name, one) in enumerate(zip(stack.names, stack.told, strict=True)):
+                    if problem := _objection(float(most[at]), one.metrics):
                         problems[own[name]] = problem
                     else:
                         good.append(at)
                         metrics[own[name]] = one.metrics
                 if not good:
                     continue
-                kept = changes if len(good) == len(names) else {name: rows[good] for name, rows in changes.items()}
-                weights = np.array([told[at].weight for at in good])
-                total.add_stack(order.run, order.round, kept, weights, [told[at].metrics for at in good])
+                changes = stack.changes
+                if len(good) < len(stack.names):
+                    changes, largest = ({name: rows[good] for name, rows in one.items()} for one in (changes, largest))
+                weights = np.array([stack.told[at].weight for at in good])
+                told = [stack.told[at].metrics for at in good]
+                total.add_stack(order.run, order.round, changes, weights, told, largest)
         return Part(total, metrics, problems)
 
     def flush(self) -> None:
@@ -110,8 +113,10 @@ class Crowd:
             crew.flush()
 
 
-def _beyond(largest: float, metrics: Mapping[str, float]) -> str:
-    """What `server.intake.admit` would object to."""
+def _objection(largest: float, metrics: Mapping[str, float]) -> str:
+    """What `server.intake.admit` would say against an update, "" where nothing."""
+    if not np.isfinite(largest):
+        return "it holds NaN or infinity. Look at the site's learning rate and its `trunkline check`"
     if largest > LARGEST_CHANGE:
         return f"a lent array changes by {largest:.3g} in one round; allowed is {LARGEST_CHANGE:g}. Lower the learning rate"
     for name, number in metrics.items():

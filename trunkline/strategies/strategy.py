@@ -124,19 +124,21 @@ class ExactSum:
         if self._since == self.CARRY_EVERY:
             self._carry()
 
-    def add_rows(self, rows: NDArray[np.float32], weights: NDArray[np.float64]) -> None:
+    def add_rows(
+        self, rows: NDArray[np.float32], weights: NDArray[np.float64], largest: NDArray[np.float32] | None = None
+    ) -> None:
         """Add each of `rows` times its weight: the same bits as one `add` a row.
 
         Shape:
-            (n, ...) and (n,).
+            (n, ...) and (n,); `largest`, where it is known already, (n,) as `largest_of` gives it.
         """
         flat = rows.reshape(len(rows), -1)
-        largest = np.maximum(flat.max(axis=1, initial=0.0), -flat.min(axis=1, initial=0.0)).astype(np.float64) * weights
-        self._reaches(float(largest.sum()))
+        terms = (largest_of(rows) if largest is None else largest).astype(np.float64) * weights
+        self._reaches(float(terms.sum()))
         few = min(self.CARRY_EVERY, max(1, AT_ONCE // max(flat.shape[1], 1)))
-        at_most = float(largest.max(initial=0.0))
+        at_most = float(terms.max(initial=0.0))
         small = at_most < 0.5  # so that several rows fit into the fine part, and nothing has to be split
-        step = max(1, min(few, int(1.0 / at_most))) if small and at_most > 0.0 else few
+        step = max(1, min(few, int(1.9 / at_most))) if small and at_most > 0.0 else few
         for start in range(0, len(flat), step):
             some = slice(start, start + step)
             if small:
@@ -145,10 +147,11 @@ class ExactSum:
                 self._add_rows(flat[some], weights[some])
 
     def _add_small(self, rows: NDArray[np.float32], weights: NDArray[np.float64]) -> None:
-        """Rows whose largest terms come to less than 1 together: 2^62 of the fine units, of which an int64 holds twice as many."""
+        """Rows whose largest terms come to less than 1.9 together: an int64 holds 2.0 in fine units, and 2^-10 of it are taken."""
         fine = np.multiply(rows, (weights * 2.0 ** (self.COARSE + self.FINE))[:, None], dtype=np.float64)
         np.rint(fine, out=fine)
-        self._carry()
+        if self._since:
+            self._carry()
         self.fine += fine.astype(np.int64).sum(axis=0).reshape(self.fine.shape)
         self._carry()
 
@@ -203,6 +206,13 @@ class ExactSum:
         return np.asarray((self.coarse + self.fine * 2.0**-self.FINE) * 2.0**-self.COARSE, dtype=np.float64)
 
 
+def largest_of(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n, ...) -> (n,) the largest number of each, without its sign; NaN where one is NaN."""
+    flat = rows.reshape(len(rows), -1)
+    found: NDArray[np.float32] = np.maximum(flat.max(axis=1, initial=0.0), -flat.min(axis=1, initial=0.0))
+    return found
+
+
 class Streamed:
     """A weighted mean of Updates in the making: each is added and forgotten, and no order of adding changes a bit."""
 
@@ -229,9 +239,14 @@ class Streamed:
 
     def add_stack(
         self, run: str, round: int, changes: Mapping[str, NDArray[np.float32]], weights: NDArray[np.float64],
-        metrics: Sequence[Mapping[str, float]],
+        metrics: Sequence[Mapping[str, float]], largest: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:  # fmt: skip
-        """Add many sites at once, in the same bits as one by one: lent name -> (sites, ...), (sites,), and their metrics."""
+        """Add many sites at once, in the same bits as one by one.
+
+        Args:
+            changes: lent name -> (sites, ...); weights: (sites,); metrics: of each site.
+            largest: lent name -> (sites,) as `largest_of` gives it, where that is known.
+        """
         self.run, self.round = run, round
         one = np.ones((len(weights), 1), np.float32)
         total = ExactSum(())
@@ -239,7 +254,9 @@ class Streamed:
         self.total.merge(total)
         for name, rows in changes.items():
             self.dtypes.setdefault(name, rows.dtype)
-            self.sums.setdefault(name, ExactSum(rows.shape[1:])).add_rows(rows, weights)
+            self.sums.setdefault(name, ExactSum(rows.shape[1:])).add_rows(
+                rows, weights, largest[name] if largest else None
+            )
             self.weights.setdefault(name, ExactSum(())).merge(total)
         for name in sorted({name for told in metrics for name in told}):
             there = [place for place, told in enumerate(metrics) if name in told]
