@@ -102,6 +102,7 @@ CASES = {
         "window = 6",
         "",
     ),
+    "one step a round": (order_of(trunk=ROWS, plan={"steps": 1, "weight_decay": 0.1}), "", ""),
     "with a twin": (order_of(trunk=ROWS, baseline=True), "", WORN),
     "the transformer": (order_of(trunk=TrunkSpec(backbone="transformer", width=64)), "window = 6", ""),
     "nothing lent": (order_of(trunk=ROWS, lend=(), plan={"patience_rounds": 1}), "", ""),

@@ -28,8 +28,9 @@ from trunkline.exchange import Arrays, Augment, LocalPlan, Order, conflict_name,
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, tensors_of
 
-SIZES = {"cpu": (64, 32, 8, 1), "cuda": (256, 64, 16)}  # sites in one stack; which is fastest is tried once
+SIZES = (64, 128, 256, 32, 8, 1)  # sites in one stack: which is fastest depends on network and machine, so it is tried
 TRIES = 3  # stacks of each size in that trial: one to warm up, and the better of the others counts
+STACK_BYTES = 1 << 30  # that a stack may take: eight numbers a parameter, with gradients, moments and copies
 Key = tuple[object, ...]
 Tensors = dict[str, Tensor]
 
@@ -134,11 +135,16 @@ class Crew:
             for name in self.tasks
         }
         self.lent: tuple[str, ...] = ()
+        self.lent_size = 0
         self.planned: list[Mapping[str, int]] = [{}] * len(self.sites)
         self.roles: dict[str, _Role] = {}
         self.rounds = np.zeros(len(self.sites), np.int64)  # the last each site has answered, and not yet put away
-        self.size = 0  # sites in one stack; 0: not tried yet
+        self.trial = list(SIZES)  # sizes still to be tried
+        self.tries = 0  # of the first of them
+        self.seconds: dict[int, float] = {}  # size -> of a site in a stack of so many
         self._load()
+        each = sum(value[0].numel() for value in self.roles["federated"].kept.values()) + self.lent_size
+        self.most = max(1, STACK_BYTES // (32 * max(each, 1)))
         for site in self.sites:
             site.forget()  # its rows are here now
 
@@ -161,7 +167,8 @@ class Crew:
                     model.restore(entry.private if who == "federated" else entry.local, order.lend)
                 states.append(model.private(order.lend))
             if who == "federated":
-                self.lent = tuple(model.share(order.lend))
+                lent = model.share(order.lend)
+                self.lent, self.lent_size = tuple(lent), sum(array.size for array in lent.values())
             role = _Role(order, _Template(model), _stack(states, self.where))
             role.template.look(*self.train.data.batch(torch.zeros(1, dtype=torch.int64, device=self.where)))
             number = len(self.sites)
@@ -220,34 +227,41 @@ class Crew:
         places = [self.place[name] for name in names]
         for who, role in self.roles.items():
             role.order = order if who == "federated" else apart(order)
-        if not self.size:
-            yield from self._try(places, order, arrays)
-            return
-        for start in range(0, len(places), self.size):
-            yield self._stack_of(places[start : start + self.size], order, arrays)
+        left = places
+        while left:
+            size = self._next_size(len(left))
+            some, left = left[:size], left[size:]
+            yield self._timed(some, order, arrays)
 
-    def _try(self, places: list[int], order: Order, arrays: Arrays) -> Iterator[Stack]:
-        """The first round: stacks of several sizes, timed once warm, and the rest by the fastest.
+    def _next_size(self, left: int) -> int:
+        """How many sites the next stack takes: one of the sizes on trial, as far as there are sites for it, or the fastest."""
+        while self.trial and self.trial[0] > min(len(self.sites), self.most):
+            self.trial.pop(0)
+        if self.trial and (self.trial[0] <= left or not self.seconds):
+            return self.trial[0]
+        return min(self.seconds, key=lambda size: self.seconds[size]) if self.seconds else min(left, self.most)
+
+    def _timed(self, places: list[int], order: Order, arrays: Arrays) -> Stack:
+        """One stack; while sizes are tried, with a clock beside it.
 
         On a CPU it is the thread's own time that counts, so that what else runs there decides nothing.
         """
-        seconds: dict[int, float] = {}
-        sizes = SIZES.get(self.where.type, SIZES["cpu"])
+        if not self.trial or len(places) != self.trial[0]:
+            return self._stack_of(places, order, arrays)
         clock = time.thread_time if self.where.type == "cpu" else time.perf_counter
-        left = list(places)
-        for size in sizes:
-            for attempt in range(TRIES):
-                if len(left) < size:
-                    break
-                some, left = left[:size], left[size:]
-                began = clock()
-                done = self._stack_of(some, order, arrays)  # its changes are on the CPU: a GPU has finished too
-                if attempt:
-                    seconds[size] = min(seconds.get(size, math.inf), (clock() - began) / size)
-                yield done
-        self.size = min(seconds, key=lambda size: seconds[size]) if seconds else sizes[0]
-        for start in range(0, len(left), self.size):
-            yield self._stack_of(left[start : start + self.size], order, arrays)
+        began, size = clock(), len(places)
+        done = self._stack_of(places, order, arrays)  # its changes are on the CPU: a GPU has finished too
+        self.tries += 1
+        if self.tries > 1:
+            self.seconds[size] = min(self.seconds.get(size, math.inf), (clock() - began) / size)
+        if self.tries == TRIES:
+            self.trial.pop(0)
+            self.tries = 0
+            best = min(self.seconds, key=lambda one: self.seconds[one])
+            # where more were slower, still more will be, and likewise fewer
+            larger, smaller = (any(one > best for one in self.seconds), any(one < best for one in self.seconds))
+            self.trial = [one for one in self.trial if not (larger if one > best else smaller)]
+        return done
 
     def _stack_of(self, places: list[int], order: Order, arrays: Arrays) -> Stack:
         arrived = {name: torch.from_numpy(np.array(array)).to(self.where) for name, array in arrays.items()}
@@ -306,14 +320,25 @@ class Crew:
             return
         outputs, labels, there = self._outputs(role, places, models, lent)
         losses = self._losses(outputs, labels, places).sum(dim=0).cpu().numpy().astype(np.float64)  # (sites,)
+        outputs = {name: output.cpu() for name, output in outputs.items()}
+        columns = {name: column.cpu().numpy() for name, column in labels.items()}
+        own = there.tolist()
+        quick = {
+            name: task.scores(
+                outputs[name], columns[name], {key: one[places] for key, one in self.numbers[name].items()}
+            )
+            for name, task in self.tasks.items()
+        }
         better = []
         for at, place in enumerate(places):
             told[at].metrics["validation_loss" if who == "federated" else "local_validation_loss"] = float(losses[at])
-            rows = int(there[at])
-            for name in self.tasks:
-                task = self.sites[place].data.tasks[name]
-                column = labels[name][at, :rows].cpu().numpy()
-                value = task.score(task.predict(outputs[name][at, :rows]), column)
+            for name, task in self.sites[place].data.tasks.items():
+                scores = quick[name]
+                value = (
+                    task.score(task.predict(outputs[name][at, : own[at]]), columns[name][at, : own[at]])
+                    if scores is None
+                    else float(scores[at])
+                )
                 if value is not None and np.isfinite(value):
                     told[at].metrics[f"{name}.{who}"] = value
             if order.plan.keep == "best" and np.isfinite(losses[at]) and losses[at] < role.loss[place]:
@@ -382,6 +407,7 @@ class Crew:
                 weight_decay=plan.weight_decay, fused=True,
             ) if groups else None  # fmt: skip
             full = [group["lr"] for group in optimiser.param_groups] if optimiser else []
+            begun = step
             while step < last:
                 if plan.schedule == "cosine" and optimiser:
                     progress = (order.done + step / total) / order.rounds
@@ -399,7 +425,10 @@ class Crew:
                     optimiser.zero_grad(set_to_none=True)
                     each.sum().backward()  # type: ignore[no-untyped-call]
                     _clip(moving, plan.clip_norm)
-                    optimiser.step()
+                    if last - begun == 1:
+                        _only_step(optimiser)
+                    else:
+                        optimiser.step()
                 losses.append(each.sum(dim=0).detach())
                 step += 1
         for name, value in models.items():
@@ -436,6 +465,18 @@ def _clip(moving: list[Tensor], most: float) -> None:
     scale = (most / (norm + 1e-6)).clamp(max=1.0)
     for one in there:
         one.mul_(_over(scale, one))
+
+
+@torch.no_grad()
+def _only_step(optimiser: torch.optim.AdamW) -> None:
+    """The first step of AdamW where no second follows: its moments are the gradient itself, and nothing has to remember them."""
+    for group in optimiser.param_groups:
+        there = [one for one in group["params"] if one.grad is not None]
+        gradients = [one.grad for one in there]
+        size = torch._foreach_abs(gradients)
+        torch._foreach_add_(size, group["eps"])
+        torch._foreach_mul_(there, 1.0 - group["lr"] * group["weight_decay"])
+        torch._foreach_addcdiv_(there, gradients, size, -group["lr"])
 
 
 def _cosines(each: Tensor, embedded: Tensor, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from flwr.app import RecordDict
@@ -30,7 +31,7 @@ class Member:
     first: Arrays  # what it starts its lent stem and heads from; empty when only the trunk is lent
     once: Arrays = field(default_factory=Arrays)  # its scaler's statistics, for the release; never part of a round
 
-    @property
+    @cached_property
     def lends(self) -> tuple[str, ...]:
         """Names of the arrays that go to it and come back."""
         return tuple(spec.name for spec in self.contract.arrays)

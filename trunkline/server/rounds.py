@@ -233,12 +233,14 @@ class _Run:
         if together is None or not self.strategy.summable:
             return
         everybody, sizes = len(by_node), {name: array.nbytes for name, array in state.trunk.items()}
+        bytes_of: dict[tuple[str, ...], int] = {}  # most sites lend the same
         for part in together(self._order(round), state.trunk, list(by_node)):
             for node, metrics in part.metrics.items():
                 member = by_node.pop(node)
                 tally.sites.append(member.site)
                 tally.metrics[member.site] = metrics
-                size = sum(sizes[name] for name in member.lends)
+                if (size := bytes_of.get(member.lends)) is None:
+                    size = bytes_of[member.lends] = sum(sizes[name] for name in member.lends)
                 tally.bytes_down, tally.bytes_up = tally.bytes_down + size, tally.bytes_up + size
             for node, problem in part.problems.items():
                 site = by_node.pop(node).site

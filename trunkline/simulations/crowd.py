@@ -5,6 +5,7 @@ one order together. Their updates are checked and added where they are, in the e
 stays in memory until a checkpoint asks for it. Sites that fit no stack are left out of it and get their own message.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,8 @@ class Crowd:
             crew = Crew([site for _, site in members], order)
             self.crews.append(crew)
             self.crew_of |= {node: (crew, site.name) for node, site in members}
+        gc.collect()
+        gc.freeze()  # hundreds of sites are here for good: no need to look through them again at every collection
         return list(self.crew_of)
 
     def answer(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Part:

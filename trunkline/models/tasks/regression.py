@@ -96,6 +96,20 @@ class Regression(Task):
     def loss_numbers(self) -> dict[str, Tensor]:
         return {"mean": torch.tensor(self.mean), "std": torch.tensor(self.std)}
 
+    def scores(
+        self, outputs: Tensor, labels: NDArray[Any], numbers: Mapping[str, Tensor]
+    ) -> NDArray[np.float64] | None:
+        if self.primary != "rmse":
+            return None
+        mean, std = (numbers[name].cpu().numpy()[:, None] for name in ("mean", "std"))
+        values = self._capped(outputs[..., 0].float().cpu().numpy() * std + mean).astype(np.float64)
+        missing = np.isnan(labels)
+        square = np.where(missing, 0.0, np.square(values - self._capped(labels)))
+        count = (~missing).sum(axis=1)
+        mean_square = np.divide(square.sum(axis=1), count, out=np.full(len(count), np.nan), where=count > 0)
+        rmse: NDArray[np.float64] = np.sqrt(mean_square)
+        return rmse
+
     def predict(self, output: Tensor) -> NDArray[np.float32]:
         """(batch, 1) -> (batch,), in the label's unit and never above the cap."""
         values = output.detach()[:, 0].float().cpu().numpy() * self.std + self.mean

@@ -221,6 +221,16 @@ class Task(ABC):
         other.__dict__.update(numbers)
         return other
 
+    def scores(
+        self, outputs: Tensor, labels: NDArray[Any], numbers: Mapping[str, Tensor]
+    ) -> NDArray[np.float64] | None:
+        """`score` of many sites at once, NaN where it is None; None where there is no quicker way than one by one.
+
+        Shape:
+            outputs (sites, rows, outputs), labels (sites, rows, ...) with NaN where missing, numbers (sites, ...) -> (sites,).
+        """
+        return None
+
     settles: ClassVar[bool] = False  # whether `settle` wants the trained model's outputs on the training samples
 
     def settle(self, output: Tensor, labels: Labels) -> None:
