@@ -539,18 +539,14 @@ class RayGrid(LocalGrid):
             for seat in self._seats
         ]
 
-    def look_after(self, error: Exception) -> str | None:
-        """Start anew the workers that have died, and say which; None where none has."""
-        dead = []
+    def replace(self, actor: Any) -> str | None:
+        """Start a worker that has died anew, and say which it was; None where it is none of these."""
         for seat in list(self._seats):
-            try:
-                ray.get(seat.actor.hello.remote(), timeout=START_S)
-            except RayActorError:
-                dead.append(f"worker {seat.number} on Ray node {_name(seat.home)}")
+            if seat.actor is actor:
+                name = f"worker {seat.number} on Ray node {_name(seat.home)}"
                 self._bury(seat)
-            except RayError:
-                continue
-        return f"{' and '.join(dead)} died" if dead else None
+                return name
+        return None
 
     # ---- a run
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 
 from trunkline.errors import StateLost
 from trunkline.exchange import Arrays, Order
@@ -44,29 +44,26 @@ class Together:
         if not wanted() or self.losses.get((order.run, order.round), 0) >= LOSSES:
             self.actor_of = {}
             return
-        try:
-            if self.pass_of != (order.run, order.passed):
-                self._begin(order)
-            if not self.actor_of:
-                return
-            text, shared = order.model_dump_json(), ray.put(dict(arrays))
-            by_actor: dict[Any, list[int]] = {}
-            for node in nodes:
-                if node in self.actor_of:
-                    by_actor.setdefault(self.actor_of[node], []).append(node)
-            running = [
-                actor.crowd_answer.remote(text, shared, mine[start : start + AT_ONCE])
-                for actor, mine in by_actor.items()
-                for start in range(0, len(mine), AT_ONCE)
-            ]
-            self.dirty = self.dirty or bool(running)
-            while running:
-                ready, running = ray.wait(running, num_returns=1)
-                part: Part = ray.get(ready[0])
-                del ready
-                yield part
-        except RayError as error:
-            raise self._lost(order, error) from None
+        if self.pass_of != (order.run, order.passed):
+            self._begin(order)
+        if not self.actor_of:
+            return
+        text, shared = order.model_dump_json(), ray.put(dict(arrays))
+        by_actor: dict[Any, list[int]] = {}
+        for node in nodes:
+            if node in self.actor_of:
+                by_actor.setdefault(self.actor_of[node], []).append(node)
+        running = {
+            actor.crowd_answer.remote(text, shared, mine[start : start + AT_ONCE]): actor
+            for actor, mine in by_actor.items()
+            for start in range(0, len(mine), AT_ONCE)
+        }
+        self.dirty = self.dirty or bool(running)
+        while running:
+            (ready, *_), _ = ray.wait(list(running), num_returns=1)
+            part: Part = self._get(ready, running.pop(ready), order)
+            del ready
+            yield part
 
     def _begin(self, order: Order) -> None:
         self.flush()
@@ -74,8 +71,8 @@ class Together:
         text, waiting = order.model_dump_json(), []
         for actor, contexts in self.grid.homes():
             waiting.append((actor, actor.crowd_begin.remote(text, contexts)))
-        for actor, reference in waiting:
-            self.actor_of |= dict.fromkeys(ray.get(reference), actor)
+        found = [(actor, self._get(reference, actor, order)) for actor, reference in waiting]
+        self.actor_of = {node: actor for actor, nodes in found for node in nodes}
 
     def flush(self) -> None:
         """Every site's state into its vault.
@@ -85,20 +82,22 @@ class Together:
         """
         if not self.dirty:
             return
-        try:
-            ray.get([actor.crowd_flush.remote() for actor in set(self.actor_of.values())])
-        except RayError as error:
-            raise self._lost(None, error) from None
+        waiting = [(actor, actor.crowd_flush.remote()) for actor in dict.fromkeys(self.actor_of.values())]
+        for actor, reference in waiting:
+            self._get(reference, actor, None)
         self.dirty = False
 
-    def _lost(self, order: Order | None, error: Exception) -> Exception:
-        """What to raise: workers are started anew, and crews are made again from the vaults."""
-        if order is not None:
-            key = (order.run, order.round)
-            self.losses[key] = self.losses.get(key, 0) + 1
-        self.pass_of, self.actor_of, self.dirty = None, {}, False
-        cause = self.grid.look_after(error)
-        if cause is None:
-            return error
-        when = f"Round {order.round}: " if order else ""
-        return StateLost(f"{when}{cause}, most likely out of memory, with what its sites had learnt since.")
+    def _get(self, reference: Any, actor: Any, order: Order | None) -> Any:
+        """What a worker answered. One that died is started anew, and crews are made again from the vaults."""
+        try:
+            return ray.get(reference)
+        except RayActorError:
+            if order is not None:
+                key = (order.run, order.round)
+                self.losses[key] = self.losses.get(key, 0) + 1
+            self.pass_of, self.actor_of, self.dirty = None, {}, False
+            when = f"Round {order.round}: " if order else ""
+            who = self.grid.replace(actor) or "a worker"
+            raise StateLost(
+                f"{when}{who} died, most likely out of memory, with what its sites had learnt since."
+            ) from None
