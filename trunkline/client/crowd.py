@@ -643,17 +643,8 @@ class _Joined:
 
     @classmethod
     def of(cls, parts: Sequence[Resident]) -> _Joined:
-        rows = np.cumsum([0, *(len(part.values) for part in parts)])
-        joined = Resident(
-            values=torch.cat([part.values for part in parts]),
-            categorical=torch.cat([part.categorical for part in parts]),
-            first=torch.cat([part.first + int(offset) for part, offset in zip(parts, rows, strict=False)]),
-            ends=torch.cat([part.ends + int(offset) for part, offset in zip(parts, rows, strict=False)]),
-            window=parts[0].window,
-            labels={name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels},
-        )
         sizes = [len(part) for part in parts]
-        return cls(joined, np.cumsum([0, *sizes])[:-1], sizes)
+        return cls(Resident.joined(parts), np.cumsum([0, *sizes])[:-1], sizes)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(sites, batch) positions -> inputs (sites, batch, ...) and codes (sites, batch, k)."""

@@ -3,6 +3,7 @@
 Inputs of a site lie on the device once; a batch is an index into them, so a step copies nothing from the host.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,19 @@ class Resident:
                 task: torch.from_numpy(np.ascontiguousarray(column)).to(where)
                 for task, column in windows.labels.items()
             },
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Resident"]) -> "Resident":
+        """The samples of several sites, one site behind the other; no window reaches into another's rows."""
+        starts = [0, *itertools.accumulate(len(part.values) for part in parts)]
+        return cls(
+            values=torch.cat([part.values for part in parts]),
+            categorical=torch.cat([part.categorical for part in parts]),
+            first=torch.cat([part.first + start for part, start in zip(parts, starts, strict=False)]),
+            ends=torch.cat([part.ends + start for part, start in zip(parts, starts, strict=False)]),
+            window=parts[0].window,
+            labels={name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels},
         )
 
     def __len__(self) -> int:

@@ -79,7 +79,7 @@ def _one_pass(
     names = [site.name for site in sites]
     model = pooled[0].model(order)
     parts = [site.resident(site.rows(order)) for site in sites]
-    data, tasks = _concatenate(parts), pooled[0].data.tasks
+    data, tasks = Resident.joined(parts), pooled[0].data.tasks
     plan = alone(run.training)
     plan = plan.model_copy(
         update={"epochs": None, "steps": steps_of(plan, len(data)) * (1 if plan.epochs else len(sites))}
@@ -143,15 +143,3 @@ def _pooled_tasks(sites: Sequence[Site]) -> dict[str, Task]:
         )  # the classes; fit then replaces what is learnt from labels
         tasks[name].fit(np.concatenate([site.data.train.labels[name] for site in sites]))
     return tasks
-
-
-def _concatenate(parts: Sequence[Resident]) -> Resident:
-    offsets = np.cumsum([0] + [len(part.values) for part in parts])[:-1]
-    return Resident(
-        values=torch.cat([part.values for part in parts]),
-        categorical=torch.cat([part.categorical for part in parts]),
-        first=torch.cat([part.first + int(offset) for part, offset in zip(parts, offsets, strict=True)]),
-        ends=torch.cat([part.ends + int(offset) for part, offset in zip(parts, offsets, strict=True)]),
-        window=parts[0].window,
-        labels={name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels},
-    )
