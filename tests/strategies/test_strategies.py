@@ -107,7 +107,7 @@ def test_the_exact_sum_is_exact(numbers: list[float]) -> None:
     for number in numbers:
         total.add(np.asarray(np.float64(number)))
     exact = sum((Fraction(number) for number in numbers), Fraction(0))
-    assert abs(Fraction(float(total.value())) - exact) <= Fraction(len(numbers), 2**72) + abs(exact) / 2**51
+    assert abs(Fraction(float(total.value())) - exact) <= Fraction(len(numbers), 2**62) + abs(exact) / 2**51
 
 
 def test_the_exact_sum_carries_over_thousands_of_terms() -> None:

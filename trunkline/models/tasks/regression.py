@@ -128,9 +128,13 @@ class Regression(Task):
 
         truth = labels if self.config.cap is None else labels.clamp(max=self.config.cap)
         late = prediction - truth
+        # torchmetrics takes sums of squares below 1e-4 for nothing, whatever the unit: what it sees has a spread of one
+        middle, spread = truth.mean(), (truth - truth.mean()).abs().max()
         return {
             "rmse_uncapped": float(mean_squared_error(prediction, labels, squared=False)),
             "mae": float(mean_absolute_error(prediction, truth)),
-            "r2": float(r2_score(prediction, truth)) if truth.min() < truth.max() else None,
+            "r2": float(r2_score((prediction - middle) / spread, (truth - middle) / spread))
+            if truth.min() < truth.max()
+            else None,
             "nasa_score": float(torch.where(late < 0, torch.expm1(-late / 13.0), torch.expm1(late / 10.0)).sum()),
         }
