@@ -40,6 +40,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -394,17 +395,14 @@ def noop(job: dict[str, Any]) -> dict[str, Any]:
 
         from trunkline.simulations import engine as simulation
 
-        ray.init(  # as the grid itself would, but for the hook
-            num_cpus=job["workers"], include_dashboard=False, log_to_driver=False,
-            object_store_memory=getattr(simulation, "OBJECT_STORE", 256 * 2**20),
-            _system_config={"automatic_object_spilling_enabled": True},
-            runtime_env={"worker_process_setup_hook": "engine.use_noop"},
-        )  # fmt: skip
+        # the grid starts Ray as always, but for the hook
+        ray.init = partial(ray.init, runtime_env={"worker_process_setup_hook": "engine.use_noop"})
         grid = simulation.RayGrid(sites, sites, workers=job["workers"])
     trunk = {"trunk.w": np.zeros(job["answer"], np.float32)}
 
     def updates(round: int) -> Iterator[Update]:
-        requests = {node: lambda: to_records(trunk, "{}") for node in grid.get_node_ids()}
+        content = to_records(trunk, "{}")
+        requests = {node: lambda: content for node in grid.get_node_ids()}
         for answer in ask(grid, "train", requests, round=round, deadline_s=LIMIT_S, resend_s=LIMIT_S):
             if answer.content is None:
                 raise RuntimeError(f"node {answer.node}: {answer.failure}")
@@ -459,8 +457,6 @@ def pfl(job: dict[str, Any]) -> dict[str, Any]:
     """pfl-research's SimulatedBackend with the bare step; as its manual says one process a worker, joined by gloo."""
     if "RANK" not in os.environ:
         return _ranks(job)
-    from functools import partial
-
     import torch
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.algorithm.base import NNAlgorithmParams

@@ -95,7 +95,7 @@ logger = logging.getLogger(__name__)
 def to_records(arrays: Mapping[str, NDArray[Any]], header: str, metrics: Mapping[str, float] = {}) -> RecordDict:
     """Arrays, a JSON header and numbers as the one shape of message content that `open_records` takes.
 
-    Order of names, dtype, shape and bytes of the arrays survive the wire.
+    Order of names, dtype, shape and bytes of the arrays survive the wire. One content may be in many messages.
 
     Raises:
         ContractError: an array holds no plain numbers, or the header is longer than the other end would read.
@@ -176,7 +176,7 @@ def _open_array(name: str, wrapped: Array) -> NDArray[Any]:
         raise ContractError(f"{label} is serialised as {wrapped.stype[:64]!r}; expected 'numpy.ndarray'")
     start = 10 + int.from_bytes(wrapped.data[8:10], "little")  # magic, version and length of the header, then itself
     try:
-        shape, fortran, dtype = _read_npy_header(wrapped.data[:start])
+        shape, fortran, dtype = _read_npy_header(bytes(wrapped.data[:start]))  # kept by the cache, so not as a view
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise ContractError(f"{label} does not begin like a numpy array ({type(error).__name__})") from None
     if dtype.kind not in "biuf":

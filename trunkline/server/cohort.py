@@ -36,6 +36,11 @@ class Member:
         """Names of the arrays that go to it and come back."""
         return tuple(spec.name for spec in self.contract.arrays)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of its contract."""
+        return self.contract.digest()
+
 
 class Cohort:
     """The sites of one run, by name.

@@ -214,15 +214,25 @@ class _Run:
         self, serve: Callable[[str], Arrays], order: Order, by_node: dict[int, Member]
     ) -> tuple[dict[int, Order], dict[int, Callable[[], RecordDict]]]:
         """Each member's own order, and the maker of its message: of what it is served, the arrays it lends and nothing else."""
-        orders = {
-            node: order.model_copy(update={"contract": member.contract.digest()}) for node, member in by_node.items()
-        }
+        by_contract: dict[str, Order] = {}  # most sites have the same one
+        orders = {}
+        for node, member in by_node.items():
+            if member.digest not in by_contract:
+                by_contract[member.digest] = order.model_copy(update={"contract": member.digest})
+            orders[node] = by_contract[member.digest]
+        last: tuple[Arrays, Order, RecordDict] | None = None
 
-        def content(node: int) -> Callable[[], RecordDict]:
+        def content(node: int) -> RecordDict:
+            """The very object of the message before, where the site gets the same: nobody changes it."""
+            nonlocal last
             member = by_node[node]
-            return lambda: to_records(serve(member.site).only(member.lends), orders[node].model_dump_json())
+            served = serve(member.site)
+            if last is None or last[0] is not served or last[1] is not orders[node]:
+                text = orders[node].model_dump_json()
+                last = served, orders[node], to_records(served.only(member.lends), text)
+            return last[2]
 
-        return orders, {node: content(node) for node in by_node}
+        return orders, {node: partial(content, node) for node in by_node}
 
     def _summed(self, state: State, round: int, by_node: dict[int, Member], tally: _Tally) -> Iterator[Streamed]:
         """The updates of sites that a grid trains many at once, added up where they were made; they leave `by_node`.

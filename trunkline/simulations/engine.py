@@ -39,7 +39,8 @@ OBJECT_STORE = 256 * 1024 * 1024  # bytes; a round's trunk and the replies in fl
 AHEAD = 32 * 1024 * 1024  # bytes of replies a worker may have made, or be making, that the driver has not fetched
 GROUPS = 2  # outstanding a worker: one it works on, and one so that it need not wait for the driver
 GROUP_MOST = 48  # messages; what a call of Ray costs is hardly seen at that
-GROUP_FIRST = 8  # messages that an idle worker is sent while others are still being made
+GROUP_FIRST = 16  # messages that an idle worker gets, so that it begins while the others are still being made
+GROUP_LEAST = 32  # in the groups after it, as long as there are so many
 GROUP_S = 0.25  # s of work in a group, so that progress is seen and there is something left to hand to an idle worker
 UNSENT = 64 * 1024 * 1024  # bytes of messages that no worker has taken yet, beyond which the grid asks for no more
 JOIN_S = 15.0  # s to reach a cluster
@@ -108,7 +109,8 @@ class Worker:
         replies = []
         for node, metadata, rest, arrays in parcels:
             began = time.perf_counter()
-            content = unpack(rest, self.shared[arrays] if isinstance(arrays, int) else arrays)
+            own = self.shared[arrays] if isinstance(arrays, int) else [bytes(buffer) for buffer in arrays]
+            content = unpack(rest, own)
             reply = self.desk.answer(message_of(pickle.loads(metadata), content), self.contexts[node])
             replies.append((*pack(reply), time.perf_counter() - began))
         return replies
@@ -398,12 +400,11 @@ class RayGrid(LocalGrid):
         return self._unsent < UNSENT
 
     def _dispatch(self, message: Message, context: Context) -> None:
-        rest, buffers = pack(message.content)
+        rest, arrays, new = self._sharing.packed(message.content)
         metadata = message.metadata
-        shared, new = self._sharing.find(buffers)
         job = _Job(
             metadata.message_id, context.node_id, metadata.message_type, metadata.group_id, pickle.dumps(metadata, 5), rest,
-            shared or buffers, first=new or shared is None,
+            arrays, first=new,
         )  # fmt: skip
         known = self._open.get(job.node)
         if known is not None and known.same(job):  # still waiting for its turn, so it need not be done twice
@@ -412,14 +413,20 @@ class RayGrid(LocalGrid):
         self._open[job.node] = job
         self._enqueue(job)
         seat = self._owner[job.node]
-        if len(seat.queue) >= (GROUP_MOST if seat.out else GROUP_FIRST):
+        if len(seat.queue) >= GROUP_FIRST:
             self._send(seat)
 
     def _take(self, seat: _Seat) -> list[_Job]:
         """The next group: as many messages as keep its replies, and the wait for them, small."""
         group: list[_Job] = []
         nbytes, seconds = 0, 0.0
-        while seat.queue and len(group) < GROUP_MOST:
+        most = GROUP_FIRST
+        if seat.out:
+            # smaller where there are fewer in all: while the last replies are looked at here, nobody works there
+            most = min(GROUP_MOST, max(GROUP_LEAST, len(self._open) // (2 * len(self._seats))))
+        if len(seat.queue) < most + GROUP_FIRST:
+            most = len(seat.queue)  # rather than a small one more
+        while seat.queue and len(group) < most:
             job = seat.queue[0][2]
             typical = self._typical.get(job.kind)
             if group and typical is None:

@@ -2,11 +2,12 @@
 
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, RecordDict
 from numpy.typing import NDArray
 
 Buffer = NDArray[np.uint8]
@@ -23,7 +24,9 @@ class _Pickler(pickle.Pickler):
 
 
 def _array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
-    return Array(dtype, shape, stype, data if type(data) is bytes else bytes(data))
+    made = Array(dtype, shape, stype, b"")
+    made.data = data  # Flower's constructor would take nothing but `bytes`
+    return made
 
 
 def pack(one: object) -> tuple[bytes, list[Buffer]]:
@@ -35,8 +38,8 @@ def pack(one: object) -> tuple[bytes, list[Buffer]]:
 
 
 def unpack(rest: bytes, buffers: Sequence[Any]) -> Any:
-    """What was packed. Buffers that are `bytes` are taken as they are; of others a copy is made."""
-    return pickle.loads(rest, buffers=buffers)
+    """What was packed; its arrays are views of `buffers` and keep them where they are, as in the object store."""
+    return pickle.loads(rest, buffers=[one if isinstance(one, bytes) else memoryview(one) for one in buffers])
 
 
 class Shared:
@@ -75,6 +78,18 @@ class Sharing:
         self._put = put
         self._known: list[Shared] = []
         self._made = 0
+        self._last: tuple[weakref.ref[RecordDict], bytes, Shared] | None = None
+
+    def packed(self, content: RecordDict) -> tuple[bytes, list[Buffer] | Shared, bool]:
+        """`content` as it travels: all but its arrays, and these or what is shared of them; whether they are new here."""
+        if self._last is not None and self._last[0]() is content:  # nobody changes what is in a message
+            return self._last[1], self._last[2], False
+        rest, buffers = pack(content)
+        shared, new = self.find(buffers)
+        if shared is None:
+            return rest, buffers, True
+        self._last = weakref.ref(content), rest, shared
+        return rest, shared, new
 
     def find(self, buffers: list[Buffer]) -> tuple[Shared | None, bool]:
         """The stored content that equals `buffers`, and whether it is new; None where they are few bytes."""

@@ -1,6 +1,7 @@
 """What an algorithm is: a plan for the sites, a way to combine their updates, and a step of the shared arrays."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -84,7 +85,8 @@ class Strategy(Protocol):
         ...
 
 
-AT_ONCE = 1 << 16  # numbers that are split at a time: half a megabyte, which a core's own cache holds
+AT_ONCE = 1 << 15  # numbers that are split at a time: with all that is made of them, a megabyte of a core's own cache
+SHORT = 4096  # numbers of a row; several of fewer are split at a time, because a call costs more than they do
 
 
 class ExactSum:
@@ -103,90 +105,108 @@ class ExactSum:
     COARSE = 10
     FINE = 52
     CARRY_EVERY = 1024  # terms: each adds at most 2^51 to `fine`, which holds 2^63
+    # A number of float64 in [2^52, 2^53) units has its integer in its own bits. So a term plus 1.5 * 2^52 units is that
+    # term, rounded to whole units, in bits that add as int64; what the 1.5 * 2^52 itself adds to them is taken out by `_carry`
+    WHOLE = np.float64(1.5 * 2.0 ** (52 - COARSE))
+    REST = np.float64(1.5 * 2.0 ** (52 - COARSE - FINE))
+    LIMIT = 2.0 ** (51 - COARSE)  # of one term that can be split so
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.coarse: NDArray[np.int64] = np.zeros(shape, np.int64)
         self.fine: NDArray[np.int64] = np.zeros(shape, np.int64)
-        self._since = 0
+        self._since = 0  # terms since `_carry`
         self._reach = 0.0  # no number of the sum is beyond it
 
-    def add(self, term: NDArray[np.float64]) -> None:
-        self._reaches(float(max(term.max(), -term.min())) if term.size else 0.0)
-        # asarray: a number without dimensions would come back as a scalar, which nothing can be written into
-        rest = np.asarray(np.multiply(term, 2.0**self.COARSE))
-        whole = np.asarray(np.rint(rest))
-        np.subtract(rest, whole, out=rest)  # exact: the two are within a factor of two, or `whole` is 0
-        self.coarse += whole.astype(np.int64)
-        np.multiply(rest, 2.0**self.FINE, out=rest)
-        np.rint(rest, out=rest)
-        self.fine += rest.astype(np.int64)
-        self._since += 1
-        if self._since == self.CARRY_EVERY:
-            self._carry()
+    def add(self, term: NDArray[np.floating[Any]], weight: float = 1.0) -> None:
+        """Add `weight` times `term`; the product is rounded once, in float64."""
+        row = np.asarray(term).reshape(1, -1)
+        if not row.size:
+            return
+        largest = float(max(row.max(), -row.min())) * abs(weight)
+        self._reaches(largest)
+        weights = np.array([weight], np.float64)
+        if largest < self.LIMIT:
+            self._add_split(row, weights)
+        else:
+            self._add_large(row, weights)
 
     def add_rows(
-        self, rows: NDArray[np.float32], weights: NDArray[np.float64], largest: NDArray[np.float32] | None = None
+        self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64], largest: NDArray[np.float32] | None = None
     ) -> None:
         """Add each of `rows` times its weight: the same bits as one `add` a row.
 
         Shape:
             (n, ...) and (n,); `largest`, where it is known already, (n,) as `largest_of` gives it.
         """
+        if not rows.size:
+            return None
         flat = rows.reshape(len(rows), -1)
-        terms = (largest_of(rows) if largest is None else largest).astype(np.float64) * weights
+        terms = (largest_of(rows) if largest is None else largest).astype(np.float64) * np.abs(weights)
         self._reaches(float(terms.sum()))
-        few = min(self.CARRY_EVERY, max(1, AT_ONCE // max(flat.shape[1], 1)))
-        at_most = float(terms.max(initial=0.0))
+        at_most = float(terms.max())
+        if at_most >= self.LIMIT:
+            return self._add_large(flat, weights)
         small = at_most < 0.5  # so that several rows fit into the fine part, and nothing has to be split
-        step = max(1, min(few, int(1.9 / at_most))) if small and at_most > 0.0 else few
+        step = self.CARRY_EVERY
+        if small and at_most > 0.0:
+            step = min(step, int(1.9 / at_most))
+        if small and min(step, len(flat)) > 1:
+            for start in range(0, len(flat), step):
+                self._add_small(flat[start : start + step], weights[start : start + step])
+            return None
         for start in range(0, len(flat), step):
-            some = slice(start, start + step)
-            if small:
-                self._add_small(flat[some], weights[some])
-            else:
-                self._add_rows(flat[some], weights[some])
+            self._add_split(flat[start : start + step], weights[start : start + step])
+        return None
 
-    def _add_small(self, rows: NDArray[np.float32], weights: NDArray[np.float64]) -> None:
-        """Rows whose largest terms come to less than 1.9 together: an int64 holds 2.0 in fine units, and 2^-10 of it are taken."""
-        fine = np.multiply(rows, (weights * 2.0 ** (self.COARSE + self.FINE))[:, None], dtype=np.float64)
-        np.rint(fine, out=fine)
-        if self._since:
+    def _add_split(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64]) -> None:
+        if self._since + len(rows) > self.CARRY_EVERY:
             self._carry()
-        self.fine += fine.astype(np.int64).sum(axis=0).reshape(self.fine.shape)
-        self._carry()
-
-    def _add_rows(self, rows: NDArray[np.float32], weights: NDArray[np.float64]) -> None:
-        rest = np.multiply(rows, (weights * 2.0**self.COARSE)[:, None], dtype=np.float64)
-        whole = np.rint(rest)
-        np.subtract(rest, whole, out=rest)
-        # whole numbers below 2^53 add exactly in float64, which is quicker than to make integers of each
-        exact = self._reach * 2.0**self.COARSE < 2.0**53
-        coarse = whole.sum(axis=0).astype(np.int64) if exact else whole.astype(np.int64).sum(axis=0)
-        np.multiply(rest, 2.0**self.FINE, out=rest)
-        np.rint(rest, out=rest)
         self._since += len(rows)
-        if self._since >= self.CARRY_EVERY:
-            self._carry()
-        self.coarse += coarse.reshape(self.coarse.shape)
-        self.fine += rest.astype(np.int64).sum(axis=0).reshape(self.fine.shape)
+        coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
+        wide = min(rows.shape[1], AT_ONCE)
+        few = max(1, AT_ONCE // wide) if wide < SHORT else 1  # whole rows one by one, unless they are short
+        rests, wholes = np.empty(few * wide), np.empty(few * wide)  # written again and again: they stay in the cache
+        for some, here in _blocks(rows, few, wide):
+            part = rows[some, here]
+            rest, whole = (one[: part.size].reshape(part.shape) for one in (rests, wholes))
+            np.copyto(rest, part)
+            rest *= weights[some, None] if len(part) > 1 else weights[some][0]
+            np.add(rest, self.WHOLE, out=whole)
+            coarse[here] += _total(whole.view(np.int64))
+            whole -= self.WHOLE
+            rest -= whole  # exact: the two are within a factor of two, or `whole` is 0
+            rest += self.REST
+            fine[here] += _total(rest.view(np.int64))
 
-    def add_all(self, terms: NDArray[np.float64]) -> None:
-        """Add each of (n,) terms to a sum of one number: the same bits as one `add` a term."""
-        self._reaches(float(np.abs(terms).sum()))
-        rest = terms * 2.0**self.COARSE
-        whole = np.rint(rest)
+    def _add_small(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64]) -> None:
+        """Rows whose largest terms come to less than 1.9 together: an int64 holds 2.0 in fine units, and 2^-10 of it are taken."""
         self._carry()
-        self.coarse += whole.astype(np.int64).sum()
-        self.fine += np.rint((rest - whole) * 2.0**self.FINE).astype(np.int64).sum()
+        flat, units = self.fine.reshape(-1), weights * 2.0 ** (self.COARSE + self.FINE)
+        wide = min(rows.shape[1], AT_ONCE)
+        for some, here in _blocks(rows, max(1, AT_ONCE // wide), wide):
+            fine = np.multiply(rows[some, here], units[some, None], dtype=np.float64)
+            np.rint(fine, out=fine)
+            flat[here] += _total(fine.astype(np.int64))
         self._carry()
+
+    def _add_large(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64]) -> None:
+        """Terms that leave no bit for a fraction of the unit: with integers made one by one, which is slower."""
+        self._carry()
+        for row, weight in zip(rows, weights, strict=True):
+            rest = np.multiply(row, weight * 2.0**self.COARSE, dtype=np.float64)
+            whole = np.rint(rest)
+            self.coarse += whole.astype(np.int64).reshape(self.coarse.shape)
+            self.fine += np.rint((rest - whole) * 2.0**self.FINE).astype(np.int64).reshape(self.fine.shape)
+            self._carry()
 
     def merge(self, other: "ExactSum") -> None:
         """Add what another sum holds: the same bits as if its terms had been added here."""
         self._reaches(other._reach)
         self._carry()
-        carry = other.fine >> self.FINE  # what came from another process may be read-only
-        self.coarse += other.coarse + carry
-        self.fine += other.fine - (carry << self.FINE)
+        coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
+        for here, units, rest in other._counted():
+            coarse[here] += units
+            fine[here] += rest
         self._carry()
 
     def _reaches(self, largest: float) -> None:
@@ -194,16 +214,70 @@ class ExactSum:
             raise ContractError("a term of the sum is not finite, or the terms together are beyond 2^52")
         self._reach += largest
 
+    def _counted(self) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.int64]]]:
+        """Some places at a time, their units of both parts: of one value always the same, however it was reached.
+
+        The fine ones are in [0, 2^52). Nothing is changed: what came from another process may be read-only.
+        """
+        whole, rest = (
+            np.uint64(self._since * int(one.view(np.int64)) % 2**64).astype(np.int64) for one in (self.WHOLE, self.REST)
+        )
+        coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
+        for start in range(0, len(fine), AT_ONCE):
+            here = slice(start, start + AT_ONCE)
+            units = fine[here] - rest
+            carry = units >> self.FINE
+            yield here, coarse[here] - whole + carry, units - (carry << self.FINE)
+
     def _carry(self) -> None:
-        """Bring `fine` into [0, 2^52): one bit pattern for one value, however it was reached."""
-        carry = self.fine >> self.FINE
-        self.fine -= carry << self.FINE
-        self.coarse += carry
+        coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
+        for here, units, rest in self._counted():
+            coarse[here], fine[here] = units, rest
         self._since = 0
 
     def value(self) -> NDArray[np.float64]:
-        self._carry()
-        return np.asarray((self.coarse + self.fine * 2.0**-self.FINE) * 2.0**-self.COARSE, dtype=np.float64)
+        return self.over(1.0, np.dtype(np.float64))
+
+    def over(self, divisor: float, dtype: "np.dtype[Any]") -> NDArray[Any]:
+        """The sum divided by `divisor` in float64, as `dtype`, with no copy of it in between."""
+        found = np.empty(self.fine.shape, dtype)
+        flat = found.reshape(-1)
+        for here, units, rest in self._counted():
+            flat[here] = (units + rest * 2.0**-self.FINE) * 2.0**-self.COARSE / divisor
+        return found
+
+
+class ExactNumber:
+    """An ExactSum of single numbers, in the same bits: Python's integers count the units."""
+
+    BITS = ExactSum.COARSE + ExactSum.FINE
+
+    def __init__(self) -> None:
+        self.units = 0
+
+    def add(self, number: float) -> None:
+        if not abs(number) < 2.0**52:
+            raise ContractError(f"a term of the sum is {number}; expected a number below 2^52")
+        self.units += round(math.ldexp(number, self.BITS))
+
+    def merge(self, other: "ExactNumber") -> None:
+        self.units += other.units
+
+    def value(self) -> float:
+        return self.units / (1 << self.BITS)
+
+
+def _blocks(rows: NDArray[np.floating[Any]], few: int, wide: int) -> Iterator[tuple[slice, slice]]:
+    """Which rows and which of their numbers are taken at a time."""
+    for place in range(0, rows.shape[1], wide):
+        for start in range(0, len(rows), few):
+            yield slice(start, start + few), slice(place, place + wide)
+
+
+def _total(units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n, k) -> (k,)."""
+    total: NDArray[np.int64] = units[0] if len(units) == 1 else units.sum(axis=0)
+    return total
 
 
 def largest_of(rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -218,24 +292,23 @@ class Streamed:
 
     def __init__(self) -> None:
         self.run, self.round = "", 0
-        self.total = ExactSum(())
+        self.total = ExactNumber()
         self.dtypes: dict[str, np.dtype[np.generic]] = {}
         self.sums: dict[str, ExactSum] = {}
-        self.weights: dict[str, ExactSum] = {}
-        self.metrics: dict[str, ExactSum] = {}
-        self.metric_weights: dict[str, ExactSum] = {}
+        self.weights: dict[str, ExactNumber] = {}
+        self.metrics: dict[str, ExactNumber] = {}
+        self.metric_weights: dict[str, ExactNumber] = {}
 
     def add(self, update: Update) -> None:
         self.run, self.round = update.run, update.round
-        weight = np.float64(update.weight)
-        self.total.add(np.asarray(weight))
+        weight = float(update.weight)
+        self.total.add(weight)
         for name, array in update.delta.items():
-            self.dtypes.setdefault(name, array.dtype)
-            self.sums.setdefault(name, ExactSum(array.shape)).add(array.astype(np.float64) * weight)
-            self.weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
+            self._sum_of(name, array.shape, array.dtype).add(array, weight)
+            self.weights.setdefault(name, ExactNumber()).add(weight)
         for name, number in update.metrics.items():
-            self.metrics.setdefault(name, ExactSum(())).add(np.asarray(np.float64(number) * weight))
-            self.metric_weights.setdefault(name, ExactSum(())).add(np.asarray(weight))
+            self.metrics.setdefault(name, ExactNumber()).add(number * weight)
+            self.metric_weights.setdefault(name, ExactNumber()).add(weight)
 
     def add_stack(
         self, run: str, round: int, changes: Mapping[str, NDArray[np.float32]], weights: NDArray[np.float64],
@@ -248,35 +321,34 @@ class Streamed:
             largest: lent name -> (sites,) as `largest_of` gives it, where that is known.
         """
         self.run, self.round = run, round
-        one = np.ones((len(weights), 1), np.float32)
-        total = ExactSum(())
-        total.add_rows(one, weights)
+        total = ExactNumber()
+        for weight in weights.tolist():
+            total.add(weight)
         self.total.merge(total)
         for name, rows in changes.items():
-            self.dtypes.setdefault(name, rows.dtype)
-            self.sums.setdefault(name, ExactSum(rows.shape[1:])).add_rows(
-                rows, weights, largest[name] if largest else None
-            )
-            self.weights.setdefault(name, ExactSum(())).merge(total)
-        for name in sorted({name for told in metrics for name in told}):
-            there = [place for place, told in enumerate(metrics) if name in told]
-            numbers = np.array([metrics[place][name] for place in there])
-            behind = weights[there]
-            self.metrics.setdefault(name, ExactSum(())).add_all(numbers * behind)
-            self.metric_weights.setdefault(name, ExactSum(())).add_all(behind)
+            self._sum_of(name, rows.shape[1:], rows.dtype).add_rows(rows, weights, largest[name] if largest else None)
+            self.weights.setdefault(name, ExactNumber()).merge(total)
+        for told, weight in zip(metrics, weights.tolist(), strict=True):
+            for name, number in told.items():
+                self.metrics.setdefault(name, ExactNumber()).add(number * weight)
+                self.metric_weights.setdefault(name, ExactNumber()).add(weight)
 
     def merge(self, other: "Streamed") -> None:
         """Add what another sum of the same round holds, in the same bits as if its updates had been added here."""
         self.run, self.round = other.run or self.run, other.round or self.round
         self.total.merge(other.total)
-        for name, dtype in other.dtypes.items():
-            self.dtypes.setdefault(name, dtype)
+        for name, sum_ in other.sums.items():
+            self._sum_of(name, sum_.coarse.shape, other.dtypes[name]).merge(sum_)
         for mine, theirs in (
-            (self.sums, other.sums), (self.weights, other.weights), (self.metrics, other.metrics),
-            (self.metric_weights, other.metric_weights),
+            (self.weights, other.weights), (self.metrics, other.metrics), (self.metric_weights, other.metric_weights),
         ):  # fmt: skip
             for name, total in theirs.items():
-                mine.setdefault(name, ExactSum(total.coarse.shape)).merge(total)
+                mine.setdefault(name, ExactNumber()).merge(total)
+
+    def _sum_of(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ExactSum:
+        if name not in self.sums:
+            self.sums[name], self.dtypes[name] = ExactSum(shape), dtype
+        return self.sums[name]
 
     def value(self) -> Update:
         """The mean so far, as `weighted_mean` says."""
@@ -287,12 +359,10 @@ class Streamed:
             run=self.run,
             round=self.round,
             # sorted: which site answered first must not decide the order of the names
-            delta=Arrays(
-                {name: (sums[name].value() / weights[name].value()).astype(self.dtypes[name]) for name in sorted(sums)}
-            ),
-            weight=float(self.total.value()),
-            metrics={name: float(metrics[name].value() / metric_weights[name].value()) for name in sorted(metrics)},
-            weights={name: float(weights[name].value()) for name in sorted(sums)},
+            delta=Arrays({name: sums[name].over(weights[name].value(), self.dtypes[name]) for name in sorted(sums)}),
+            weight=self.total.value(),
+            metrics={name: metrics[name].value() / metric_weights[name].value() for name in sorted(metrics)},
+            weights={name: weights[name].value() for name in sorted(sums)},
         )
 
 
@@ -319,9 +389,11 @@ def weighted_mean(updates: "Iterable[Update | Streamed]") -> Update:
 def by_site(updates: Iterable[Update]) -> list[Update]:
     """All updates of a round at once, by name of site, so that the order of arrival decides nothing.
 
-    Only rules that compare sites with each other need this. Memory grows with the sites: one trunk each.
+    Only rules that compare sites with each other need this. Memory grows with the sites: one trunk each, in copies,
+    because what arrives may be a view of what a transport has little room for.
     """
-    return sorted(updates, key=lambda one: one.site)
+    kept = [replace(one, delta=Arrays({name: array.copy() for name, array in one.delta.items()})) for one in updates]
+    return sorted(kept, key=lambda one: one.site)
 
 
 def on_equal_terms(updates: Sequence[Update], delta: Mapping[str, NDArray[np.floating[Any]]]) -> Update:
