@@ -92,43 +92,35 @@ SHORT = 4096  # numbers of a row; several of fewer are split at a time, because 
 class ExactSum:
     """A sum of arrays that does not depend on the order of its terms, in memory that does not grow with them.
 
-    Each term is split into an integer part in units of 2^-10 and a remainder in units of 2^-62, both int64; integers
-    add without rounding, so any order (and any grouping) gives the same bits. The idea is that of reproducible
-    summation in fixed bins (Demmel and Nguyen 2015, doi:10.1109/TC.2014.2345391); two bins do here because admitted
-    updates are bounded.
+    Each term is split into a whole number and a remainder in units of 2^-52, both int64; integers add without rounding,
+    so any order (and any grouping) gives the same bits. The idea is that of reproducible summation in fixed bins (Demmel
+    and Nguyen 2015, doi:10.1109/TC.2014.2345391); two bins do here because admitted updates are bounded.
 
     Raises:
-        ContractError: a term is not finite, or the largest numbers of all terms together reach 2^52, near which the
-            integer part could overflow; what intake admits stays below it up to some 4 million sites at their bounds.
+        ContractError: a term is not finite, or the largest numbers of all terms together reach 2^51, beyond which a whole
+            number does not fit; what intake admits stays below it up to some 2 million sites at their bounds.
     """
 
-    COARSE = 10
     FINE = 52
     CARRY_EVERY = 1024  # terms: each adds at most 2^51 to `fine`, which holds 2^63
-    # A number of float64 in [2^52, 2^53) units has its integer in its own bits. So a term plus 1.5 * 2^52 units is that
-    # term, rounded to whole units, in bits that add as int64; what the 1.5 * 2^52 itself adds to them is taken out by `_carry`
-    WHOLE = np.float64(1.5 * 2.0 ** (52 - COARSE))
-    REST = np.float64(1.5 * 2.0 ** (52 - COARSE - FINE))
-    LIMIT = 2.0 ** (51 - COARSE)  # of one term that can be split so
+    # A float64 in [2^52, 2^53) units has its integer in its own bits. So a term plus 1.5 * 2^52 units is that term, rounded
+    # to whole units, in bits that add as int64; what the 1.5 * 2^52 itself brings along is taken out by `_counted`
+    WHOLE, REST = np.float64(1.5 * 2.0**52), np.float64(1.5)
+    LIMIT = 2.0**51
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.coarse: NDArray[np.int64] = np.zeros(shape, np.int64)
         self.fine: NDArray[np.int64] = np.zeros(shape, np.int64)
-        self._since = 0  # terms since `_carry`
+        self._wholes, self._rests = 0, 0  # terms that `coarse` and `fine` hold with WHOLE and REST in them
         self._reach = 0.0  # no number of the sum is beyond it
 
     def add(self, term: NDArray[np.floating[Any]], weight: float = 1.0) -> None:
         """Add `weight` times `term`; the product is rounded once, in float64."""
         row = np.asarray(term).reshape(1, -1)
-        if not row.size:
-            return
-        largest = float(max(row.max(), -row.min())) * abs(weight)
-        self._reaches(largest)
-        weights = np.array([weight], np.float64)
-        if largest < self.LIMIT:
-            self._add_split(row, weights)
-        else:
-            self._add_large(row, weights)
+        if row.size:
+            largest = float(max(row.max(), -row.min())) * abs(weight)
+            self._reaches(largest)
+            self._split(row, np.array([weight], np.float64), largest)
 
     def add_rows(
         self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64], largest: NDArray[np.float32] | None = None
@@ -139,65 +131,39 @@ class ExactSum:
             (n, ...) and (n,); `largest`, where it is known already, (n,) as `largest_of` gives it.
         """
         if not rows.size:
-            return None
+            return
         flat = rows.reshape(len(rows), -1)
         terms = (largest_of(rows) if largest is None else largest).astype(np.float64) * np.abs(weights)
         self._reaches(float(terms.sum()))
-        at_most = float(terms.max())
-        if at_most >= self.LIMIT:
-            return self._add_large(flat, weights)
-        small = at_most < 0.5  # so that several rows fit into the fine part, and nothing has to be split
-        step = self.CARRY_EVERY
-        if small and at_most > 0.0:
-            step = min(step, int(1.9 / at_most))
-        if small and min(step, len(flat)) > 1:
-            for start in range(0, len(flat), step):
-                self._add_small(flat[start : start + step], weights[start : start + step])
-            return None
-        for start in range(0, len(flat), step):
-            self._add_split(flat[start : start + step], weights[start : start + step])
-        return None
+        for start in range(0, len(flat), self.CARRY_EVERY):
+            some = slice(start, start + self.CARRY_EVERY)
+            self._split(flat[some], weights[some], float(terms.max()))
 
-    def _add_split(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64]) -> None:
-        if self._since + len(rows) > self.CARRY_EVERY:
+    def _split(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64], largest: float) -> None:
+        """Add at most CARRY_EVERY rows, (n, k); no product with its weight is beyond `largest`."""
+        if self._rests + len(rows) > self.CARRY_EVERY:
             self._carry()
-        self._since += len(rows)
+        whole_too = not largest < 0.499  # less is all remainder, whichever way its product was rounded
+        self._rests += len(rows)
+        self._wholes += len(rows) if whole_too else 0
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
         wide = min(rows.shape[1], AT_ONCE)
         few = max(1, AT_ONCE // wide) if wide < SHORT else 1  # whole rows one by one, unless they are short
         rests, wholes = np.empty(few * wide), np.empty(few * wide)  # written again and again: they stay in the cache
-        for some, here in _blocks(rows, few, wide):
-            part = rows[some, here]
-            rest, whole = (one[: part.size].reshape(part.shape) for one in (rests, wholes))
-            np.copyto(rest, part)
-            rest *= weights[some, None] if len(part) > 1 else weights[some][0]
-            np.add(rest, self.WHOLE, out=whole)
-            coarse[here] += _total(whole.view(np.int64))
-            whole -= self.WHOLE
-            rest -= whole  # exact: the two are within a factor of two, or `whole` is 0
-            rest += self.REST
-            fine[here] += _total(rest.view(np.int64))
-
-    def _add_small(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64]) -> None:
-        """Rows whose largest terms come to less than 1.9 together: an int64 holds 2.0 in fine units, and 2^-10 of it are taken."""
-        self._carry()
-        flat, units = self.fine.reshape(-1), weights * 2.0 ** (self.COARSE + self.FINE)
-        wide = min(rows.shape[1], AT_ONCE)
-        for some, here in _blocks(rows, max(1, AT_ONCE // wide), wide):
-            fine = np.multiply(rows[some, here], units[some, None], dtype=np.float64)
-            np.rint(fine, out=fine)
-            flat[here] += _total(fine.astype(np.int64))
-        self._carry()
-
-    def _add_large(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64]) -> None:
-        """Terms that leave no bit for a fraction of the unit: with integers made one by one, which is slower."""
-        self._carry()
-        for row, weight in zip(rows, weights, strict=True):
-            rest = np.multiply(row, weight * 2.0**self.COARSE, dtype=np.float64)
-            whole = np.rint(rest)
-            self.coarse += whole.astype(np.int64).reshape(self.coarse.shape)
-            self.fine += np.rint((rest - whole) * 2.0**self.FINE).astype(np.int64).reshape(self.fine.shape)
-            self._carry()
+        for place in range(0, rows.shape[1], wide):
+            here = slice(place, place + wide)
+            for start in range(0, len(rows), few):
+                part = rows[start : start + few, here]
+                rest, whole = (one[: part.size].reshape(part.shape) for one in (rests, wholes))
+                np.copyto(rest, part)
+                rest *= weights[start : start + few, None] if len(part) > 1 else weights[start]
+                if whole_too:
+                    np.add(rest, self.WHOLE, out=whole)
+                    coarse[here] += _total(whole.view(np.int64))
+                    whole -= self.WHOLE
+                    rest -= whole  # exact: the two are within a factor of two, or `whole` is 0
+                rest += self.REST
+                fine[here] += _total(rest.view(np.int64))
 
     def merge(self, other: "ExactSum") -> None:
         """Add what another sum holds: the same bits as if its terms had been added here."""
@@ -210,18 +176,16 @@ class ExactSum:
         self._carry()
 
     def _reaches(self, largest: float) -> None:
-        if not self._reach + largest < 2.0**52:  # also for NaN, which both ends of an array that holds it are
-            raise ContractError("a term of the sum is not finite, or the terms together are beyond 2^52")
+        if not self._reach + largest < self.LIMIT:  # also for NaN, which both ends of an array that holds it are
+            raise ContractError("a term of the sum is not finite, or the terms together are beyond 2^51")
         self._reach += largest
 
     def _counted(self) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.int64]]]:
-        """Some places at a time, their units of both parts: of one value always the same, however it was reached.
+        """Some places at a time, their whole numbers and units of 2^-52: of one value always the same, however it was reached.
 
-        The fine ones are in [0, 2^52). Nothing is changed: what came from another process may be read-only.
+        The units are in [0, 2^52). Nothing is changed: what came from another process may be read-only.
         """
-        whole, rest = (
-            np.uint64(self._since * int(one.view(np.int64)) % 2**64).astype(np.int64) for one in (self.WHOLE, self.REST)
-        )
+        whole, rest = _bits(self.WHOLE, self._wholes), _bits(self.REST, self._rests)
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
         for start in range(0, len(fine), AT_ONCE):
             here = slice(start, start + AT_ONCE)
@@ -233,7 +197,7 @@ class ExactSum:
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
         for here, units, rest in self._counted():
             coarse[here], fine[here] = units, rest
-        self._since = 0
+        self._wholes, self._rests = 0, 0
 
     def value(self) -> NDArray[np.float64]:
         return self.over(1.0, np.dtype(np.float64))
@@ -243,14 +207,19 @@ class ExactSum:
         found = np.empty(self.fine.shape, dtype)
         flat = found.reshape(-1)
         for here, units, rest in self._counted():
-            flat[here] = (units + rest * 2.0**-self.FINE) * 2.0**-self.COARSE / divisor
+            flat[here] = (units + rest * 2.0**-self.FINE) / divisor
         return found
 
 
-class ExactNumber:
-    """An ExactSum of single numbers, in the same bits: Python's integers count the units."""
+def _bits(one: np.float64, times: int) -> np.int64:
+    """What `times` that number brings along where its bits are added up as int64, which wraps."""
+    return np.uint64(times * int(one.view(np.int64)) % 2**64).astype(np.int64)
 
-    BITS = ExactSum.COARSE + ExactSum.FINE
+
+class ExactNumber:
+    """An exact sum of single numbers: Python's integers count units of 2^-62."""
+
+    BITS = 62  # after the point
 
     def __init__(self) -> None:
         self.units = 0
@@ -265,13 +234,6 @@ class ExactNumber:
 
     def value(self) -> float:
         return self.units / (1 << self.BITS)
-
-
-def _blocks(rows: NDArray[np.floating[Any]], few: int, wide: int) -> Iterator[tuple[slice, slice]]:
-    """Which rows and which of their numbers are taken at a time."""
-    for place in range(0, rows.shape[1], wide):
-        for start in range(0, len(rows), few):
-            yield slice(start, start + few), slice(place, place + wide)
 
 
 def _total(units: NDArray[np.int64]) -> NDArray[np.int64]:
