@@ -375,6 +375,20 @@ class WorldConfig(Frozen):
     link_spread: float = Field(default=0.0, ge=0.0, le=3.0, description="sigma of a log-normal factor on both")
     drop_out: float = Field(default=0.0, ge=0.0, lt=1.0, description="chance that a site is not heard of in a round")
     reply_loss: float = Field(default=0.0, ge=0.0, lt=1.0, description="chance that a reply gets lost")
+    labels_start: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="share of the labelled training rows that is there at the start"
+    )
+    labels_hours: float = Field(
+        default=0.0, ge=0.0, le=87600.0, description="over which the other rows come in, evenly, in their order"
+    )
+    label_delay_hours: float = Field(default=0.0, ge=0.0, le=87600.0, description="from a row to its label")
+    drift_week: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=10.0,
+        description="by how much scaled inputs move in a week, each site's in its own direction",
+    )
+    drift_share: float = Field(default=1.0, gt=0.0, le=1.0, description="of the sites that drift")
     hostile_share: float = Field(default=0.0, ge=0.0, le=1.0)
     hostile_sites: tuple[str, ...] = Field(default=(), description="by name, instead of a share")
     lie: Literal["sign-flip", "scale", "random"] = Field(default="sign-flip", description="what hostile sites send")
@@ -389,6 +403,16 @@ class WorldConfig(Frozen):
                 raise ValueError(f"the shares of `{key}` sum to {total:g}; lower them to 1 or less")
         if wide := [zone for zone in self.zones if abs(zone) > 14.0]:
             raise ValueError(f"`zones` holds {wide[0]:g}: hours ahead of the run's clock, from -14 to 14")
+        if self.labels_start < 1.0 and not (self.labels_hours or self.label_delay_hours):
+            raise ValueError(
+                "`labels_start` leaves labels out: say by `labels_hours` or `label_delay_hours` when they come"
+            )
+        if self.labels_start == 1.0 and (self.labels_hours or self.label_delay_hours):
+            raise ValueError(
+                "`labels_hours` and `label_delay_hours` change nothing while `labels_start` is 1: lower it"
+            )
+        if self.drift_share < 1.0 and not self.drift_week:
+            raise ValueError("`drift_share` changes nothing without `drift_week`: set it")
         if self.hostile_share and self.hostile_sites:
             raise ValueError("`hostile_share` and `hostile_sites` both say who lies; drop one of the two")
         for keys, needs in ((("speeds", "speed_spread"), ("row_seconds",)), (("zones",), ("calendars",)),

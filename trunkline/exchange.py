@@ -208,6 +208,15 @@ class Twin(Frozen):
     plan: LocalPlan
 
 
+class Conditions(Frozen):
+    """What a simulated world makes of a site's rows by now; a centre that is deployed sends none."""
+
+    labelled: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="share of the labelled training rows whose labels are there: the first"
+    )
+    drift: float = Field(default=0.0, ge=0.0, description="how far the scaled inputs have moved, root mean square")
+
+
 class Order(Frozen):
     """Down, with the lent arrays: round `round` of `rounds`. `round` 0 asks for an Offer, `rounds` + 1 for a Scorecard.
 
@@ -233,6 +242,7 @@ class Order(Frozen):
     probe: bool = False
     decide: bool = False
     passed: int = Field(default=0, ge=0, description="rounds that lie before this pass; 0: it is the first")
+    conditions: Conditions = Conditions()
 
     @property
     def done(self) -> int:

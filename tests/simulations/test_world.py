@@ -1,6 +1,8 @@
 """[world]: sites that come and go on a virtual clock; what may depend on it, and what must not."""
 
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +11,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from flwr.app import Context, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.loopback import QUICK, WatchedGrid, events_of, federate, refusals_of, trunk_of
+from trunkline.client.site import open_site
 from trunkline.config import DAYS, CalendarConfig, LocalPlan, RunConfig, parse_run
 from trunkline.errors import ConfigError, DeploymentError, QuorumError, StorageError
+from trunkline.exchange import Conditions, Order, TrunkSpec
 from trunkline.flower import to_records
 from trunkline.server.report import read_report
 from trunkline.simulations.simulate import simulate
@@ -406,6 +411,95 @@ def test_send_and_receive_leaves_out_who_is_late(benches: list[Path], tmp_path: 
     assert grid.clock.monotonic() == pytest.approx(200.0, abs=1e-5)  # one thing after another
 
 
+# --- labels that come late, inputs that drift ----------------------------------------------------------------------
+
+LATE = {"round_hours": 24.0, "labels_start": 0.25, "labels_hours": 48.0, "label_delay_hours": 24.0}
+DRIFTING = {"round_hours": 24.0, "drift_week": 0.7, "drift_share": 0.5}
+
+
+def conditions_of(grid: WorldGrid, kind: str = "train") -> dict[int, list[Conditions]]:
+    """What each node was told, in the order of the messages."""
+    told: dict[int, list[Conditions]] = {}
+    for sort, node, content in grid.inner.down:  # type: ignore[attr-defined]
+        if sort == kind:
+            order = Order.model_validate_json(str(content.config_records["header"]["json"]))
+            told.setdefault(node, []).append(order.conditions)
+    return told
+
+
+def test_a_site_trains_on_the_labels_that_have_come_and_on_all_in_the_end(benches: list[Path], tmp_path: Path) -> None:
+    changes = {**LINEAR, "rounds": 5, "cohort": PATIENT}
+    grid = live(benches[:2], tmp_path, LATE, **changes)
+    # days 0 and 1: none has come yet; day 2: half of them; from day 3 on: all
+    assert [one.labelled for one in conditions_of(grid)[2]] == [0.25, 0.25, 0.625, 1.0, 1.0]
+    weights = [
+        json.loads(str(content.config_records["header"]["json"]))["weight"]
+        for kind, node, content in grid.inner.up  # type: ignore[attr-defined]
+        if kind == "train" and node == 2
+    ]
+    rows = weights[-1]
+    assert weights == [math.ceil(0.25 * rows), math.ceil(0.25 * rows), math.ceil(0.625 * rows), rows, rows]
+
+
+def test_labels_that_have_not_come_change_nothing(benches: list[Path], tmp_path: Path) -> None:
+    """The rows behind the share that has come could hold anything, but for the scale of a target, which is of all rows."""
+    clean, spoilt = tmp_path / "clean" / "bench", tmp_path / "spoilt" / "bench"
+    shutil.copytree(benches[0], clean)
+    (clean / "site.toml").write_text((clean / "site.toml").read_text() + "[data.split]\nby = 'time'\n")
+    shutil.copytree(clean, spoilt)
+    table = pl.read_parquet(spoilt / "log.parquet")
+    turned = table["y"].to_numpy().copy()
+    turned[40:60] = turned[40:60][::-1]  # of 160 rows, of which the first two thirds are trained on
+    table.with_columns(y=pl.Series(turned)).write_parquet(spoilt / "log.parquet")
+
+    def apart(rounds: int) -> float:
+        ends = []
+        for one in (spoilt, clean):
+            out = tmp_path / f"out-{one.parent.name}-{rounds}"
+            live([one], out, LATE, **{**LINEAR, "rounds": rounds, "cohort": {**PATIENT, "min_sites": 1}})
+            ends.append(trunk_of(out))
+        return max(float(np.abs(ends[0][name] - ends[1][name]).max()) for name in ends[0])
+
+    assert apart(2) < 1e-6
+    assert apart(4) > 1e-3
+
+
+def test_inputs_move_by_the_week_each_sites_in_its_own_direction(benches: list[Path], tmp_path: Path) -> None:
+    grid = live(benches[:4], tmp_path, DRIFTING, **{**LINEAR, "rounds": 3, "cohort": PATIENT})
+    told = conditions_of(grid)
+    drifting = {node for node, place in grid.places.items() if place.drifts}
+    assert len(drifting) == 2
+    for node, all_told in told.items():
+        assert [one.drift for one in all_told] == pytest.approx([0.0, 0.1, 0.2] if node in drifting else [0.0] * 3)
+    ways = []
+    for node in sorted(drifting):
+        site = open_site(grid.inner.contexts[node].node_config)
+        plain = Order(run="r", seed=5, round=1, rounds=3, trunk=TrunkSpec(), plan=LocalPlan(), lend=())
+        for part in ("train", "curve", "test"):
+            site.meet(plain)
+            before = site.resident(part).values
+            site.meet(plain.model_copy(update={"conditions": Conditions(drift=0.2)}))
+            moved = site.resident(part).values - before
+            assert torch.allclose(moved, moved[:1].expand_as(moved), atol=1e-6)  # every row alike
+            assert float(moved.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)
+        ways.append(moved[0])
+        site.meet(plain)
+        assert site.resident("test").values is before
+    assert not torch.allclose(ways[0], ways[1], atol=0.05)
+
+
+def test_what_drifts_is_scored_as_it_is_in_the_end(benches: list[Path], tmp_path: Path) -> None:
+    changes = {**LINEAR, "rounds": 3, "cohort": PATIENT}
+    grid = live(benches[:4], tmp_path, {**DRIFTING, "row_seconds": 900.0}, **changes)
+    last = conditions_of(grid)
+    for node, (told,) in conditions_of(grid, "evaluate").items():
+        if grid.places[node].drifts:  # the last round took a day, 3 x 32 rows of a quarter of an hour
+            assert told.drift == pytest.approx(0.1 * grid.clock.monotonic() / DAY_S)
+            assert told.drift == pytest.approx(last[node][-1].drift + 0.1, abs=1e-4)
+        else:
+            assert told == Conditions()
+
+
 # --- a run that was stopped ----------------------------------------------------------------------------------------
 
 
@@ -415,7 +509,12 @@ UNTIL_SIX = {"calendars": [{"share": 0.5, "hours": [[22, 6]]}], "start_hour": 4.
 
 @pytest.mark.parametrize(
     ("kind", "world"),
-    [("train", {**BUSY, "drop_out": 0.0, "round_hours": 12.0}), ("evaluate", BUSY), ("train", UNTIL_SIX)],
+    [
+        ("train", {**BUSY, "drop_out": 0.0, "round_hours": 12.0}),
+        ("evaluate", BUSY),
+        ("train", UNTIL_SIX),
+        ("train", {**BUSY, **LATE, **DRIFTING, "drop_out": 0.0}),
+    ],
 )
 def test_a_resumed_world_equals_an_undisturbed_one_in_bytes_and_times(
     benches: list[Path], tmp_path: Path, kind: str, world: dict[str, Any]
@@ -525,6 +624,9 @@ def test_the_time_to_a_target_is_the_end_of_the_round_whose_model_reached_it() -
         ({"zones": [1.0]}, ["`zones` changes nothing without `calendars`"]),
         ({"zones": [30.0], "calendars": SHIFTS}, ["`zones` holds 30", "from -14 to 14"]),
         ({"hostile_share": 0.1, "hostile_sites": ["a"]}, ["both say who lies", "drop one"]),
+        ({"labels_start": 0.5}, ["`labels_start` leaves labels out", "`labels_hours` or `label_delay_hours`"]),
+        ({"labels_hours": 5.0}, ["`labels_hours`", "change nothing while `labels_start` is 1", "lower it"]),
+        ({"drift_share": 0.5}, ["`drift_share` changes nothing without `drift_week`"]),
         ({"lie": "scal"}, ["`world.lie`", "'sign-flip', 'scale' or 'random'", "Found 'scal'"]),
         ({"drop_out": 1.0}, ["`world.drop_out`", "less than 1", "Found 1.0"]),
         ({"up_mb_s": 0.0}, ["`world.up_mb_s`", "greater than 0"]),
@@ -550,7 +652,7 @@ def test_the_report_says_what_the_world_made_of_each_site(benches: list[Path], t
     json.dumps(report, allow_nan=False)
     assert set(report["world"]) == {"virtual_seconds", "sites"}
     assert set(report["world"]["sites"]) == {"bench-00", "bench-01"}
-    assert set(report["world"]["sites"]["bench-00"]) == {"always_there", "zone", "speed", "hostile"}
+    assert set(report["world"]["sites"]["bench-00"]) == {"always_there", "zone", "speed", "drifts", "hostile"}
     assert report["world"]["sites"]["bench-00"]["hostile"]
     assert sorted(one["speed"] for one in report["world"]["sites"].values()) == [0.5, 1.0]
     assert report["world"]["virtual_seconds"] == report["rounds"][-1]["virtual_seconds"] == grid.clock.monotonic()

@@ -65,6 +65,7 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
         ContractError: the run wants more than the site lends, or another trunk than the site builds.
         StorageError: the vault cannot be read or written; nothing was sent.
     """
+    site.meet(order)
     vault = Vault(site.state, order.run, site.tell)
     question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
     entry = vault.answered(order.round, question)
@@ -85,6 +86,7 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
         ContractError: the run wants more than the site lends, or another trunk than the site builds.
         StorageError: the vault cannot be read.
     """
+    site.meet(order)
     site.consent(order.lend)
     before = Vault(site.state, order.run, site.tell).before(order.round, order.passed)
     model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
@@ -244,6 +246,7 @@ def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     The answer says nothing but that it is done: no test row is looked at, and what was settled stays in the vault. Asked
     again the same, it is done already.
     """
+    site.meet(order)
     site.consent(order.lend)
     vault = Vault(site.state, order.run, site.tell)
     question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
@@ -263,6 +266,7 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
 
     With a personal model beside the shared one (`plan.personal`) it is the personal one that federation gave this site.
     """
+    site.meet(order)
     site.consent(order.lend)
     vault = Vault(site.state, order.run, site.tell)
     before = vault.before(order.round, order.passed)

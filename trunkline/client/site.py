@@ -1,6 +1,7 @@
 """open_site: the one place that knows whether a site is a plant's folder or one of many simulated ones."""
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,11 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+
 from trunkline.client.data import SiteData, open_data
 from trunkline.client.training import Resident, device
 from trunkline.config import SiteConfig
 from trunkline.errors import ConfigError, ContractError
-from trunkline.exchange import Order
+from trunkline.exchange import Conditions, Order, seed_of
 from trunkline.models.trunk import TrunkModel, build_model
 
 CURVE_SAMPLES = 2000  # validation windows a round's curve is drawn from; the final choice uses all of them
@@ -30,6 +34,8 @@ class Site:
     state: Path
     data: SiteData
     _resident: dict[str, Resident] = field(default_factory=dict)
+    _conditions: tuple[Conditions, int] = (Conditions(), 0)  # and the seed of the run that has them
+    _now: dict[str, Resident] = field(default_factory=dict)  # rows under these conditions
 
     @property
     def config(self) -> SiteConfig:
@@ -46,6 +52,13 @@ class Site:
         """What `order` trains on: in the second pass of a run that refits, the validation rows too."""
         return "all" if order.passed else "train"
 
+    def meet(self, order: Order) -> None:
+        """From now on `resident` gives rows under the conditions of `order`, which are any but the plain ones in a simulation only."""
+        now = order.conditions, order.seed if order.conditions != Conditions() else 0
+        if now != self._conditions:
+            self._conditions = now
+            self._now.clear()
+
     def resident(self, part: Part) -> Resident:
         """`train`, `validation`, `test`, `all` (the first two), or `curve` (a spread of the validation windows), on the device."""
         if part not in self._resident:
@@ -58,11 +71,27 @@ class Site:
             else:
                 windows = self.data.validation if part == "validation" else self.data.test
             self._resident[part] = Resident.of(windows, device())
-        return self._resident[part]
+        if self._conditions[0] == Conditions():
+            return self._resident[part]
+        if part not in self._now:
+            self._now[part] = self._met(self._resident[part], part)
+        return self._now[part]
+
+    def _met(self, rows: Resident, part: Part) -> Resident:
+        """Rows of `part` as the conditions have them. The order of groups, and of rows in them, is that in which labels come."""
+        conditions, seed = self._conditions
+        if part in ("train", "all") and conditions.labelled < 1.0 and len(rows):
+            rows = rows.begun(max(1, math.ceil(conditions.labelled * len(rows))))
+        if conditions.drift:
+            way = np.random.default_rng(seed_of(seed, self.name, "drift")).normal(size=rows.values.shape[1])
+            way *= conditions.drift / max(float(np.sqrt(np.square(way).mean())), 1e-12)
+            rows = rows.moved(torch.from_numpy(way).to(rows.values))
+        return rows
 
     def forget(self) -> None:
         """Let go of what lies on the device; asked for again, it is made again."""
         self._resident.clear()
+        self._now.clear()
 
     def model(self, order: Order) -> TrunkModel:
         """A fresh model of the run's trunk and this site's stem and heads, as at the start of the run."""

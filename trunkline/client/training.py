@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,15 @@ class Resident:
             window=parts[0].window,
             labels={name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels},
         )
+
+    def begun(self, count: int) -> "Resident":
+        """Its first `count` samples."""
+        labels = {task: column[:count] for task, column in self.labels.items()}
+        return replace(self, first=self.first[:count], ends=self.ends[:count], labels=labels)
+
+    def moved(self, by: Tensor) -> "Resident":
+        """The same samples, each channel moved by its entry of `by`, (channels,)."""
+        return replace(self, values=self.values + by)
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -4,8 +4,8 @@
 wait takes the clock to the next thing that happens, so a week of rounds lasts as long as its training. Every chance
 comes from (run seed, site, round, what), so the same world is lived through on any number of workers.
 
-Not simulated: labels that come late and inputs that drift. Both would have to change what a site trains on while the
-run goes on, and a site reads its own folder once; they need a client that knows of virtual time, and ours does not.
+Labels that come late and inputs that drift are told to the sites with each order (`exchange.Conditions`), by the
+virtual time at which the round's first order went out: a site knows no clock, and a repeated question stays the same.
 """
 
 import heapq
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from trunkline.client.training import steps_of
 from trunkline.config import DAYS, CalendarConfig, RunConfig, read_site
 from trunkline.errors import ConfigError, DeploymentError, StorageError
-from trunkline.exchange import LocalPlan, Order, seed_of
+from trunkline.exchange import Conditions, LocalPlan, Order, seed_of
 from trunkline.flower import LocalGrid, open_records, to_records
 from trunkline.server.checkpoint import Checkpoint
 from trunkline.server.intake import LARGEST_CHANGE
@@ -126,6 +126,7 @@ class Place:
     speed: float
     up: float  # us a byte
     down: float
+    drifts: bool
     hostile: bool
 
 
@@ -144,6 +145,7 @@ def draw_places(run: RunConfig, sites: Sequence[str]) -> list[Place]:
     speeds = _deal(run.seed, "speed", sites, [share for share, _ in world.speeds])
     links = _deal(run.seed, "link", sites, [share for share, _ in world.links])
     liars = _deal(run.seed, "hostile", sites, [world.hostile_share])
+    drifting = _deal(run.seed, "drift", sites, [world.drift_share if world.drift_week else 0.0])
     known: dict[tuple[int | None, float], Hours] = {}
     places = []
     for site in sites:
@@ -163,6 +165,7 @@ def draw_places(run: RunConfig, sites: Sequence[str]) -> list[Place]:
                 * (world.speeds[speeds[site]][1] if site in speeds else 1),
                 up=SECOND / (MEGABYTE * world.up_mb_s * link) if world.up_mb_s else 0.0,
                 down=SECOND / (MEGABYTE * world.down_mb_s * link) if world.down_mb_s else 0.0,
+                drifts=site in drifting,
                 hostile=site in world.hostile_sites or site in liars,
             )
         )
@@ -269,6 +272,7 @@ class WorldGrid(Grid):
         self._began: int | None = None  # us, the newest round
         self._tries: dict[tuple[int, str], int] = {}  # messages of this round by node and kind
         self._trained: set[int] = set()  # this round
+        self._asked: dict[str, int] = {}  # kind -> us, when the first message of it went out in this round
         self._free: dict[int, int] = {}  # node -> us, when it will have done all that is known of
         self._line: dict[int, int] = {}  # node -> us, when all that was sent to it will be there
         self._bounds: dict[int, int] = {}  # node -> us, a time it is surely not done before
@@ -345,7 +349,7 @@ class WorldGrid(Grid):
         """`report` with the virtual time at which each round ended, and what the world made of each site."""
         rounds = [{**one, "virtual_seconds": self.ended.get(one["round"])} for one in report["rounds"]]
         sites = {
-            place.site: {"always_there": place.hours.always, "zone": place.zone, "speed": place.speed, "hostile": place.hostile}
+            place.site: {"always_there": place.hours.always, "zone": place.zone, "speed": place.speed, "drifts": place.drifts, "hostile": place.hostile}
             for place in sorted(self.places.values(), key=lambda place: place.site)
         }  # fmt: skip
         return {**report, "rounds": rounds, "world": {"virtual_seconds": self.clock.monotonic(), "sites": sites}}
@@ -404,13 +408,17 @@ class WorldGrid(Grid):
         if place is None:  # the grid's own complaint is the right one
             return self.inner.push_messages([message])[0]
         if round > self._round:
-            self._round, self._tries, self._trained = round, {}, set()
+            self._round, self._tries, self._trained, self._asked = round, {}, set(), {}
         tries = self._tries[node, kind] = self._tries.get((node, kind), 0) + 1
         drops = _chance(self.config.seed, place.site, round, "drop-out") < self.world.drop_out
         away = not place.hours.online(now) and node not in self._returning
         if away or (drops and 0 < round <= self.config.total_rounds and kind != "evaluate"):
             return f"unheard-{next(self._numbers)}"  # nobody is there: silence, as in a plant
         flight = _Flight("", node, kind, round, now, now)
+        if round > 0:
+            conditions = self._conditions(place, self._asked.setdefault(kind, now))
+            if conditions != Conditions():
+                message.content = _under(message.content, conditions)
         if not joins:
             flight.lost = _chance(self.config.seed, place.site, round, "reply", kind, tries) < self.world.reply_loss
             size = _bytes(message.content)
@@ -431,6 +439,13 @@ class WorldGrid(Grid):
         self._flights[number] = flight
         heapq.heappush(self._queue, (flight.bound, number))
         return flight.id
+
+    def _conditions(self, place: Place, at: int) -> Conditions:
+        """What `place` has of its labels, and where its inputs are, at a time (us)."""
+        world, hours = self.world, at / HOUR - self.world.label_delay_hours
+        come = float(hours >= 0.0) if not world.labels_hours else min(1.0, max(0.0, hours / world.labels_hours))
+        drift = world.drift_week * at / WEEK if place.drifts else 0.0
+        return Conditions(labelled=world.labels_start + (1.0 - world.labels_start) * come, drift=drift)
 
     def _work(self, flight: _Flight, rows: int) -> int:
         """us of its hours that a site takes to answer, the line left out."""
@@ -501,6 +516,13 @@ class WorldGrid(Grid):
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
         return came[0]
+
+
+def _under(content: RecordDict, conditions: Conditions) -> RecordDict:
+    """The same order under these conditions; other sites may have been sent the very same content, so it is left as it is."""
+    order = Order.model_validate_json(str(content.config_records["header"]["json"]))
+    text = order.model_copy(update={"conditions": conditions}).model_dump_json()
+    return RecordDict({**dict(content.items()), "header": ConfigRecord({"json": text})})
 
 
 def _after(at: int, times: Mapping[int, int]) -> dict[str, int]:
