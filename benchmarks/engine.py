@@ -733,9 +733,15 @@ def sites_10000(options: argparse.Namespace) -> dict[str, float] | None:
         job = {"sites": sites, "rounds": options.rounds, "workers": options.workers, "run": run, "folders": folder}
         found = contest("trunkline", job, {})
     asked = sites // 10
-    result = {"sites": sites, "rate": rate_of(found, asked), "peak_mib": found["peak_mib"], "around_s": found["around"]}
+    rounds = found["seconds"]
+    result = {
+        "sites": sites, "rate": rate_of(found, asked), "peak_mib": found["peak_mib"], "around_s": found["around"],
+        "second_s": rounds[1], "median_s": statistics.median(rounds[1:]), "last_s": rounds[-1],
+    }  # fmt: skip
     print(
-        f"sites_10000: {result['rate']:.1f} site-rounds a second, {found['peak_mib']:.0f} MiB, {found['around']:.0f} s around the rounds"
+        f"sites_10000: {len(rounds)} rounds of {asked} sites: the second {rounds[1]:.2f} s, the median {result['median_s']:.2f} s, the last "
+        f"{rounds[-1]:.2f} s; {result['rate']:.0f} site-rounds a second; {found['peak_mib']:.0f} MiB in all processes; "
+        f"{found['failed']} failed; {found['around']:.0f} s for opening, checkpoints, scoring and report"
     )
     return result
 

@@ -1,12 +1,17 @@
 """The commands as a person types them: bad input ends with one clear sentence, exit code 1, and nothing lost."""
 
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from trunkline.cli import _workers
+from trunkline.config import parse_run
 
 TRUNKLINE = [sys.executable, "-m", "trunkline.cli"]
 
@@ -107,6 +112,25 @@ def test_a_wrong_option_is_refused_before_anything_starts(
 ) -> None:
     assert words in refused("simulate", run_toml, "--sites", plants[0].parent, "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "address", "expected"),
+    [
+        ({"rounds": 3, "training": {"steps": 20}}, None, 0),
+        ({"rounds": 3, "training": {"steps": 20, "finish_steps": 5000}}, None, "cores"),
+        ({"rounds": 300, "training": {"steps": 20}}, None, "cores"),
+        ({"rounds": 3, "refit": True, "training": {"steps": 20}}, None, "cores"),
+        ({"rounds": 3, "training": {"epochs": 1.0}}, None, "cores"),  # nobody has counted the rows yet
+        ({"rounds": 3, "search": {"trials": 5}}, None, "cores"),
+        ({"rounds": 3}, "auto", None),
+    ],
+)
+def test_auto_starts_no_workers_where_there_is_little_to_do(
+    settings: dict[str, Any], address: str | None, expected: int | str | None
+) -> None:
+    found = _workers("auto", 4, address, parse_run(settings, "test"))
+    assert found == (min(4, len(os.sched_getaffinity(0))) if expected == "cores" else expected)
 
 
 def test_no_sites_and_no_run_file_are_said_so(run_toml: Path, tmp_path: Path) -> None:

@@ -5,11 +5,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from trunkline.errors import TrunklineError
+
+if TYPE_CHECKING:
+    from trunkline.config import RunConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Factories train one shared backbone together and keep everything else at home.")  # fmt: skip
@@ -33,6 +36,9 @@ StrategyName = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Override seed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
 ServerState = Annotated[Path, typer.Option("--state", help="The server's folder: database, secret, logs.")]
+LITTLE = (
+    600  # optimiser steps of all sites in all rounds: about where, on two cores, workers begin to pay for their start
+)
 
 
 @app.command()
@@ -71,7 +77,10 @@ def simulate(
     sites: Annotated[Path, typer.Option("--sites", help="Folder of site folders.")],
     out: OutDir,
     workers: Annotated[
-        str, typer.Option(help="Worker processes; `auto`: one a core, never more than sites; 0: all in this one.")
+        str,
+        typer.Option(
+            help="Worker processes; `auto`: one a core, never more than sites, none where there is little to do; 0: all in this one."
+        ),
     ] = "auto",
     address: Annotated[
         str | None,
@@ -88,7 +97,7 @@ def simulate(
 
     run = _read_run(run_toml, seed, strategy, settings)
     folders = site_folders(sites)
-    count = _workers(workers, len(folders), address)
+    count = _workers(workers, len(folders), address, run)
     prepare(out, resume=resume, overwrite=overwrite)
     from trunkline.simulations.simulate import (
         simulate,  # seconds of imports, so only once the command is known to be right
@@ -247,12 +256,14 @@ def _read_run(path: Path, seed: int | None, strategy: str | None, settings: list
     return run
 
 
-def _workers(text: str, sites: int, address: str | None) -> int | None:
+def _workers(text: str, sites: int, address: str | None, run: "RunConfig") -> int | None:
     """Worker processes; None: as many as the cluster at `address` has CPUs, which only it can tell."""
     from trunkline.errors import ConfigError
 
     if text == "auto":
-        return None if address else max(1, min(len(os.sched_getaffinity(0)), sites))
+        if address:
+            return None
+        return 0 if _is_little(run, sites) else max(1, min(len(os.sched_getaffinity(0)), sites))
     if not text.isdigit():
         raise ConfigError(f"--workers {text}: expected `auto`, or a number; 0 means without worker processes.")
     if int(text) == 0 and address:
@@ -260,6 +271,14 @@ def _workers(text: str, sites: int, address: str | None) -> int | None:
             "--workers 0 runs everything in this process, so there is no cluster to join. Drop one of it and --address."
         )
     return min(int(text), sites)
+
+
+def _is_little(run: "RunConfig", sites: int) -> bool:
+    """Whether all the training of a run takes less than starting workers would: a few small sites need no Ray."""
+    if run.training.epochs is not None or run.search.trials or run.newcomers.sites:
+        return False
+    each = run.training.steps + run.training.finish_steps / run.total_rounds
+    return run.total_rounds * each * sites * (2 if run.report.baseline else 1) <= LITTLE
 
 
 def _watched(out: Path, work: Callable[[], Out], stopped: str) -> Out:

@@ -30,6 +30,13 @@ class NoOp:
         return Message(to_records({"w": self.array}, self.where, {"total": total}), reply_to=message)
 
 
+class Showing(NoOp):
+    """Says which GPUs its process may see."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+
 class Bulky(NoOp):
     SIZE = 1 << 20  # 4 MiB
 

@@ -16,7 +16,7 @@ from flwr.app import Message
 from ray.cluster_utils import Cluster
 
 from tests.loopback import federate, refusals_of, trunk_of
-from tests.simulations.desks import NoOp
+from tests.simulations.desks import NoOp, Showing
 from tests.simulations.test_engine import PATIENT, answers, empty
 from trunkline.flower import to_records
 from trunkline.simulations.engine import RayGrid
@@ -60,6 +60,31 @@ def test_workers_spread_over_the_nodes_and_a_site_stays_where_it_was_opened(clus
     where = [{node: place for node, (place, _) in found.items()} for found in rounds]
     assert where[0] == where[1] == where[2]
     assert len({place.rpartition("Ray node ")[2] for place in where[0].values()}) == 2
+
+
+def test_the_gpus_of_a_node_are_dealt_to_its_workers(tmp_path: Path) -> None:
+    """Ray believes in GPUs that it is told of, so how they are dealt can be seen without one."""
+    ray.shutdown()
+    started = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 3, "num_gpus": 2, "object_store_memory": STORE, "include_dashboard": False},
+    )
+    try:
+        started.add_node(num_cpus=1, object_store_memory=STORE)
+        grid = RayGrid(empty(8, tmp_path), [tmp_path] * 8, workers=None, address=started.address, desk=Showing)
+        try:
+            grid.open_sites()
+            shares = {seat.number: grid._gpus[seat.home] for seat in grid._seats}
+            seen = {node: place for node, (place, _) in answers(grid, lambda node: to_records({}, "{}"), 1).items()}
+        finally:
+            grid.close()
+    finally:
+        ray.shutdown()
+        started.shutdown()
+    assert sorted(shares.values()) == [0.0, 0.5, 0.5, 0.5]
+    owner = {node: seat.number for node, seat in grid._owner.items()}
+    by_worker = {owner[node]: place for node, place in seen.items()}
+    assert sorted(by_worker[number] for number, share in shares.items() if share) in (["0", "0", "1"], ["0", "1", "1"])
 
 
 def test_a_node_that_dies_in_mid_round_costs_no_site_and_no_byte(

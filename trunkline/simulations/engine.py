@@ -8,12 +8,13 @@ one has nothing left to do before a round ends. Which worker answers changes no 
 import heapq
 import itertools
 import logging
+import math
 import os
 import pickle
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -186,7 +187,6 @@ class RayGrid(LocalGrid):
         states: the sites' state folders, beside them in order.
         workers: processes; None: one for every CPU of the cluster. Never more than sites.
         address: of a Ray cluster to join; None starts one on this machine.
-        gpus: share of a GPU each worker asks Ray for.
         desk: what a worker does for its sites.
 
     Raises:
@@ -202,16 +202,15 @@ class RayGrid(LocalGrid):
         *,
         workers: int | None,
         address: str | None = None,
-        gpus: float = 0.0,
         desk: Callable[[str], Any] = Desk,
     ) -> None:
         super().__init__(node_configs(sites, states))
         self._started = not ray.is_initialized()
         if self._started:
             _start_ray(address, workers)
-        self._gpus = gpus
         self._desk = desk
         self._seats = [_Seat(number, home) for number, home in enumerate(_homes(workers, len(sites)))]
+        self._gpus = _gpu_shares([seat.home for seat in self._seats])
         for seat in self._seats:
             self._seat_worker(seat)
         self._size = {node: _bytes_in(site) for node, site in zip(self.contexts, sites, strict=True)}
@@ -232,7 +231,7 @@ class RayGrid(LocalGrid):
     def _worker(self, seat: _Seat) -> Any:
         """A new process at the seat's node, for good: rows that were read there stay there."""
         pinned = NodeAffinitySchedulingStrategy(node_id=seat.home, soft=False)
-        options = Worker.options(num_cpus=1, num_gpus=self._gpus, scheduling_strategy=pinned)  # type: ignore[attr-defined]
+        options = Worker.options(num_cpus=1, num_gpus=self._gpus[seat.home], scheduling_strategy=pinned)  # type: ignore[attr-defined]
         return options.remote(self._desk, seat.number)
 
     def _seat_worker(self, seat: _Seat) -> None:
@@ -629,6 +628,19 @@ def _homes(workers: int | None, sites: int) -> list[str]:
         free[home] -= 1.0
         homes.append(home)
     return homes
+
+
+def _gpu_shares(homes: Sequence[str]) -> dict[str, float]:
+    """Ray node -> the part of a GPU that each worker there asks for: the GPUs of a node are dealt to its workers, never two to one.
+
+    Ray then shows each worker the one it got, and workers on one GPU take turns on it as its driver lets them.
+    """
+    there = {node["NodeID"]: int(node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]}
+    shares = {}
+    for home, workers in Counter(homes).items():
+        gpus = there.get(home, 0)
+        shares[home] = math.floor(1e4 / math.ceil(workers / gpus)) / 1e4 if gpus else 0.0
+    return shares
 
 
 def _differences(expected: dict[str, str], found: dict[str, str]) -> str:
