@@ -1,6 +1,8 @@
 """Laws of the training loop: with everything off it is the plain loop, and what it draws is drawn fairly."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 
 from tests.client.small import learnable, model_for, resident, tasks_for
 from trunkline.client import training
+from trunkline.client.data import open_data
 from trunkline.client.sampling import Batches, chances
 from trunkline.client.training import Resident, train_site
 from trunkline.config import TaskConfig
@@ -54,6 +57,36 @@ def test_with_everything_off_a_round_is_the_plain_loop_to_the_bit(window: int | 
     train_site(real, data, tasks, plan, seed=3, done=0, rounds=2)
     plain_loop(slow, data, tasks, plan, 3)
     assert real.share(EVERYTHING).digest() == slow.share(EVERYTHING).digest()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("optimizer", ["adamw", "lbfgs"])
+def test_rows_sent_batch_by_batch_train_to_the_same_bits(window: int | None, optimizer: str) -> None:
+    labels = learnable()
+    tasks = tasks_for(labels)
+    spec = TrunkSpec(backbone="mlp" if window is None else "tcn", width=32)
+    plan = LocalPlan(steps=5, batch_size=48, optimizer=optimizer)
+    ends = []
+    for goes in (None, CPU):
+        data = replace(resident(labels, window=window), goes=goes)
+        model = model_for(tasks, spec=spec, window=window)
+        train_site(model, data, tasks, plan, seed=3, done=0, rounds=2)
+        outputs = training.outputs_of(model, data, tasks)
+        ends.append((model.share(EVERYTHING).digest(), {name: one.numpy().tobytes() for name, one in outputs.items()}))
+    assert ends[0] == ends[1]
+
+
+def test_rows_that_do_not_fit_on_the_device_stay_and_are_sent(
+    plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(plants[0], tmp_path).train
+    plain = Resident.of(data, CPU)
+    monkeypatch.setattr(training, "fits", lambda nbytes, where: nbytes < data.values.nbytes)
+    sent = Resident.of(data, CPU)
+    assert (plain.goes, sent.goes, sent.where) == (None, CPU, CPU)
+    index = torch.tensor([3, 0, len(data) - 1])
+    for one, other in zip(plain.batch(index), sent.batch(index), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_uniform_pass_sees_every_sample_once() -> None:

@@ -41,7 +41,7 @@ def kind_of(site: Site, order: Order) -> Key | None:
     if order.plan.personal or not all(_plain(one.plan, one) for one in orders):
         return None
     data = site.resident(site.rows(order))
-    if not len(data):
+    if not len(data) or data.goes is not None:
         return None
     tasks = []
     for name, task in site.data.tasks.items():

@@ -36,27 +36,35 @@ def device() -> torch.device:
 
 @dataclass(frozen=True)
 class Resident:
-    """A WindowSet as tensors on one device; windows are gathered there, never stored."""
+    """A WindowSet as tensors on one device; windows are gathered there, never stored.
+
+    Rows that would not fit stay in the memory of the host, and batches are gathered there and sent: the host does that
+    while the device is still at the step before, because no step waits for the device.
+    """
 
     values: Tensor  # (rows, channels)
     categorical: Tensor  # (rows, k)
     first: Tensor  # (n,)
     ends: Tensor  # (n,)
     window: int | None
-    labels: dict[str, Tensor]  # task -> (n,) or (n, k)
+    labels: dict[str, Tensor]  # task -> (n,) or (n, k), on `where`
+    goes: torch.device | None = None  # where batches of rows that stay in the host's memory are sent
 
     @classmethod
     def of(cls, windows: WindowSet, where: torch.device) -> "Resident":
+        goes = None if fits(windows.values.nbytes, where) else where
+        home = where if goes is None else torch.device("cpu")
         return cls(
-            values=torch.from_numpy(np.ascontiguousarray(windows.values)).to(where),
-            categorical=torch.from_numpy(np.ascontiguousarray(windows.categorical)).to(where),
-            first=torch.from_numpy(windows.first).to(where),
-            ends=torch.from_numpy(windows.ends).to(where),
+            values=torch.from_numpy(np.ascontiguousarray(windows.values)).to(home),
+            categorical=torch.from_numpy(np.ascontiguousarray(windows.categorical)).to(home),
+            first=torch.from_numpy(windows.first).to(home),
+            ends=torch.from_numpy(windows.ends).to(home),
             window=windows.window,
             labels={
                 task: torch.from_numpy(np.ascontiguousarray(column)).to(where)
                 for task, column in windows.labels.items()
             },
+            goes=goes,
         )
 
     @classmethod
@@ -84,8 +92,25 @@ class Resident:
     def __len__(self) -> int:
         return len(self.ends)
 
+    @property
+    def where(self) -> torch.device:
+        """Where its batches are."""
+        return self.goes or self.values.device
+
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(b,) positions -> inputs (b, channels, window), or (b, channels) for rows, and categorical codes (b, k)."""
+        """Inputs (b, channels, window), or (b, channels) for rows, and categorical codes (b, k), on `where`.
+
+        Args:
+            index: (b,) positions, on the device of the rows.
+        """
+        x, categorical = self._gathered(index)
+        if self.goes is None:
+            return x, categorical
+        if self.goes.type == "cuda":  # from pinned memory a copy does not keep the host waiting
+            x, categorical = x.pin_memory(), categorical.pin_memory()
+        return x.to(self.goes, non_blocking=True), categorical.to(self.goes, non_blocking=True)
+
+    def _gathered(self, index: Tensor) -> tuple[Tensor, Tensor]:
         ends = self.ends[index]
         categorical = self.categorical[ends]
         if self.window is None:
@@ -96,6 +121,11 @@ class Resident:
         )  # (b, window): before its start a group repeats its first row
         x = self.values.index_select(0, rows.reshape(-1)).view(len(index), self.window, -1)
         return x.transpose(1, 2).contiguous(), categorical  # once here, or once in every layer that reads it
+
+
+def fits(nbytes: int, where: torch.device) -> bool:
+    """Whether rows may lie on that device: in no more than half of what is free there, because a model needs room too."""
+    return where.type != "cuda" or nbytes <= torch.cuda.mem_get_info(where)[0] // 2
 
 
 def task_losses(outputs: dict[str, Tensor], labels: dict[str, Tensor], tasks: dict[str, Task]) -> list[Tensor]:
@@ -154,9 +184,9 @@ def train_site(
         balance: `Trained.balance` of this model's round before; None starts afresh.
     """
     total = steps_of(plan, len(data))
-    where = data.values.device
+    where, home = data.where, data.values.device
     drawn = {name: column.cpu().numpy() for name, column in data.labels.items()} if plan.sampling == "balanced" else {}
-    batches = Batches(len(data), plan.batch_size, seed, where, chances(drawn, tasks) if drawn else None)
+    batches = Batches(len(data), plan.batch_size, seed, home, chances(drawn, tasks) if drawn else None)
     codes = data.categorical.shape[1]
     vary = Augmenter(plan.augment, tasks, codes, where, seed) if Augmenter.wanted(plan.augment) else None
     balancing = BALANCES[plan.balance](tasks, where, balance or {})
@@ -184,7 +214,7 @@ def train_site(
                 parameter.requires_grad_(True)
             last = total if position == len(plan.phases) - 1 else min(total, step + max(1, round(total * phase.share)))
             if plan.optimizer == "lbfgs":
-                x, categorical = data.batch(torch.arange(len(data), device=where))
+                x, categorical = data.batch(torch.arange(len(data), device=home))
                 everything = Sample(x, x, ((1.0, data.labels),))
                 whole = partial(_whole_loss, model, everything, categorical, tasks, anchor, plan.proximal)
                 losses.append(fit_whole(moving, whole, last - step, seed_of(seed, "dropout", position)))
@@ -199,7 +229,8 @@ def train_site(
                         group["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * progress))
                 place = batches.next()
                 x, categorical = data.batch(place)
-                labels = {name: column[place] for name, column in data.labels.items()}
+                there = place.to(where, non_blocking=True)
+                labels = {name: column[there] for name, column in data.labels.items()}
                 sample = vary(x, labels) if vary else Sample(x, x, ((1.0, labels),))
                 again = _Again(model, where) if balancing.looks_back else None
                 embedded, each = _forward(model, sample, categorical, tasks)
@@ -300,11 +331,11 @@ class _Again:
 @torch.inference_mode()
 def outputs_of(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> dict[str, Tensor]:
     """What every task's `predict` takes, for every window, on the CPU in float32: task -> (n, outputs)."""
-    where = data.values.device
+    where, home = data.where, data.values.device
     model.eval()
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(data), SCORE_BATCH):
-        x, categorical = data.batch(torch.arange(start, min(start + SCORE_BATCH, len(data)), device=where))
+        x, categorical = data.batch(torch.arange(start, min(start + SCORE_BATCH, len(data)), device=home))
         with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
             outputs = model(x, categorical)
         for name, task in tasks.items():
