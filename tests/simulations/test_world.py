@@ -510,10 +510,11 @@ UNTIL_SIX = {"calendars": [{"share": 0.5, "hours": [[22, 6]]}], "start_hour": 4.
 @pytest.mark.parametrize(
     ("kind", "world"),
     [
-        ("train", {**BUSY, "drop_out": 0.0, "round_hours": 12.0}),
+        ("train", {**BUSY, "round_hours": 12.0}),
+        ("train", {**BUSY, "drop_out": 0.4}),  # who was silent before the stop is not waited for after it
         ("evaluate", BUSY),
         ("train", UNTIL_SIX),
-        ("train", {**BUSY, **LATE, **DRIFTING, "drop_out": 0.0}),
+        ("train", {**BUSY, **LATE, **DRIFTING}),
     ],
 )
 def test_a_resumed_world_equals_an_undisturbed_one_in_bytes_and_times(

@@ -418,6 +418,7 @@ class _Run:
             "key": self.key,
             "config": self.digest,
             "records": [asdict(one) for one in self.records],
+            "silent": sorted(self.silent),
             "seconds": self.seconds + time.monotonic() - started,
         }
         self.checkpoint.save(state, meta)
@@ -435,6 +436,7 @@ class _Run:
                 "Resume with the settings it was started with, or give another --out."
             )
         self.key = meta["key"]
+        self.silent = set(meta.get("silent", ()))
         self.seconds = meta["seconds"]
         self.records = [
             RoundRecord(**{**one, "refused": [Refusal(**refusal) for refusal in one["refused"]]})
