@@ -125,6 +125,7 @@ ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "classes": ("multiclass", "ordinal"),
     "ordinal": ("multiclass",),
     "targets": ("multilabel",),
+    "highway": ("multilabel",),
     "horizons": ("forecast",),
     "season": ("forecast",),
     "quantiles": ("forecast",),
@@ -149,6 +150,9 @@ class TaskConfig(Frozen):
     kind: Kind
     target: str = Field(default="", description="column of the label; an anomaly task may do without")
     targets: tuple[str, ...] = Field(default=(), max_length=1000, description="multilabel: a column of 0 and 1 each")
+    highway: tuple[tuple[str, ...], ...] = Field(
+        default=(), max_length=100, description="multilabel: lists of channels, in each the own channel of every target"
+    )
     unit: str = Field(default="", max_length=32)
     cap: float | None = Field(default=None, gt=0.0, description="regression: labels above count as this much")
     loss: Literal["huber", "mse", "pinball", "weighted", "asymmetric"] | None = Field(
@@ -199,6 +203,12 @@ class TaskConfig(Frozen):
                 raise ValueError("kind 'multilabel' needs `targets`, a list of columns, instead of `target`")
             if twice := [name for name in self.targets if self.targets.count(name) > 1]:
                 raise ValueError(f"`targets` lists {twice[0]!r} twice")
+            for place, own in enumerate(self.highway, start=1):
+                if len(own) != len(self.targets):
+                    raise ValueError(
+                        f"list {place} of `highway` has {len(own)} channels and `targets` {len(self.targets)} columns; "
+                        "each list has one channel a target, in the order of `targets`"
+                    )
         elif not self.target and self.kind != "anomaly":
             raise ValueError(f"kind {self.kind!r} needs `target`, the column of its label")
         if any(one < 1 for one in self.horizons) or len(set(self.horizons)) < len(self.horizons):
@@ -233,6 +243,17 @@ class SiteConfig(Frozen):
                     f"task name {name!r} must start with a letter and hold letters, digits, '_' and '-' only"
                 )
         return tasks
+
+    @model_validator(mode="after")
+    def _highways_are_channels(self) -> Self:
+        for name, task in self.tasks.items():
+            for channel in (one for own in task.highway for one in own):
+                if channel not in self.data.channels:
+                    raise ValueError(
+                        f"`highway` of task {name!r} names `{channel}`, which is not a channel"
+                        f"{nearest(channel, self.data.channels)} List it under `channels`, or correct `highway`"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _no_label_is_an_input(self) -> Self:

@@ -34,7 +34,7 @@ def probe(
     """Fit the heads of `model` to `data`, in place; stem and trunk stay to the bit.
 
     Regression (unless it wants a quantile) is ridge regression in closed form, every other kind its own loss by L-BFGS.
-    A task whose head needs more than the embedding (it reconstructs its input) keeps the head it has.
+    A task whose head needs more than the embedding (the sample itself) keeps the head it has.
 
     Args:
         groups: labelled groups behind `data`: samples of one group repeat each other.
@@ -43,7 +43,7 @@ def probe(
     embedded = embeddings(model, data)
     size = float(embedded.square().mean())
     for name, task in tasks.items():
-        if type(task).meet is not Task.meet:
+        if task.meets:
             continue
         head, labels = model.heads[name], data.labels[name]
         if isinstance(task, Regression) and task.config.loss != "pinball" and isinstance(head, nn.Linear):

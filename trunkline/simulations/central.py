@@ -141,5 +141,9 @@ def _pooled_tasks(sites: Sequence[Site]) -> dict[str, Task]:
         tasks[name].load_state(
             sites[0].data.tasks[name].state()
         )  # the classes; fit then replaces what is learnt from labels
-        tasks[name].fit(np.concatenate([site.data.train.labels[name] for site in sites]))
+        labels = np.concatenate([site.data.train.labels[name] for site in sites])
+        tasks[name].fit(labels)
+        if tasks[name].meets:
+            newest = [site.data.train.values[site.data.train.ends] for site in sites]
+            tasks[name].look(np.concatenate(newest), labels)
     return tasks

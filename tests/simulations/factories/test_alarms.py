@@ -13,7 +13,23 @@ from trunkline.client.data import open_data
 from trunkline.config import read_site
 from trunkline.errors import DataError
 from trunkline.simulations.factories import write_sites
-from trunkline.simulations.factories.alarms import CODES, FILE, GAP, inputs_of, times
+from trunkline.simulations.factories.alarms import (
+    CODES,
+    DAYS,
+    FILE,
+    GAP,
+    NOTHING,
+    ODDS,
+    ONE,
+    RARE,
+    SEAM,
+    UNKNOWN,
+    USUAL,
+    WEEKS,
+    history,
+    inputs_of,
+    times,
+)
 
 pytestmark = pytest.mark.xdist_group("alarms")  # one worker: the windows are cut once
 
@@ -117,7 +133,7 @@ def test_all_machines_have_the_same_inputs_and_targets_in_one_order(sites: list[
         shapes.add((data.channels, task.targets))
     assert len(shapes) == 1
     channels, targets = shapes.pop()
-    assert (len(channels), len(targets)) == (306, 153)
+    assert (len(channels), len(targets)) == (612, 153)
     for site in (sites[3], sites[7]):
         one = open_data(site, tmp_path / site.name)
         raw = pl.read_parquet(site / "train.parquet").sort("order").select(channels).to_numpy()
@@ -155,6 +171,64 @@ def test_counts_and_recency_equal_the_slow_oracle(windows: list[list[int]]) -> N
             ago = codes[::-1].index(code) if code in codes else None
             assert table[f"n{code:03d}"][row] == pytest.approx(np.log(1 + codes.count(code)))
             assert table[f"r{code:03d}"][row] == pytest.approx(0.0 if ago is None else 1.0 / (1.0 + ago))
+
+
+def machine_log(rows: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Windows of a few codes, and when each began."""
+    draw = np.random.default_rng(seed)
+    x = np.zeros((rows, 6), dtype=np.uint8)
+    for row in x:
+        codes = draw.choice(CODES[:8], draw.integers(0, 6))
+        row[: len(codes)] = codes
+    return x, np.concatenate([[0.0], np.sort(draw.uniform(0, rows / 4, rows - 1))]) if rows else np.zeros(0)
+
+
+def log_odds(rate: float) -> float:
+    rate = min(max(rate, RARE), 1.0 - RARE)
+    return float(np.log(rate / (1.0 - rate)) / ODDS)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_the_log_of_the_past_equals_the_slow_oracle(before: int, rows: int, seed: int) -> None:
+    """A part that follows another: the weeks go on from where the first ended, but for its last days."""
+    old, old_when = machine_log(before, seed)
+    x, when = machine_log(rows, seed + 1)
+    _, past = history(old, old_when, NOTHING)
+    table, _ = history(x, when, past)
+    known = [
+        (one, at - old_when[-1] + SEAM) for one, at in zip(old, old_when, strict=True) if at <= old_when[-1] - SEAM
+    ]
+    for row, now in enumerate(when):
+        ended = [(one, now - 1.0 - at) for one, at in zip(x[:row], when[:row], strict=True) if at <= now - 1.0]
+        weeks = [(one, np.exp(-ago / WEEKS)) for one, ago in ended]
+        weeks += [(one, np.exp((at - now) / WEEKS)) for one, at in known]
+        days = [(one, np.exp(-ago / DAYS)) for one, ago in ended]
+        for code in CODES[:9]:
+            usual = (sum(w for one, w in weeks if code in one) + ONE * UNKNOWN) / (sum(w for _, w in weeks) + ONE)
+            lately = (sum(w for one, w in days if code in one) + USUAL * usual) / (sum(w for _, w in days) + USUAL)
+            assert table[f"w{code:03d}"][row] == pytest.approx(log_odds(usual), abs=1e-5)
+            assert table[f"d{code:03d}"][row] == pytest.approx(log_odds(lately), abs=1e-5)
+
+
+@given(st.integers(2, 40), st.integers(0, 1000), st.data())
+@settings(max_examples=30, deadline=None)
+def test_the_log_of_the_past_knows_nothing_of_what_comes(rows: int, seed: int, data: st.DataObject) -> None:
+    x, when = machine_log(rows, seed)
+    row = data.draw(st.integers(0, rows - 1))
+    other = x.copy()
+    other[when > when[row] - 1.0] = 7  # the window itself, all that overlap it, and all that follow
+    mine, theirs = (history(one, when)[0][row] for one in (x, other))
+    assert mine.equals(theirs)
+
+
+def test_every_code_has_its_own_channels_on_the_highway(sites: list[Path]) -> None:
+    config = read_site(sites[0])
+    task = config.tasks["alarms"]
+    assert len(task.highway) == 4
+    for names in task.highway:
+        assert [name[1:] for name in names] == [name[1:] for name in task.targets]
+    assert sorted(name for names in task.highway for name in names) == sorted(config.data.channels)
 
 
 def test_a_damaged_file_is_refused_by_name(source: Path, tmp_path: Path) -> None:
@@ -201,4 +275,4 @@ def test_the_real_machines_are_written_whole(real_data: Path, tmp_path: Path) ->
     assert sum(test for _, test in rows) == 17_955
     assert 0.95 * 41_045 < sum(train for train, _ in rows) < 41_045  # what is missing was left out before validation
     opened = open_data(sites[11], tmp_path / "state")
-    assert len(opened.channels) == 306
+    assert len(opened.channels) == 612

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trunkline.config import TaskConfig
 from trunkline.errors import DataError
 from trunkline.models.tasks.crossentropy import yes_or_no
-from trunkline.models.tasks.task import Labels, Metric, Task, effective_number, listed, numbers
+from trunkline.models.tasks.highway import Highway, along, fit_tied
+from trunkline.models.tasks.task import Labels, Metric, Samples, Task, effective_number, listed, numbers
 from trunkline.models.tasks.thresholds import choose_thresholds
 
 FLAGS = {"false": "0", "true": "1", "no": "0", "yes": "1"}
@@ -36,6 +37,11 @@ class Multilabel(Task):
     same by a probability. `calibrate` chooses one threshold for all labels, and one of its own for a label where
     validation supports it.
 
+    With `highway` every target has channels of its own, and its output is the network's plus a weighted sum of these, with
+    the same weights for all targets (see `highway.py`); the head gives them too, J numbers behind the K outputs. A head that stays home starts as the logistic regression on these channels alone: what a
+    label did in training is then not its start, because a network that knows how often each label rang in the very rows it
+    trains on does not learn to look at what rang lately. Log-odds of each label's past belong among its channels.
+
     A label that is never positive in training cannot be learnt: `macro_f1` and `mean_average_precision` leave it out,
     `micro_f1`, which is over all cells of rows x labels, does not.
     """
@@ -54,10 +60,28 @@ class Multilabel(Task):
         self.positive = np.ones(len(config.targets), dtype=np.int64)  # training labels that are 1, of each target
         self.negative = np.ones(len(config.targets), dtype=np.int64)
         self.thresholds = np.full(len(config.targets), START, dtype=np.float32)
+        self.own = np.empty((0, len(config.targets)), dtype=np.int64)  # (J, K) places of each target's own channels
+        self.start: tuple[float, ...] = ()  # weights of the highway and a level, where training begins
 
     @property
     def outputs(self) -> int:
-        return len(self.config.targets)
+        return len(self.config.targets) + len(self.own)
+
+    @property
+    def meets(self) -> bool:
+        return len(self.own) > 0
+
+    def expect(self, samples: Samples) -> None:
+        """Find the highway's channels; one that cleaning dropped says nothing."""
+        place = {name: at for at, name in enumerate(samples.channels)}
+        found = [[place.get(name, -1) for name in names] for names in self.config.highway]
+        self.own = np.array(found, dtype=np.int64).reshape(-1, len(self.config.targets))
+
+    def look(self, newest: NDArray[np.float32], labels: Labels) -> None:
+        if len(self.own):
+            own = along(torch.from_numpy(np.ascontiguousarray(newest)), torch.from_numpy(self.own))
+            weights, level = fit_tied(own, torch.from_numpy(labels))
+            self.start = (*weights.tolist(), level)
 
     def read(self, column: pl.Series, where: str) -> Labels:
         """One target's column -> (rows,)."""
@@ -93,7 +117,7 @@ class Multilabel(Task):
     def emphasis(self) -> NDArray[np.float64]:
         """(K,) how much a positive label weighs beside a negative one."""
         if self.config.class_weights == "none" or self.config.loss == "asymmetric":
-            return np.ones(self.outputs)
+            return np.ones(len(self.config.targets))
         worth = effective_number(np.stack([self.negative, self.positive]).astype(np.float64))
         return np.asarray(np.clip(worth[0] / worth[1], 1.0 / BOUND, BOUND))
 
@@ -103,21 +127,42 @@ class Multilabel(Task):
             "positive": self.positive.tolist(),
             "negative": self.negative.tolist(),
             "thresholds": self.thresholds.tolist(),
+            **({"own": self.own.tolist(), "start": list(self.start)} if len(self.own) else {}),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         loaded = self._loaded(state)
         self.positive, self.negative = (np.array(loaded[key], dtype=np.int64) for key in ("positive", "negative"))
         self.thresholds = np.array(loaded["thresholds"], dtype=np.float32)
+        self.own = np.array(loaded.get("own", []), dtype=np.int64).reshape(-1, len(self.config.targets))
+        self.start = tuple(float(one) for one in loaded.get("start", ()))
+
+    def head(self, width: int) -> nn.Module:
+        return Highway(width, len(self.config.targets), len(self.own)) if len(self.own) else super().head(width)
 
     def begin(self, head: nn.Module) -> None:
-        """Each bias becomes the best answer to all training samples alike, so that training starts at the frequencies."""
-        answers = torch.linspace(-8.0, 8.0, 321)[:, None].expand(-1, self.outputs)  # (answers, K)
+        """Each bias becomes the best answer to all training samples alike, so that training starts at the frequencies.
+
+        With a highway, all labels begin at one level, and the rest is what their own channels say.
+        """
+        if self.start and isinstance(head, Highway):
+            level = self.start[-1] + torch.from_numpy(np.log(self.emphasis)).float()
+            head.begin(torch.tensor(self.start[:-1]), level)
+            return
+        answers = torch.linspace(-8.0, 8.0, 321)[:, None].expand(-1, len(self.config.targets))  # (answers, K)
         yes, no = (self._each(answers, torch.full_like(answers, truth)) for truth in (1.0, 0.0))
         # half a sample more of each, so that a label never seen is rare and not impossible
         cost = torch.from_numpy(self.positive + 0.5) * yes + torch.from_numpy(self.negative + 0.5) * no
         with torch.no_grad():
             head.bias.copy_(answers[:, 0][cost.argmin(dim=0)])  # type: ignore[operator]
+
+    def meet(self, output: Tensor, x: Tensor) -> Tensor:
+        """Add the highway: (batch, K + J) -> (batch, K)."""
+        if not len(self.own):
+            return output
+        labels = len(self.config.targets)
+        own = along(x, torch.from_numpy(self.own).to(x.device))
+        return output[:, :labels] + torch.einsum("bj,bjk->bk", output[:, labels:], own)
 
     def _each(self, output: Tensor, truth: Tensor) -> Tensor:
         """The loss of every cell, (rows, K)."""
@@ -208,7 +253,7 @@ class Multilabel(Task):
         strange = sorted(set(never) & set(here), key=never.index)
         if part == "train" and never:
             return [
-                f"{len(never)} of {self.outputs} labels are never 1 in training: {listed(never)}. macro_f1 and "
+                f"{len(never)} of {len(self.config.targets)} labels are never 1 in training: {listed(never)}. macro_f1 and "
                 f"mean_average_precision leave them out."
             ]
         if strange:

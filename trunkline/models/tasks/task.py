@@ -50,8 +50,8 @@ class Task(ABC):
     """One thing to predict at one site: `[tasks.NAME]` of its site.toml.
 
     A task is used in this order: `read` its label column (all rows of the site), `expect` the inputs, bring labels to
-    samples by `at`, `fit` on the training labels, then `head`, `loss`, `predict`, `measure` as often as wanted. `state`
-    is what `fit` learnt, for the vault.
+    samples by `at`, `fit` on the training labels, `look` at the training samples, then `head`, `loss`, `predict`, `measure`
+    as often as wanted. `state` is what `fit` and `look` learnt, for the vault.
 
     Args:
         name: also the name of its head.
@@ -147,6 +147,15 @@ class Task(ABC):
             DataError: no label at all, or all of one class.
         """
 
+    def look(self, newest: NDArray[np.float32], labels: Labels) -> None:
+        """See the inputs of the TRAINING samples, after `fit`; for a task that `meets` them.
+
+        Args:
+            newest: (n, channels) the last row of each sample, scaled, NaN where missing.
+            labels: (n,) or (n, k), as `fit` had them.
+        """
+        return
+
     @abstractmethod
     def state(self) -> dict[str, object]:
         """What `read` and `fit` learnt, ready for JSON."""
@@ -196,10 +205,15 @@ class Task(ABC):
         """Move a new head that stays home to where this site's training labels say that training should begin."""
         return
 
+    @property
+    def meets(self) -> bool:
+        """Whether `meet` changes anything: whether the head needs the sample itself beside its embedding."""
+        return type(self).meet is not Task.meet
+
     def meet(self, output: Tensor, x: Tensor) -> Tensor:
         """What the head gave for the samples `x`, made ready for `loss` and `predict`.
 
-        Only a task that learns from its own input (reconstruction) needs `x`; all others take the output as it is.
+        Only a task with a way past the network needs `x` (reconstruction, highway); others take the output as it is.
 
         Shape:
             output (batch, outputs), x (batch, channels, time) or (batch, columns) -> (batch, anything).

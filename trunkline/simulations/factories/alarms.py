@@ -9,6 +9,7 @@ file trains on what it validates on. `times` finds the true order.
 
 import math
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,14 @@ LINK = 8  # alarms in a row that two windows must share before they count as one
 LATEST = 40  # alarms that may ring within the hour between two passes
 VALIDATION = 0.15
 GAP = 2  # window lengths left out before validation: a window reaches one further, and what it predicts into a second
+WEEKS, DAYS = 64.0, 4.0  # window lengths after which a window of the past counts a third: eleven weeks, five days
+UNKNOWN, ONE = 0.01, 1.0  # what a code does before anything is known of it, and how many windows that counts as
+USUAL = 30.0  # windows that the weeks count as beside the last days: an hour lies between two, so a day or so
+RARE = 1e-3  # a code is never taken to be rarer than this, nor more certain
+ODDS = 4.0  # log-odds are divided by it, so that these inputs are about as large as the others
+SEAM = 4.0  # window lengths of the training log that test rows know nothing of: the publisher's cut is not sharp
 BLOCK = 4  # window lengths a block of test rows; about five days
+OWN = [[f"{kind}{code:03d}" for code in CODES] for kind in "nrwd"]  # of each code: count, recency, weeks, days
 SOURCE = (
     "Get `Alarm Logs in Packaging Industry (ALPI)` from IEEE DataPort, as alarms.npz, and give its folder with --data."
 )
@@ -181,14 +189,72 @@ def inputs_of(x: Codes) -> pl.DataFrame:
     return pl.DataFrame(columns | {f"r{code:03d}": recent[:, code] for code in CODES})
 
 
+@dataclass(frozen=True)
+class Past:
+    """How often each code rang in windows of the past (153,), older ones counting less, and what they count together."""
+
+    rang: Floats
+    windows: float
+
+
+NOTHING = Past(np.zeros(len(CODES)), 0.0)
+
+
+def history(x: Codes, when: Floats, before: Past = NOTHING) -> tuple[pl.DataFrame, Past]:
+    """(rows, 306): log-odds of each code in the last weeks `w...` and days `d...`, as the machine's own log has them when a
+    window begins; and what is to be handed on to later rows.
+
+    What rings at a machine changes over the weeks, and a window reaches back a day. Known are the windows that ended before
+    this one began, each counting less the longer it is ago. The days start from what is usual in the weeks.
+
+    Args:
+        x: (rows, 109) codes, in order of time.
+        when: (rows,) when each window began, in window lengths, ascending.
+        before: the weeks before the first row.
+    """
+    rang = np.zeros((len(x), len(CODES) + 1))
+    rang[np.arange(len(x))[:, None], x] = 1.0
+    rang = rang[:, 1:]
+    weeks, weeks_count = _fading(rang, when, WEEKS, before)
+    days, days_count = _fading(rang, when, DAYS, NOTHING)
+    usual = (weeks + ONE * UNKNOWN) / (weeks_count + ONE)
+    lately = (days + USUAL * usual) / (days_count + USUAL)
+    columns: dict[str, NDArray[np.float32]] = {}
+    for name, rate in (("w", usual), ("d", lately)):
+        rate = np.clip(rate, RARE, 1.0 - RARE)
+        odds = (np.log(rate / (1.0 - rate)) / ODDS).astype(np.float32)
+        columns |= {f"{name}{code:03d}": odds[:, place] for place, code in enumerate(CODES)}
+    if not len(x):
+        return pl.DataFrame(columns), before
+    end = when[-1] - SEAM
+    fade = np.where(when <= end, np.exp((when - end) / WEEKS), 0.0)
+    old = math.exp(min(0.0, when[0] - end) / WEEKS)
+    return pl.DataFrame(columns), Past(fade @ rang + old * before.rang, float(fade.sum()) + old * before.windows)
+
+
+def _fading(rang: Floats, when: Floats, span: float, before: Past) -> tuple[Floats, Floats]:
+    """(rows, 153) and (rows, 1): sums over the windows that ended before each began, by exp(-how long ago / span)."""
+    sums, counts = np.zeros(rang.shape), np.zeros((len(rang), 1))
+    seen, count, at, ended = before.rang, before.windows, 0.0, 0
+    for row, now in enumerate(when):
+        fade = math.exp((at - now) / span)
+        seen, count, at = seen * fade, count * fade, float(now)
+        while ended < row and when[ended] <= now - 1.0:
+            fresh = math.exp((when[ended] + 1.0 - now) / span)
+            seen, count, ended = seen + fresh * rang[ended], count + fresh, ended + 1
+        sums[row], counts[row] = seen, count
+    return sums, counts
+
+
 def _plant(machine: int, parts: dict[str, tuple[Codes, NDArray[np.bool_], NDArray[np.int64]]]) -> Plant:
     name = f"machine-{machine:02d}"
 
     def files() -> Files:
-        tables = {}
-        for part, (x, to_come, machines) in parts.items():
+        tables, past = {}, NOTHING
+        for part in ("train", "test"):  # in the order of time
+            x, to_come, machines = parts[part]
             own = machines == machine
-            tables[part] = _table(x[own], to_come[own], times(x[own]))
+            tables[part], past = _table(x[own], to_come[own], times(x[own]), past)
         train, kept = _with_gap(tables["train"])
         when = pl.col("when")
         block = pl.format("test-{}", (when // BLOCK).cast(pl.Int32).cast(pl.String).str.zfill(3))
@@ -200,12 +266,13 @@ def _plant(machine: int, parts: dict[str, tuple[Codes, NDArray[np.bool_], NDArra
     return Plant(name, files)
 
 
-def _table(x: Codes, to_come: NDArray[np.bool_], when: Floats) -> pl.DataFrame:
-    """`order` and `when`, the inputs and the targets, in the order of time."""
+def _table(x: Codes, to_come: NDArray[np.bool_], when: Floats, before: Past) -> tuple[pl.DataFrame, Past]:
+    """`order` and `when`, the inputs and the targets, in the order of time; and the log to be handed on."""
     order = np.argsort(when, kind="stable")
     targets = {f"y{code:03d}": to_come[order, place].astype(np.int8) for place, code in enumerate(CODES)}
     clock = pl.DataFrame({"order": np.arange(len(x)), "when": when[order]})
-    return clock.hstack(inputs_of(x[order])).hstack(pl.DataFrame(targets))
+    known, past = history(x[order], when[order], before)
+    return clock.hstack(inputs_of(x[order])).hstack(known).hstack(pl.DataFrame(targets)), past
 
 
 def _with_gap(rows: pl.DataFrame) -> tuple[pl.DataFrame, int]:
@@ -228,7 +295,7 @@ def _site_toml(name: str, train: pl.DataFrame, test: pl.DataFrame, dropped: int,
             "test_files": "test.parquet",
             "group": "group",
             "order": "order",
-            "channels": [f"{kind}{code:03d}" for kind in "nr" for code in CODES],
+            "channels": [name for names in OWN for name in names],
             # counts mean the same at every machine, and most codes never ring at most machines: a stem that all lend
             # needs them as they are, each column at its place
             "scale": "none",
@@ -237,12 +304,18 @@ def _site_toml(name: str, train: pl.DataFrame, test: pl.DataFrame, dropped: int,
         },
         # judged over all cells together, where a frequent code counts as often as it rings: rare ones get no extra weight
         "tasks": {
-            "alarms": {"kind": "multilabel", "targets": [f"y{code:03d}" for code in CODES], "class_weights": "none"}
+            "alarms": {
+                "kind": "multilabel",
+                "targets": [f"y{code:03d}" for code in CODES],
+                "highway": OWN,
+                "class_weights": "none",
+            }
         },
     }
     about = (
         f"Packaging machine {name[-2:]} of ALPI: {len(train)} windows to learn from, {len(test)} of the publisher's to test.\n"
         "n...: log(1 + how often a code rang in the last 1,720 minutes); r...: 1 / (1 + alarms since it last did);\n"
+        "w..., d...: log-odds of a code in the log of the last eleven weeks and five days before the window, divided by 4;\n"
         "y...: whether it rings in the next 480 minutes. 153 codes, the same at every machine; 0 is padding.\n"
         "The windows overlap and the publisher's rows are not in the order of time; here they are. The last rows\n"
         f"validate; {dropped} windows that reach into them were left out. Test rows are grouped by {BLOCK} window lengths."
