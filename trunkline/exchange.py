@@ -186,7 +186,7 @@ class LocalPlan(Frozen):
     finetune_rate: float = Field(
         default=0.1, gt=0.0, le=1.0, description="its learning rate, as a multiple of learning_rate"
     )
-    hold: Literal["federated", "ensemble"] = Field(
+    hold: Literal["federated", "ensemble", "local"] = Field(
         default="federated", description="the model the gate keeps until another is better beyond noise"
     )
 

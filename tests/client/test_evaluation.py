@@ -125,6 +125,21 @@ def test_an_ensemble_predicts_the_mean_of_the_two_models(with_stranger: Path) ->
             assert found["ensemble"] ** 2 <= (found["local"] ** 2 + found["federated"] ** 2) / 2.0 + 1e-6
 
 
+def test_a_gate_that_holds_what_a_plant_has_alone_leaves_it_only_beyond_noise(
+    with_stranger: Path, tmp_path: Path
+) -> None:
+    folders = sorted((with_stranger / "sites").iterdir())
+    holding = {**RUN, "rounds": 1, "training": {**RUN["training"], "hold": "local"}}
+    federate(folders, tmp_path / "local", **holding)
+    federate(folders, tmp_path / "federated", **{**holding, "training": {**RUN["training"], "hold": "federated"}})
+    kept, other = rows_of(tmp_path / "local"), rows_of(tmp_path / "federated")
+    assert {at: row["candidates"] for at, row in kept.items()} == {at: row["candidates"] for at, row in other.items()}
+    assert kept["stranger", "wear"]["chosen"] == "local"
+    moved = {at for at, row in kept.items() if row["chosen"] != other[at]["chosen"]}
+    assert moved  # the same models and the same noise, and each rule keeps its own
+    assert all(other[at]["chosen"] == "federated" for at in moved)
+
+
 def test_a_gate_that_holds_the_ensemble_leaves_it_only_beyond_noise(with_stranger: Path, tmp_path: Path) -> None:
     folders = sorted((with_stranger / "sites").iterdir())
     federate(folders, tmp_path / "held", **{**RUN, "training": {**RUN["training"], "hold": "ensemble"}})
@@ -134,14 +149,10 @@ def test_a_gate_that_holds_the_ensemble_leaves_it_only_beyond_noise(with_strange
         alike.count("ensemble") >= 3
     )  # by the rule that holds the federated one it would be none or all of them by luck
     assert rows["stranger", "wear"]["chosen"] in ("local", "ensemble")
-    federate(
-        folders,
-        tmp_path / "alone",
-        **{**RUN, "report": {"baseline": False}, "training": {**RUN["training"], "hold": "ensemble"}},
-    )
-    assert {row["chosen"] for row in rows_of(tmp_path / "alone").values()} == {
-        "federated"
-    }  # there is no ensemble to hold
+    for hold in ("ensemble", "local"):  # neither is there where nobody trained alone
+        out = tmp_path / f"without {hold}"
+        federate(folders, out, **{**RUN, "report": {"baseline": False}, "training": {**RUN["training"], "hold": hold}})
+        assert {row["chosen"] for row in rows_of(out).values()} == {"federated"}
 
 
 def test_what_a_site_keeps_of_its_test_rows_is_enough_to_draw_them(with_stranger: Path) -> None:

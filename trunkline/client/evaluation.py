@@ -210,9 +210,10 @@ def _decide(site: Site, lineup: _Lineup, hold: str) -> dict[str, Decision]:
     data, settled = site.data.validation, {}
     for name in site.data.tasks:
         tried: dict[str, Tried] = {}
-        held = hold if hold != "ensemble" or lineup.together else "federated"  # no ensemble where nobody trained alone
+        candidates = lineup.of(name)
+        held = hold if hold in candidates else "federated"  # neither local nor ensemble where nobody trained alone
         picked: dict[str, int] = {}
-        for who, some in lineup.of(name).items():
+        for who, some in candidates.items():
             results = [_try(site, name, one) for one in some]
             picked[who] = _best(results)
             tried[who] = replace(
