@@ -112,6 +112,7 @@ class ExactSum:
         self.coarse: NDArray[np.int64] = np.zeros(shape, np.int64)
         self.fine: NDArray[np.int64] = np.zeros(shape, np.int64)
         self._wholes, self._rests = 0, 0  # terms that `coarse` and `fine` hold with WHOLE and REST in them
+        self._merged = 0  # sums that were added since `_carry`, each with less than 2^52 units in `fine`
         self._reach = 0.0  # no number of the sum is beyond it
 
     def add(self, term: NDArray[np.floating[Any]], weight: float = 1.0) -> None:
@@ -141,7 +142,7 @@ class ExactSum:
 
     def _split(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64], largest: float) -> None:
         """Add at most CARRY_EVERY rows, (n, k); no product with its weight is beyond `largest`."""
-        if self._rests + len(rows) > self.CARRY_EVERY:
+        if self._rests + 2 * self._merged + len(rows) > self.CARRY_EVERY:
             self._carry()
         whole_too = not largest < 0.499  # less is all remainder, whichever way its product was rounded
         self._rests += len(rows)
@@ -168,12 +169,13 @@ class ExactSum:
     def merge(self, other: "ExactSum") -> None:
         """Add what another sum holds: the same bits as if its terms had been added here."""
         self._reaches(other._reach)
-        self._carry()
+        if self._rests + 2 * self._merged + 2 > self.CARRY_EVERY:
+            self._carry()
+        self._merged += 1
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
         for here, units, rest in other._counted():
             coarse[here] += units
             fine[here] += rest
-        self._carry()
 
     def _reaches(self, largest: float) -> None:
         if not self._reach + largest < self.LIMIT:  # also for NaN, which both ends of an array that holds it are
@@ -197,7 +199,7 @@ class ExactSum:
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
         for here, units, rest in self._counted():
             coarse[here], fine[here] = units, rest
-        self._wholes, self._rests = 0, 0
+        self._wholes, self._rests, self._merged = 0, 0, 0
 
     def value(self) -> NDArray[np.float64]:
         return self.over(1.0, np.dtype(np.float64))
@@ -290,10 +292,18 @@ class Streamed:
         for name, rows in changes.items():
             self._sum_of(name, rows.shape[1:], rows.dtype).add_rows(rows, weights, largest[name] if largest else None)
             self.weights.setdefault(name, ExactNumber()).merge(total)
-        for told, weight in zip(metrics, weights.tolist(), strict=True):
-            for name, number in told.items():
-                self.metrics.setdefault(name, ExactNumber()).add(number * weight)
-                self.metric_weights.setdefault(name, ExactNumber()).add(weight)
+        for name in dict.fromkeys(name for told in metrics for name in told):
+            behind = [
+                (told[name], weight) for told, weight in zip(metrics, weights.tolist(), strict=True) if name in told
+            ]
+            number, weight = ExactNumber(), ExactNumber()
+            for value, own in behind:
+                number.add(value * own)
+            if len(behind) < len(weights):  # else it is the total
+                for _, own in behind:
+                    weight.add(own)
+            self.metrics.setdefault(name, ExactNumber()).merge(number)
+            self.metric_weights.setdefault(name, ExactNumber()).merge(weight if len(behind) < len(weights) else total)
 
     def merge(self, other: "Streamed") -> None:
         """Add what another sum of the same round holds, in the same bits as if its updates had been added here."""
