@@ -41,7 +41,6 @@ AHEAD = 32 * 1024 * 1024  # bytes of replies a worker may have made, or be makin
 GROUPS = 2  # outstanding a worker: one it works on, and one so that it need not wait for the driver
 GROUP_MOST = 48  # messages; what a call of Ray costs is hardly seen at that
 GROUP_FIRST = 16  # messages that an idle worker gets, so that it begins while the others are still being made
-GROUP_LEAST = 32  # in the groups after it, as long as there are so many
 GROUP_S = 0.25  # s of work in a group, so that progress is seen and there is something left to hand to an idle worker
 UNSENT = 64 * 1024 * 1024  # bytes of messages that no worker has taken yet, beyond which the grid asks for no more
 JOIN_S = 15.0  # s to reach a cluster
@@ -412,17 +411,14 @@ class RayGrid(LocalGrid):
         self._open[job.node] = job
         self._enqueue(job)
         seat = self._owner[job.node]
-        if len(seat.queue) >= GROUP_FIRST:
+        if len(seat.queue) >= (GROUP_MOST if seat.out else GROUP_FIRST):
             self._send(seat)
 
     def _take(self, seat: _Seat) -> list[_Job]:
         """The next group: as many messages as keep its replies, and the wait for them, small."""
         group: list[_Job] = []
         nbytes, seconds = 0, 0.0
-        most = GROUP_FIRST
-        if seat.out:
-            # smaller where there are fewer in all: while the last replies are looked at here, nobody works there
-            most = min(GROUP_MOST, max(GROUP_LEAST, len(self._open) // (2 * len(self._seats))))
+        most = GROUP_MOST if seat.out else GROUP_FIRST
         if len(seat.queue) < most + GROUP_FIRST:
             most = len(seat.queue)  # rather than a small one more
         while seat.queue and len(group) < most:
