@@ -1,6 +1,7 @@
 """What an algorithm is: a plan for the sites, a way to combine their updates, and a step of the shared arrays."""
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
@@ -150,7 +151,7 @@ class ExactSum:
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
         wide = min(rows.shape[1], AT_ONCE)
         few = max(1, AT_ONCE // wide) if wide < SHORT else 1  # whole rows one by one, unless they are short
-        rests, wholes = np.empty(few * wide), np.empty(few * wide)  # written again and again: they stay in the cache
+        rests, wholes = _scratch()
         for place in range(0, rows.shape[1], wide):
             here = slice(place, place + wide)
             for start in range(0, len(rows), few):
@@ -211,6 +212,17 @@ class ExactSum:
         for here, units, rest in self._counted():
             flat[here] = (units + rest * 2.0**-self.FINE) / divisor
         return found
+
+
+_own = threading.local()
+
+
+def _scratch() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two times AT_ONCE numbers, the same ones for every call of a thread: new ones would be paged in anew each time."""
+    if not hasattr(_own, "scratch"):
+        _own.scratch = np.empty(AT_ONCE), np.empty(AT_ONCE)
+    found: tuple[NDArray[np.float64], NDArray[np.float64]] = _own.scratch
+    return found
 
 
 def _bits(one: np.float64, times: int) -> np.int64:
