@@ -5,6 +5,7 @@ import importlib
 import json
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -66,6 +67,8 @@ def test_every_private_name_is_where_it_was(module: str, name: str) -> None:
             found = getattr(type(getattr(found, steps[0])), steps[1])
             steps = steps[2:]
         for step in steps:
+            if isinstance(found, ModuleType) and not hasattr(found, step):
+                importlib.import_module(f"{found.__name__}.{step}")  # as `from module import step` does
             found = getattr(found, step)
     except (ImportError, AttributeError):
         pytest.fail(moved(module, name))

@@ -670,8 +670,8 @@ def _start_ray(address: str | None, workers: int | None) -> None:
         if address:
             _join(address)
         else:
-            ray.init(
-                num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=OBJECT_STORE,
+            ray.init(  # "local": a cluster that somebody else has started on this machine is not ours to join unasked
+                address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=OBJECT_STORE,
                 # fetched replies are freed one by one: Ray would keep a hundred of them, or a second's worth
                 _system_config={"automatic_object_spilling_enabled": True, "free_objects_batch_size": 1},
             )  # fmt: skip
