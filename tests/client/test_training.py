@@ -84,6 +84,9 @@ def test_rows_that_do_not_fit_on_the_device_stay_and_are_sent(
     monkeypatch.setattr(training, "fits", lambda nbytes, where: nbytes < data.values.nbytes)
     sent = Resident.of(data, CPU)
     assert (plain.goes, sent.goes, sent.where) == (None, CPU, CPU)
+    both = Resident.joined([plain, sent])
+    assert both.goes == CPU  # a site whose rows fit goes with those whose rows do not
+    assert torch.equal(both.batch(torch.tensor([len(data)]))[0], plain.batch(torch.tensor([0]))[0])
     index = torch.tensor([3, 0, len(data) - 1])
     for one, other in zip(plain.batch(index), sent.batch(index), strict=True):
         assert torch.equal(one, other)

@@ -40,6 +40,7 @@ def kind_of(site: Site, order: Order) -> Key | None:
     orders = [order] + ([apart(order)] if order.baseline else [])
     if order.plan.personal or not all(_plain(one.plan, one) for one in orders):
         return None
+    site.meet(order)
     data = site.resident(site.rows(order))
     if not len(data) or data.goes is not None:
         return None

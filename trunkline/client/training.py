@@ -71,13 +71,16 @@ class Resident:
     def joined(cls, parts: Sequence["Resident"]) -> "Resident":
         """The samples of several sites, one site behind the other; no window reaches into another's rows."""
         starts = [0, *itertools.accumulate(len(part.values) for part in parts)]
+        goes = next((part.goes for part in parts if part.goes is not None), None)  # where one stays at home, all do
+        home = parts[0].values.device if goes is None else torch.device("cpu")
         return cls(
-            values=torch.cat([part.values for part in parts]),
-            categorical=torch.cat([part.categorical for part in parts]),
-            first=torch.cat([part.first + start for part, start in zip(parts, starts, strict=False)]),
-            ends=torch.cat([part.ends + start for part, start in zip(parts, starts, strict=False)]),
+            values=torch.cat([part.values.to(home) for part in parts]),
+            categorical=torch.cat([part.categorical.to(home) for part in parts]),
+            first=torch.cat([part.first.to(home) + start for part, start in zip(parts, starts, strict=False)]),
+            ends=torch.cat([part.ends.to(home) + start for part, start in zip(parts, starts, strict=False)]),
             window=parts[0].window,
             labels={name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels},
+            goes=goes,
         )
 
     def begun(self, count: int) -> "Resident":

@@ -78,6 +78,8 @@ def _one_pass(
     """The models of each site after `run.rounds` rounds from the start on the rows of `order`: the pooled one, and its twin."""
     names = [site.name for site in sites]
     model = pooled[0].model(order)
+    for site in sites:
+        site.meet(order)
     parts = [site.resident(site.rows(order)) for site in sites]
     data, tasks = Resident.joined(parts), pooled[0].data.tasks
     plan = alone(run.training)
