@@ -8,13 +8,18 @@ import pytest
 import trunkline
 
 ROOT = Path(trunkline.__file__).parent
-VOCABULARY = {"errors", "exchange", "config", "storage", "release"}
+VOCABULARY = {"errors", "exchange", "config", "storage", "release", "guards", "keys", "sealing", "chain", "enrolment"}
 MAY = {
     "errors": set(),
     "exchange": {"errors"},
     "config": {"exchange", "errors"},
     "storage": {"errors"},
-    "release": {"exchange", "storage", "errors"},
+    "release": {"exchange", "storage", "keys", "errors"},
+    "guards": {"exchange", "errors"},
+    "keys": {"storage", "errors"},
+    "enrolment": {"exchange", "keys", "errors"},
+    "sealing": {"keys", "storage", "errors"},
+    "chain": {"keys", "sealing", "storage", "errors"},
     "progress": {"errors"},
     "flower": {"errors"},
     "supervise": {"errors", "storage"},

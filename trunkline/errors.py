@@ -7,6 +7,8 @@
     ├── ContractError              something would cross the wire that the run's contract does not name
     │   └── Refused                the server set one site's reply aside; the round goes on
     ├── StorageError               a vault or checkpoint cannot be written or read
+    ├── TrustError                 a key, certificate or invitation is missing, over, or not whose it should be
+    │   └── TamperError            a signed record or release is not what was written
     ├── StateLost                  a process died with the state of the sites it trained; the run goes back to its checkpoint
     ├── QuorumError                too few sites answered; the run stopped with its state on disk
     └── DeploymentError            a daemon or one of its children cannot start or be reached
@@ -45,6 +47,14 @@ class Refused(ContractError):
 
 class StorageError(TrunklineError):
     """A file of state could not be written, or no intact version of it is left."""
+
+
+class TrustError(TrunklineError):
+    """A key, certificate or invitation is missing, expired, readable by others, or belongs to somebody else."""
+
+
+class TamperError(TrustError):
+    """A signed record or release is not what its signer wrote; the text names the first place."""
 
 
 class StateLost(TrunklineError):
