@@ -36,6 +36,15 @@ StrategyName = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Override seed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
 ServerState = Annotated[Path, typer.Option("--state", help="The server's folder: database, secret, logs.")]
+ClientState = Annotated[
+    Path | None, typer.Option("--state", help="The plant's state: keys, vault, logs. Default: SITE_DIR/.trunkline")
+]
+KeySource = Annotated[
+    str | None,
+    typer.Option(
+        "--key", help="Key that seals what is secret: file:PATH, env:NAME or keyring:NAME. Default: a file of its own."
+    ),
+]
 LITTLE = (
     600  # optimiser steps of all sites in all rounds: about where, on two cores, workers begin to pay for their start
 )
@@ -151,21 +160,143 @@ def adapt(
     typer.echo(f"Model: {folder / evidence.MODEL}  (evidence: {folder / evidence.PAGE})")
 
 
+@server.command("init")
+def server_init(
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="Name or address by which plants reach the server; repeatable.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the federation, as plants will read it.")] = "Trunkline",
+    state: ServerState = Path("trunkline-server"),
+    key: KeySource = None,
+    site_days: Annotated[float, typer.Option(help="Days a site's certificate is valid.")] = 365.0,
+    server_days: Annotated[float, typer.Option(help="Days the server's certificate is valid.")] = 180.0,
+) -> None:
+    """Make a federation: its authority, the server's certificate, the register of sites. Nothing is ever made over one."""
+    from trunkline.keys import fingerprint, spoken
+    from trunkline.sealing import find_seal
+    from trunkline.server import authority
+
+    made = authority.init(state.resolve(), name, tuple(host or ()), key, site_days, server_days)
+    seal = find_seal(state.resolve())
+    typer.echo(f"Federation {name!r} in {state}.")
+    typer.echo(f"Fingerprint of its authority: {spoken(fingerprint(made))}")
+    if seal is not None:
+        typer.echo(f"Its keys are sealed with {seal.source}. Keep a copy of that elsewhere: without it nothing opens.")
+    typer.echo(f"Next: trunkline server start --state {state}, and trunkline server invite SITE --state {state}")
+
+
+@server.command("invite")
+def server_invite(
+    site: Annotated[str, typer.Argument(metavar="SITE", help="The `name` in the plant's site.toml.")],
+    hours: Annotated[float, typer.Option(min=0.0, help="Hours until the code expires.")] = 72.0,
+    state: ServerState = Path("trunkline-server"),
+) -> None:
+    """A one-time code with which a plant joins. A code that is out for the same site is withdrawn."""
+    from trunkline.keys import fingerprint, spoken
+    from trunkline.server.authority import Authority
+
+    opened = Authority.open(state.resolve())
+    code, made = opened.invite(site, hours)
+    where = opened.federation.hosts[0] if opened.federation.hosts else "HOST"
+    typer.echo(f"Code for {site}, good once, until {made.expires}:\n\n    {code}\n")
+    typer.echo(f"At the plant: trunkline client join SITE_DIR {where}:9140 --code CODE")
+    typer.echo(f"Both should see the authority's fingerprint: {spoken(fingerprint(opened.certificate))}")
+
+
+@server.command("admit")
+def server_admit(
+    request: Annotated[Path, typer.Argument(metavar="REQUEST", help="What `trunkline client join --request` wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="Answer to carry back to the plant.")],
+    state: ServerState = Path("trunkline-server"),
+) -> None:
+    """Enrol a plant that cannot reach the server to join: request and answer are carried by hand."""
+    from trunkline.server.authority import Authority
+    from trunkline.storage import write_atomic
+
+    admitted = Authority.open(state.resolve()).admit_file(request)
+    write_atomic(out, admitted.model_dump_json(indent=1).encode())
+    typer.echo(
+        f"{admitted.site} is enrolled. At the plant: trunkline client join SITE_DIR HOST:PORT --code CODE --admission {out.name}"
+    )
+
+
+@server.command("sites")
+def server_sites(state: ServerState = Path("trunkline-server")) -> None:
+    """Who is enrolled, invited, revoked; until when; and who is online."""
+    from rich.console import Console
+
+    from trunkline.server import authority, daemon
+
+    console = Console()
+    console.print(daemon.sites_table(state.resolve()))
+    for warning in authority.warnings(state.resolve()):
+        console.print(f"Note: {warning}", markup=False)
+
+
+@server.command("revoke")
+def server_revoke(
+    site: Annotated[str, typer.Argument(metavar="SITE")],
+    reason: Annotated[str, typer.Option(help="Said to the plant, and in the audit log.")] = "",
+    state: ServerState = Path("trunkline-server"),
+) -> None:
+    """Turn a site away from its next request on, and nobody else. `server invite` lets it in again, with a new key."""
+    from trunkline.server import authority
+
+    gone = authority.revoke(state.resolve(), site, reason)
+    typer.echo(f"{site} is revoked since {gone.revoked}: its next request is refused. Everybody else goes on.")
+
+
+@server.command("rotate")
+def server_rotate(state: ServerState = Path("trunkline-server")) -> None:
+    """A new key and certificate for the server, taken up at the next connection. A running server does it by itself in time."""
+    from trunkline.keys import fingerprint, spoken
+    from trunkline.server.authority import Authority
+
+    made = Authority.open(state.resolve()).rotate_server("asked for by the operator")
+    typer.echo(f"New server certificate, valid until {made.not_valid_after_utc:%Y-%m-%d}: {spoken(fingerprint(made))}")
+
+
+@server.command("audit")
+def server_audit(
+    state: ServerState = Path("trunkline-server"),
+    begin_anew: Annotated[
+        bool, typer.Option("--begin-anew", help="Set a log that was tampered with aside and begin another.")
+    ] = False,
+) -> None:
+    """Who enrolled, ran, revoked, and whether anybody altered the log. Exit code 1 if so."""
+    from rich.console import Console
+
+    from trunkline.server import audit
+
+    if begin_anew:
+        typer.echo(f"The former log is now {audit.begin_anew(state.resolve())}.")
+    audit.show(state.resolve(), Console())
+
+
+@server.command("nginx")
+def server_nginx(
+    listen: Annotated[str, typer.Option(help="HOST:PORT for nginx to listen on.")] = "0.0.0.0:9140",
+    state: ServerState = Path("trunkline-server"),
+) -> None:
+    """The gateway's configuration for nginx, for who would rather run that. Print it again after `invite` and `revoke`."""
+    from trunkline.server import daemon
+    from trunkline.server.nginx import nginx_config
+
+    typer.echo(nginx_config(state.resolve(), listen, daemon.upstream_of(state.resolve())))
+
+
 @server.command("start")
 def server_start(
     state: ServerState = Path("trunkline-server"),
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with TLS files.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback only with a federation (`server init`).")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 9140,
-    tls_ca: Annotated[Path | None, typer.Option(help="CA certificate, PEM.")] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(help="Server certificate, PEM; its names must cover 127.0.0.1 too.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Server key, PEM.")] = None,
 ) -> None:
     """Run the centre until SIGTERM or Ctrl-C."""
     import trunkline.server.daemon as daemon
 
-    daemon.start(state, host=host, port=port, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
+    daemon.start(state, host=host, port=port)
 
 
 @server.command("run")
@@ -208,25 +339,82 @@ def server_status(state: ServerState = Path("trunkline-server")) -> None:
     daemon.print_status(daemon.status(state), Console())
 
 
+@client.command("join")
+def client_join(
+    site_dir: SiteDir,
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the centre.")] = "",
+    code: Annotated[str, typer.Option("--code", help="What `trunkline server invite` printed.", prompt=True)] = "",
+    state: ClientState = None,
+    key: KeySource = None,
+    request: Annotated[
+        Path | None, typer.Option("--request", help="Without a network: write the request to this file instead.")
+    ] = None,
+    admission: Annotated[
+        Path | None, typer.Option("--admission", help="And take up the answer that came back.")
+    ] = None,
+) -> None:
+    """Become a member: keys are made here and stay here, a certificate is fetched with the code."""
+    import trunkline.client.join as joining
+    from trunkline.client.daemon import state_of
+    from trunkline.enrolment import Code
+    from trunkline.errors import ConfigError
+    from trunkline.keys import fingerprint, spoken
+    from trunkline.sealing import find_seal
+
+    folder = (state or state_of(site_dir)).resolve()
+    parsed = Code.parse(code)
+    if request is not None:
+        joining.write_request(site_dir, folder, parsed, request, key)
+        typer.echo(
+            f"Carry {request} to the operator, who answers with `trunkline server admit {request.name} --out FILE`."
+        )
+        return
+    if admission is not None:
+        joined = joining.accept_admission(site_dir, folder, parsed, admission, server)
+    elif server:
+        joined = joining.join(site_dir, folder, server, parsed, key)
+    else:
+        raise ConfigError("HOST:PORT of the centre is missing: trunkline client join SITE_DIR HOST:PORT --code CODE.")
+    typer.echo(
+        f"{joined.membership.site} has joined {joined.membership.federation!r}, until {joined.certificate.not_valid_after_utc:%Y-%m-%d}."
+    )
+    typer.echo(f"Fingerprint of its authority: {spoken(fingerprint(joined.authority))}")
+    if (seal := find_seal(folder)) is not None:
+        typer.echo(
+            f"Private state is sealed with {seal.source}. Keep a copy of that elsewhere: without it nothing opens."
+        )
+    typer.echo(f"Next: trunkline client start {site_dir}")
+
+
+@client.command("renew")
+def client_renew(site_dir: SiteDir, state: ClientState = None) -> None:
+    """Another certificate for the same key, now. The daemon does it by itself in time."""
+    import trunkline.client.join as joining
+    from trunkline.client.daemon import state_of
+
+    made = joining.renew((state or state_of(site_dir)).resolve())
+    typer.echo(
+        f"New certificate, valid until {made.not_valid_after_utc:%Y-%m-%d %H:%M UTC}; a running daemon takes it up by itself."
+    )
+
+
 @client.command("start")
 def client_start(
     site_dir: SiteDir,
-    server: Annotated[str, typer.Option("--server", help="HOST:PORT of the centre.")] = "127.0.0.1:9140",
-    state: Annotated[
-        Path | None, typer.Option(help="The plant's state: vault, logs. Default: SITE_DIR/.trunkline")
+    server: Annotated[
+        str | None,
+        typer.Option("--server", help="HOST:PORT of the centre; default: the one joined, or this machine's."),
     ] = None,
-    tls_ca: Annotated[Path | None, typer.Option(help="CA certificate of the centre, PEM.")] = None,
+    state: ClientState = None,
 ) -> None:
     """Run the plant's daemon until SIGTERM or Ctrl-C."""
     import trunkline.client.daemon as daemon
 
-    daemon.start(site_dir, server=server, state=state, tls_ca=tls_ca)
+    daemon.start(site_dir, server=server, state=state)
 
 
 @client.command("status")
-def client_status(
-    site_dir: SiteDir, state: Annotated[Path | None, typer.Option(help="If it is not SITE_DIR/.trunkline")] = None
-) -> None:
+def client_status(site_dir: SiteDir, state: ClientState = None) -> None:
     """What the plant's daemon does now."""
     from rich.console import Console
 

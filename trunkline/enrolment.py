@@ -33,12 +33,28 @@ SECRET, PREFIX = 16, 16  # bytes of a code: what only both ends know, and of the
 LIMIT = 65_536  # bytes of any of these bodies
 
 
+class Known(Frozen):
+    """Down, to an invitation or a certificate: whose federation it is, and whom it was made for. Not to be trusted as it comes."""
+
+    authority: str
+    federation: str
+    site: str
+
+
 class JoinRequest(Frozen):
     """Up, once: a certificate request for the site's key (PEM), and the public key (PEM) that will sign its manifest."""
 
     request: str = Field(max_length=16_384)
     records: str = Field(max_length=4096)
     version: str = Field(max_length=32)
+
+
+class JoinFile(Frozen):
+    """A JoinRequest on its way by hand: which invitation it answers, and the signature that only its code can make."""
+
+    invitation: str
+    asked: JoinRequest
+    signature: str
 
 
 class RenewRequest(Frozen):

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import ssl
 import sys
 import time
 import types
@@ -43,7 +44,14 @@ try:
     from flwr.cli.build import build_fab_from_files
     from flwr.common.constant import SubStatus
     from flwr.common.serde import context_from_proto, fab_to_proto, message_from_proto, user_config_to_proto
-    from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StartRunRequest, StopRunRequest
+    from flwr.proto.control_pb2 import (
+        ListNodesRequest,
+        ListRunsRequest,
+        RegisterNodeRequest,
+        StartRunRequest,
+        StopRunRequest,
+        UnregisterNodeRequest,
+    )
     from flwr.proto.fleet_pb2 import DeactivateNodeRequest, UnregisterNodeFleetRequest
     from flwr.proto.node_pb2 import Node
     from flwr.proto.runtime_pb2 import (
@@ -485,11 +493,31 @@ def stop_run(address: str, run_id: int, *, ca: bytes | None = None) -> None:
 
 
 def list_nodes(address: str, *, ca: bytes | None = None) -> list[dict[str, Any]]:
-    """The SuperNodes that registered: node (id), status (online, offline, ...), since (ISO 8601)."""
+    """The SuperNodes that registered: node (id), status (online, offline, ...), since (ISO 8601), key (PEM)."""
     response = _control(address, ca, "listing nodes", lambda client: client.ListNodes(ListNodesRequest()))
     return [
-        {"node": info.node_id, "status": info.status, "since": info.last_activated_at} for info in response.nodes_info
+        {"node": info.node_id, "status": info.status, "since": info.last_activated_at, "key": info.public_key}
+        for info in response.nodes_info
     ]
+
+
+def register_node(address: str, public_key: bytes, name: str, *, ca: bytes | None = None) -> int:
+    """Let the node with this key (PEM) in; its node id, the same again when it is known already."""
+    request = RegisterNodeRequest(public_key=public_key, name=name)
+    try:
+        return int(_control(address, ca, "registering a node", lambda client: client.RegisterNode(request)).node_id)
+    except DeploymentError:
+        for node in list_nodes(address, ca=ca):
+            if node["key"] == public_key and node["status"] != "unregistered":
+                return int(node["node"])
+        raise
+
+
+def unregister_node(address: str, node: int, *, ca: bytes | None = None) -> None:
+    """Shut the node out; its key can never be registered again."""
+    _control(
+        address, ca, "shutting a node out", lambda client: client.UnregisterNode(UnregisterNodeRequest(node_id=node))
+    )
 
 
 def environment(state: Path) -> dict[str, str]:
@@ -675,12 +703,17 @@ class NodeTask:
         self._client.close()
 
 
-def supernode_main(key_file: Path | None = None) -> None:
-    """Flower's own `flower-supernode` with two changes made in this process only.
+def supernode_main(key_file: Path | None = None, identity: Path | None = None) -> None:
+    """Flower's own `flower-supernode` with changes made in this process only.
 
-    It polls every 0.2 s within a minute of a message and every 3 s otherwise, where stock Flower waits 3 s always. And
-    without node authentication it remembers the key it registered with, so that a restart after a kill signs off its
-    former self at once: stock Flower would leave that one "online" for a minute, and a round would wait for it.
+    It polls every 0.2 s within a minute of a message and every 3 s otherwise, where stock Flower waits 3 s always. A
+    restart after a kill signs off its former self at once: stock Flower would leave that one "online" for a minute, and a
+    round would wait for it. And it never follows a redirect: where a plant's answers go is not the centre's to say.
+
+    Args:
+        key_file: where it keeps what it takes to sign a former session off.
+        identity: folder of a site that has joined (`authority.crt`, `site.crt`, `site.key`): TLS 1.3 with its certificate,
+            which is read again when it has been renewed. Without it the node registers itself with a key of the day.
     """
     from flwr.supernode.cli import flower_supernode
 
@@ -697,21 +730,97 @@ def supernode_main(key_file: Path | None = None) -> None:
         time.sleep(seconds)
 
     loop.time = types.SimpleNamespace(sleep=sleep, time=time.time)  # type: ignore[attr-defined]
-    if key_file is not None:
+    if identity is not None:
+        _be(identity, key_file)
+    elif key_file is not None:
         _remember_node(key_file)
     flower_supernode()
+
+
+def _straight(client: Any) -> None:
+    """A client of Flower's as it comes follows redirects, to plain HTTP too."""
+    client._client.follow_redirects = False
+
+
+def client_context(identity: Path) -> ssl.SSLContext:
+    """TLS 1.3 as a site that has joined: its certificate, and nobody trusted but its federation's authority."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(identity / "authority.crt")
+    context.load_cert_chain(identity / "site.crt", identity / "site.key")
+    return context
+
+
+def _be(identity: Path, key_file: Path | None) -> None:
+    """Make Flower's fleet client speak with the site's certificate, always the newest."""
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    certificate = identity / "site.crt"
+
+    class JoinedClient(FleetHttpClient):
+        def __init__(self, base_url: str, **options: Any) -> None:
+            self._mark = certificate.stat().st_mtime_ns
+            super().__init__(base_url, **{**options, "verify": client_context(identity)})
+            _straight(self)
+
+        def _unary_unary(self, **call: Any) -> Any:
+            if (mark := certificate.stat().st_mtime_ns) != self._mark:
+                # not closed: a heartbeat of another thread may be on it, and it goes with its last user
+                self._client = httpx.Client(verify=client_context(identity), timeout=self._client.timeout)
+                self._mark = mark
+                logger.warning("the site's certificate was renewed; it is used from now on")
+            return super()._unary_unary(**call)
+
+        def ActivateNode(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+            if key_file is not None and key_file.exists():
+                with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, OSError):
+                    former = int(json.loads(key_file.read_bytes())["node"])
+                    self.DeactivateNode(DeactivateNodeRequest(node_id=former))
+                    logger.warning("signed off the former session of this site, node %d", former)
+                key_file.unlink(missing_ok=True)
+            response = super().ActivateNode(request)
+            if key_file is not None:
+                _keep(key_file, {"node": response.node_id})
+            return response
+
+        def DeactivateNode(self, request: Any) -> Any:  # noqa: N802
+            response = super().DeactivateNode(request)
+            if key_file is not None:
+                key_file.unlink(missing_ok=True)
+            return response
+
+    _put_in_place(FleetHttpClient=JoinedClient)
+
+
+def _put_in_place(**ours: Any) -> None:
+    """Replace names of the module that a SuperNode speaks to the fleet interface through."""
+    from flwr.supernode import fleet_http_connection as connection
+
+    for name, one in ours.items():
+        getattr(connection, name)  # a name that has moved must fail here, not be set in vain
+        setattr(connection, name, one)
+
+
+def _keep(path: Path, record: Mapping[str, Any]) -> None:
+    aside = path.with_suffix(".new")
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - a mode
+        json.dump(record, file)
+    aside.replace(path)
 
 
 def _remember_node(key_file: Path) -> None:
     """Keep key and id of a self-registered node in `key_file`; whom a start finds there is signed off first."""
     from flwr.supercore.primitives.asymmetric import bytes_to_private_key, generate_key_pairs, private_key_to_bytes
-    from flwr.supernode import fleet_http_connection as connection
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     pair = generate_key_pairs()
 
     class RememberingClient(FleetHttpClient):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            _straight(self)
+
         def RegisterNode(self, request: Any) -> Any:  # noqa: N802 - Flower's name, called again until it succeeds
             if key_file.exists():
                 self._sign_off()
@@ -720,11 +829,7 @@ def _remember_node(key_file: Path) -> None:
 
         def ActivateNode(self, request: Any) -> Any:  # noqa: N802
             response = super().ActivateNode(request)
-            record = {"node": response.node_id, "key": private_key_to_bytes(pair[0]).decode()}
-            aside = key_file.with_suffix(".new")
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - a mode
-                json.dump(record, file)
-            aside.replace(key_file)
+            _keep(key_file, {"node": response.node_id, "key": private_key_to_bytes(pair[0]).decode()})
             return response
 
         def UnregisterNode(self, request: Any) -> Any:  # noqa: N802
@@ -749,16 +854,38 @@ def _remember_node(key_file: Path) -> None:
             finally:
                 self._interceptors = own
 
-    for name, ours in (("generate_key_pairs", lambda: pair), ("FleetHttpClient", RememberingClient)):
-        getattr(connection, name)  # a name that has moved must fail here, not be set in vain
-        setattr(connection, name, ours)
+    _put_in_place(generate_key_pairs=lambda: pair, FleetHttpClient=RememberingClient)
+
+
+def serverapp_main(check: Callable[[bytes], None]) -> None:
+    """Flower's own `flwr-serverapp`, which hands a run's app archive to `check` before anything of it is unpacked.
+
+    Args:
+        check: raises for an app that is not to run; the run then ends as failed, with the error as its details.
+    """
+    from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
+
+    # sys.modules, because the package has a function of the same name as this module
+    module: Any = sys.modules["flwr.superlink.runtime.run_serverapp"]
+    install = module.install_from_fab
+
+    def checked(fab: Any, *arguments: Any, **options: Any) -> Any:
+        check(bytes(fab))
+        return install(fab, *arguments, **options)
+
+    module.install_from_fab = checked
+    flwr_serverapp()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["supernode"]:
-        sys.exit("usage: python -m trunkline.flower supernode [--node-file FILE] FLAGS OF flower-supernode")
-    _file, _flags = None, sys.argv[2:]
-    if _flags[:1] == ["--node-file"]:
-        _file, _flags = Path(_flags[1]), _flags[2:]
+        sys.exit(
+            "usage: python -m trunkline.flower supernode [--node-file FILE] [--identity DIR] FLAGS OF flower-supernode"
+        )
+    _given: dict[str, Path] = {}
+    _flags = sys.argv[2:]
+    while _flags[:1] in (["--node-file"], ["--identity"]):
+        _given[_flags[0]] = Path(_flags[1])
+        _flags = _flags[2:]
     sys.argv = ["flower-supernode", *_flags]
-    supernode_main(_file)
+    supernode_main(_given.get("--node-file"), _given.get("--identity"))

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import ipaddress
 import json
 import logging
 import os
@@ -156,6 +157,14 @@ def make_secret(path: Path) -> Path:
     return path
 
 
+def pins_of(own: str, extra: Path | None) -> set[str]:
+    """The pinned digests: of the installed thin app, and the first word of each line of `extra`."""
+    if extra is None or not extra.exists():
+        return {own}
+    lines = (line.split("#")[0].split() for line in extra.read_text().splitlines())
+    return {own, *(words[0] for words in lines if words)}
+
+
 def accepts(address: str, seconds: float = 0.5) -> bool:
     """Whether somebody takes a connection at host:port."""
     host, _, port = address.rpartition(":")
@@ -164,6 +173,14 @@ def accepts(address: str, seconds: float = 0.5) -> bool:
             return True
     except OSError:
         return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def say(text: str) -> None:
@@ -236,7 +253,7 @@ class Supervisor:
                 while not self._stop.is_set():
                     changed = [self._tend(one) for one in self._running]
                     if any(changed):
-                        self._write_status()
+                        self.write_status()
                     if time.monotonic() >= due:
                         due = time.monotonic() + LOG_CHECK_S
                         for one in self._running:
@@ -245,7 +262,7 @@ class Supervisor:
                     self._stop.wait(TICK_S)
             finally:
                 self._end_all()
-                self._write_status()
+                self.write_status()
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
@@ -316,7 +333,8 @@ class Supervisor:
             one.last_exit = _exit_text(one.process.wait())
             one.process = None
 
-    def _write_status(self) -> None:
+    def write_status(self) -> None:
+        """Put `status.json` in the state folder as things stand."""
         record = {
             **self.info,
             "pid": os.getpid(),

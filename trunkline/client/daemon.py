@@ -1,4 +1,4 @@
-"""The plant's daemon: a SuperNode that fetches messages, and the executor that answers them.
+"""The plant's daemon: a SuperNode that fetches messages, the executor that answers them, and who keeps the membership fresh.
 
 Which folder holds the plant's data is said here, on the plant, and travels to the ClientApp in the node's own
 configuration: no message of a server can name another.
@@ -11,13 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trunkline.client.identity import Identity
+from trunkline.client.join import read_membership
+from trunkline.client.keeper import Keeper
 from trunkline.config import SiteConfig, read_site
-from trunkline.errors import DeploymentError
+from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower import environment
-from trunkline.supervise import Child, Supervisor, make_secret, read_status, say, status_table
+from trunkline.sealing import find_seal
+from trunkline.supervise import Child, Supervisor, is_loopback, make_secret, read_status, say, status_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+LOCAL = "127.0.0.1:9140"  # where a centre on this machine listens unless told otherwise
 
 
 def state_of(site_dir: Path) -> Path:
@@ -27,47 +33,78 @@ def state_of(site_dir: Path) -> Path:
 
 def start(
     site_dir: Path,
-    server: str = "127.0.0.1:9140",
+    server: str | None = None,
     state: Path | None = None,
-    tls_ca: Path | None = None,
     tell: Callable[[str], None] = say,
     client_app: str = "trunkline.client.app:app",
 ) -> None:
     """Run the plant's daemon until SIGTERM or SIGINT.
 
+    A site that has joined a federation speaks TLS 1.3 with its certificate; one that has not reaches a centre on this machine
+    only, which is for trying things out.
+
     Args:
         site_dir: the folder with site.toml.
-        server: host:port of the centre's SuperLink.
+        server: host:port of the centre; default: the one it joined, or 127.0.0.1:9140.
         state: for keys, journal, logs and the private model; not shared by two daemons.
-        tls_ca: the certificate authority in PEM that signed the server's certificate; without it nothing is encrypted.
         client_app: module:attribute of the installed ClientApp.
 
     Raises:
         ConfigError: site.toml says something that cannot be meant.
-        DeploymentError: another daemon holds `state`, or a file is missing.
+        DeploymentError: another daemon holds `state`, or the server is elsewhere and this site has not joined.
+        TrustError: an identity is there and cannot be used.
     """
     site_dir = site_dir.resolve()
     site = read_site(site_dir)
     state = (state or state_of(site_dir)).resolve()
-    if tls_ca is not None and not tls_ca.is_file():
-        raise DeploymentError(f"{tls_ca}: no such file. Give the certificate authority of the server, in PEM.")
+    identity = Identity.of(state)
+    server = server or (read_membership(state).server if identity.joined else "") or LOCAL
     if not server.rpartition(":")[2].isdigit():
-        raise DeploymentError(f"server {server!r}: expected host:port, such as 10.0.0.5:9140.")
-    children = children_of(site, site_dir, server, state, tls_ca, client_app)
+        raise DeploymentError(f"server {server!r}: expected host:port, such as centre.example.com:9140.")
+    if not identity.joined and not is_loopback(server.rpartition(":")[0].strip("[]")):
+        raise DeploymentError(
+            f"site {site.name} has not joined a federation, and without its certificate nothing would be encrypted on the way to "
+            f"{server}. Ask the operator for a code: `trunkline client join {server} --code CODE`."
+        )
+    keeper = _keeper(site, state, server, tell) if identity.joined else None
+    children = children_of(site, site_dir, server, state, client_app)
     tell(f"site {site.name}: asking {server} for work; state in {state}. Ctrl-C ends it.")
-    Supervisor(children, state, {"role": "client", "site": site.name, "server": server}).run()
+    supervisor = Supervisor(children, state, {"role": "client", "site": site.name, "server": server})
+
+    def tick() -> None:
+        if keeper is not None and keeper.tick():
+            supervisor.info |= keeper.found
+            supervisor.write_status()
+
+    supervisor.run(tick)
 
 
-def children_of(
-    site: SiteConfig, site_dir: Path, server: str, state: Path, tls_ca: Path | None, client_app: str
-) -> list[Child]:
+def _keeper(site: SiteConfig, state: Path, server: str, tell: Callable[[str], None]) -> Keeper:
+    if (name := read_membership(state).site) != site.name:
+        raise TrustError(
+            f"{state}: joined as {name!r}, and site.toml says name = {site.name!r}. Change it back, or join again with a code for it."
+        )
+    find_seal(state)  # a missing key is told now, not by a part that keeps ending
+    return Keeper(state, server, lambda text: tell(f"site {site.name}: {text}"))
+
+
+def children_of(site: SiteConfig, site_dir: Path, server: str, state: Path, client_app: str) -> list[Child]:
     """The two processes of a plant, SuperNode first: ended last, so that a last answer still gets out."""
     secret = make_secret(state / "secret")
     runtime = f"127.0.0.1:{_free_port()}"
-    transport = ["--root-certificates", str(tls_ca.resolve())] if tls_ca else ["--insecure"]
+    identity = Identity.of(state)
     config = f"site={_quoted(site_dir)} state={_quoted(state)}"
+    own, transport = [], ["--insecure"]
+    if identity.joined:
+        own = ["--identity", str(identity.folder)]
+        transport = [
+            "--root-certificates",
+            str(identity.authority),
+            "--auth-supernode-private-key",
+            str(identity.node_key),
+        ]
     node = [
-        *(sys.executable, "-m", "trunkline.flower", "supernode", "--node-file", str(state / "node.json")),
+        *(sys.executable, "-m", "trunkline.flower", "supernode", "--node-file", str(state / "node.json"), *own),
         *transport,
         *("--superlink", server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)),
         *("--host", "127.0.0.1", "--port", runtime.rpartition(":")[2], "--node-config", config),
@@ -92,6 +129,9 @@ def status(site_dir: Path, state: Path | None = None) -> dict[str, Any]:
 def print_status(found: dict[str, Any], console: "Console") -> None:
     """What `status` found, for a person."""
     console.print(f"site {found['site']}, server {found['server']}", markup=False)
+    for sentence in (found.get("link", ""), *found.get("warnings", [])):
+        if sentence:
+            console.print(sentence, markup=False)
     console.print(status_table(found))
 
 

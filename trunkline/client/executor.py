@@ -37,7 +37,7 @@ from trunkline.flower import (
     error_reply,
 )
 from trunkline.storage import write_atomic
-from trunkline.supervise import accepts
+from trunkline.supervise import accepts, pins_of
 
 BEAT_S = 15.0  # a task's token expires 60 s after its last heartbeat
 LEAVE_S = 6.0  # how long a task may go on after SIGTERM; the supervisor kills after 8
@@ -264,14 +264,6 @@ def load_app(reference: str) -> ClientApp:
     if not isinstance(found, ClientApp):
         raise DeploymentError(f"--app {reference}: is a {type(found).__name__}; expected a ClientApp.")
     return found
-
-
-def pins_of(own: str, extra: Path | None) -> set[str]:
-    """The pinned digests: of the installed thin app, and the first word of each line of `extra`."""
-    if extra is None or not extra.exists():
-        return {own}
-    lines = (line.split("#")[0].split() for line in extra.read_text().splitlines())
-    return {own, *(words[0] for words in lines if words)}
 
 
 def set_threads() -> None:

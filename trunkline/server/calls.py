@@ -62,6 +62,7 @@ def ask(
     deadline_s: float,
     resend_s: float,
     patient_for: set[int] | None = None,
+    gone: Callable[[int], str] = lambda node: "",
 ) -> Iterator[Answer]:
     """Send one message a node and yield the answers as they come, each node once.
 
@@ -72,6 +73,7 @@ def ask(
         requests: node id -> maker of the content (made when sent, so that a thousand trunks do not lie in memory).
         deadline_s: seconds after which the remaining nodes are given up; in a simulation since the last answer.
         patient_for: nodes worth waiting for; the others are heard only while these are not all in. Default: all.
+        gone: why a node will never answer (its site was revoked, say), or nothing; such a node is given up at once.
     """
     local = grid if isinstance(grid, LocalGrid) else None
     end = now(grid) + deadline_s
@@ -105,6 +107,10 @@ def ask(
             look_at = at + min(POLL_MOST_S, resend_s)
             asked = (node for node in grid.get_node_ids() if node in open_requests)
             due = iter([node for node in asked if at >= open_requests[node].again_at])
+            for node in [node for node in open_requests if gone(node)] if local is None else ():
+                del open_requests[node]
+                patient.discard(node)
+                yield Answer(node, None, gone(node))
         taken: list[int] = []
         if local is not None:
             sent |= dict(zip(local.push_messages(outgoing(local.room)), taken, strict=True))

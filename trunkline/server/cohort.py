@@ -1,7 +1,7 @@
 """Who takes part: offers from sites, the contract made of them, and the name behind each node."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -49,11 +49,19 @@ class Cohort:
         greeting: the Order of round 0.
         trunk: the lent trunk's arrays (empty when the trunk stays home); every member has to have exactly these.
         tell: takes progress events.
+        roster: Flower's node id -> site, of all that are enrolled now; None where nobody has to be (a simulation).
     """
 
     def __init__(
-        self, grid: Grid, config: CohortConfig, greeting: Order, trunk: Arrays, tell: Callable[[dict[str, Any]], None]
+        self,
+        grid: Grid,
+        config: CohortConfig,
+        greeting: Order,
+        trunk: Arrays,
+        tell: Callable[[dict[str, Any]], None],
+        roster: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
+        self.roster = roster
         self.grid = grid
         self.config = config
         self.greeting = greeting
@@ -98,7 +106,13 @@ class Cohort:
 
     def greet(self, deadline_s: float) -> None:
         """Ask every node not yet known who it is. A node that restarted comes back under a new id, and its site moves to it."""
-        new = [node for node in self.grid.get_node_ids() if node not in self._greeted]
+        roster = self.roster() if self.roster is not None else None
+        new = [
+            node
+            for node in self.grid.get_node_ids()
+            if node not in self._greeted
+            and (roster is None or node in roster)  # who just enrolled is in it in a moment
+        ]
         if not new:
             return
         content = self.greeting.model_dump_json()
@@ -118,9 +132,20 @@ class Cohort:
         self._agree_on_shapes(offers)
         for node, (offer, arrays) in sorted(offers.items(), key=lambda item: item[1][0].site):
             try:
+                if roster is not None and offer.site != roster[node]:
+                    raise Refused(
+                        f"its node is enrolled as {roster[node]!r} and it calls itself {offer.site!r}. Give its site.toml the name it "
+                        "was invited as."
+                    )
                 self._join(node, offer, arrays)
             except ContractError as error:
                 self._leave_out(offer.site, str(error))
+
+    def gone(self, node: int) -> str:
+        """Why a node is not to be waited for any more; empty while it is enrolled, or where nobody has to be."""
+        if self.roster is None or node in self.roster():
+            return ""
+        return "Its certificate was revoked, or its site enrolled again with another."
 
     def _lends(self, name: str) -> bool:
         """Whether the run itself names the module an array belongs to: what a site offers never widens what may travel.

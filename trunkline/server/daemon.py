@@ -1,14 +1,16 @@
-"""The centre's daemon: a SuperLink and the process that starts its ServerApps; runs are submitted to it and watched.
+"""The centre's daemon: gateway, registrar, a SuperLink and the process that starts its ServerApps; runs are submitted to it.
 
 Whoever reaches a SuperLink's port may submit a run to it (Flower 1.41 authenticates nobody there), so it listens on
-loopback unless TLS files say that the operator has thought about the network; docs/deploy.md has the rest.
+loopback always, and the gateway is all that the outside sees.
 """
 
-import ipaddress
 import json
 import logging
+import os
 import socket
+import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,24 @@ from typing import TYPE_CHECKING, Any
 import trunkline
 from trunkline.errors import DeploymentError
 from trunkline.flower import environment, list_nodes, list_runs, run_status, submit
-from trunkline.supervise import Child, Supervisor, accepts, make_secret, program, read_status, say, status_table
+from trunkline.server import audit, launcher
+from trunkline.server.authority import Authority, is_federation, read_federation, sites, warnings
+from trunkline.server.registrar import socket_path
+from trunkline.supervise import (
+    Child,
+    Supervisor,
+    accepts,
+    is_loopback,
+    make_secret,
+    program,
+    read_status,
+    say,
+    status_table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 POLL_S = 1.0
 SILENCE_S = 120.0  # a SuperLink that restarts is back within 20 s, so this much silence is more than a restart
@@ -28,62 +44,85 @@ APP = Path(trunkline.__file__).parent / "app"
 logger = logging.getLogger(__name__)
 
 
-def start(
-    state: Path,
-    host: str = "127.0.0.1",
-    port: int = 9140,
-    tls_ca: Path | None = None,
-    tls_cert: Path | None = None,
-    tls_key: Path | None = None,
-    tell: Callable[[str], None] = say,
-) -> None:
+def start(state: Path, host: str = "127.0.0.1", port: int = 9140, tell: Callable[[str], None] = say) -> None:
     """Run the centre until SIGTERM or SIGINT.
 
+    Where `server init` has made a federation, the gateway listens at `host`:`port` and everything else on loopback. Without one
+    there is no encryption and nobody is asked who he is, so it listens on loopback only.
+
     Args:
-        state: database, secret, logs and the runs' folders; not shared by two daemons.
-        host: where to listen; anything but loopback needs the three TLS files (PEM).
-        tls_cert: its names must cover 127.0.0.1 too, because the centre's own parts dial it there.
+        state: database, secret, keys, logs and the runs' folders; not shared by two daemons.
 
     Raises:
-        DeploymentError: no TLS where it is needed, the port is taken, or another daemon holds `state`.
+        DeploymentError: no federation where there must be one, the port is taken, or another daemon holds `state`.
+        TrustError: the federation's keys cannot be opened.
     """
     state = state.resolve()
-    tls = _tls_files(host, tls_ca, tls_cert, tls_key)
+    if not is_federation(state) and not is_loopback(host):
+        raise DeploymentError(
+            f"host {host}: without a federation the server listens on loopback only, because anybody who reached it could join. "
+            f"Make one first: `trunkline server init --state {state}`."
+        )
     _check_port(host, port)
-    local = f"127.0.0.1:{port}" if not _is_loopback(host) or ":" not in host else f"[{host}]:{port}"
-    secret = make_secret(state / "secret")
-    flags = ["--insecure"] if tls is None else []
-    dial = ["--insecure"]
-    if tls is not None:
-        ca, cert, key = (str(file) for file in tls)
-        flags = ["--ssl-ca-certfile", ca, "--ssl-certfile", cert, "--ssl-keyfile", key]
-        dial = ["--root-certificates", ca]
-    shared = ["--superexec-auth-secret-file", str(secret)]
-    link = [
-        *(program("flower-superlink"), *flags, "--host", host, "--port", str(port)),
-        *("--database", str(state / "superlink.db"), "--isolation", "process", *shared),
-        "--disable-runtime-dependency-installation",
-    ]
-    launcher = [program("flower-superexec"), *dial, "--runtime-api-address", local, *shared]
-    env = environment(state)
-    children = [
-        Child("superlink", link, env, state / "logs" / "superlink.log"),
-        Child("superexec", launcher, env, state / "logs" / "superexec.log", needs=local),
-    ]
-    info = {"role": "server", "address": local, "listens": f"{host}:{port}", "ca": str(tls[0]) if tls else ""}
+    outside = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    gated = is_federation(state)
+    local = f"127.0.0.1:{_free_port()}" if gated else outside if is_loopback(host) else f"127.0.0.1:{port}"
+    children = _gated(state, local, outside) if gated else _open(state, local)
+    ca = state / "loopback.crt" if gated else None
+    info = {"role": "server", "address": local, "listens": outside, "ca": str(ca) if ca else ""}
     waiting = [time.monotonic() + 60.0]
 
     def announce() -> None:
         if not waiting:
             return
-        if accepts(local):
+        if accepts(local) and accepts(outside):
             waiting.clear()
-            tell(f"ready: the centre listens on {host}:{port}; state in {state}. Ctrl-C ends it.")
+            tell(f"ready: the centre listens on {outside}; state in {state}. Ctrl-C ends it.")
+            for warning in warnings(state) if gated else ():
+                tell(f"Note: {warning}")
         elif time.monotonic() > waiting[0]:
             waiting.clear()
-            tell(f"the SuperLink does not listen on {host}:{port} yet; it is tried again. See {children[0].log}.")
+            tell(f"nobody listens on {outside} yet; it is tried again. See {state / 'logs'}.")
 
     Supervisor(children, state, info).run(announce)
+
+
+def _open(state: Path, local: str) -> list[Child]:
+    """SuperLink and launcher on loopback, for trying things out on one machine."""
+    return _flower(state, local, ["--insecure"], ["--insecure"])
+
+
+def _gated(state: Path, local: str, outside: str) -> list[Child]:
+    """Behind a gateway: nothing but it is reached from outside, and Flower lets in nodes only that the registrar named."""
+    Authority.open(state)  # a missing key is told now, not by a part that keeps ending
+    socket_path(state)
+    own = str(state / "loopback.crt")
+    flags = ["--ssl-ca-certfile", own, "--ssl-certfile", own, "--ssl-keyfile", str(state / "loopback.key")]
+    env, logs = environment(state), state / "logs"
+    registrar = [sys.executable, "-m", "trunkline.server.registrar", "--state", str(state), "--superlink", local]
+    gateway = [sys.executable, "-m", "trunkline.server.gateway", "--state", str(state)]
+    return [
+        *_flower(state, local, [*flags, "--enable-supernode-auth"], ["--root-certificates", own]),
+        Child("registrar", registrar, env, logs / "registrar.log"),
+        Child("gateway", [*gateway, "--listen", outside, "--upstream", local], env, logs / "gateway.log", needs=local),
+    ]
+
+
+def _flower(state: Path, local: str, flags: list[str], dial: list[str]) -> list[Child]:
+    shared = ["--superexec-auth-secret-file", str(make_secret(state / "secret"))]
+    host, _, port = local.rpartition(":")
+    link = [
+        *(program("flower-superlink"), *flags, "--host", host.strip("[]"), "--port", port),
+        *("--database", str(state / "superlink.db"), "--isolation", "process", *shared),
+        "--disable-runtime-dependency-installation",
+    ]
+    starter = [program("flower-superexec"), *dial, "--runtime-api-address", local, *shared]
+    env = environment(state)
+    ours = {**env, "PATH": os.pathsep.join((str(launcher.install(state)), env["PATH"]))}
+    return [
+        Child("superlink", link, env, state / "logs" / "superlink.log"),
+        Child("superexec", starter, ours, state / "logs" / "superexec.log", needs=local),
+    ]
 
 
 def run(state: Path, run_toml: str, out: Path, *, resume: bool = False) -> int:
@@ -98,8 +137,24 @@ def run(state: Path, run_toml: str, out: Path, *, resume: bool = False) -> int:
         DeploymentError: no daemon runs on `state`, or it refuses the run.
     """
     address, ca = _where(state)
-    overrides: dict[str, str | int | float] = {"run-toml": run_toml, "out": str(out.resolve()), "resume": int(resume)}
-    return submit(address, APP, overrides, ca=ca)
+    overrides: dict[str, str | int | float] = {
+        "run-toml": run_toml,
+        "out": str(out.resolve()),
+        "resume": int(resume),
+        "state": str(state.resolve()) if is_federation(state) else "",
+    }
+    number = submit(address, APP, overrides, ca=ca)
+    audit.note(state, "run", run=_name_of(run_toml), number=number, out=str(out.resolve()), resume=resume)
+    return number
+
+
+def _name_of(text: str) -> str:
+    """The `name` in the text of a run.toml, or the same as JSON; for the log, so never an error."""
+    try:
+        found = json.loads(text) if text.startswith("{") else tomllib.loads(text)
+        return str(found.get("name", ""))
+    except ValueError:
+        return ""
 
 
 def follow(state: Path, run_id: int, silence_s: float = SILENCE_S, poll_s: float = POLL_S) -> Iterator[tuple[str, str]]:
@@ -177,6 +232,37 @@ def print_status(found: dict[str, Any], console: "Console") -> None:
         console.print(table)
 
 
+def sites_table(state: Path) -> "Table":
+    """Every site of the federation, with who is online as far as a running daemon tells."""
+    from rich.table import Table
+
+    online: set[int] = set()
+    try:
+        address, ca = _where(state)
+        online = {node["node"] for node in list_nodes(address, ca=ca) if node["status"] == "online"}
+        title = f"sites of {read_federation(state).name}"
+    except DeploymentError:
+        title = f"sites of {read_federation(state).name} (the server is not running, so nobody is online)"
+    table = Table(
+        "site", "state", "since (UTC)", "certificate until", "online", "key", "note", title=title, title_justify="left"
+    )
+    table.columns[-1].overflow = "fold"
+    for row in sites(state):
+        on = "yes" if row["node"] in online else "no" if row["state"] == "enrolled" else ""
+        since, until = (row[key][:16].replace("T", " ") for key in ("since", "until"))
+        table.add_row(row["site"], row["state"], since, until, on, row["key"][:16], row["note"])
+    return table
+
+
+def upstream_of(state: Path) -> str:
+    """host:port of the SuperLink behind the gateway, for another gateway.
+
+    Raises:
+        DeploymentError: no daemon runs on `state`.
+    """
+    return _where(state)[0]
+
+
 def _where(state: Path) -> tuple[str, bytes | None]:
     """Address and certificate authority of the daemon that runs on `state`."""
     found = read_status(state.resolve())
@@ -203,25 +289,10 @@ def _last_error(out: Path) -> str:
     return ""
 
 
-def _tls_files(host: str, *files: Path | None) -> tuple[Path, ...] | None:
-    given = tuple(file.resolve() for file in files if file is not None)
-    if not given and _is_loopback(host):
-        return None
-    if len(given) < len(files):
-        raise DeploymentError(
-            f"host {host}: {'without encryption the server listens on loopback only; ' if not given else ''}"
-            "TLS needs all of --tls-ca, --tls-cert and --tls-key. Or keep 127.0.0.1 and reach it through a VPN or tunnel."
-        )
-    if missing := [file for file in given if not file.is_file()]:
-        raise DeploymentError(f"{missing[0]}: no such file. Give the PEM file, readable by the server's account.")
-    return given
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _check_port(host: str, port: int) -> None:

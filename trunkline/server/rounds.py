@@ -33,12 +33,14 @@ from trunkline.strategies import State, Strategy, build_strategy
 from trunkline.strategies.strategy import Streamed
 
 Tell = Callable[[dict[str, Any]], None]
+Roster = Callable[[], Mapping[int, str]]
 CHECKPOINT_S = 20.0  # between two checkpoints while the sites of a simulation are in memory
 
 
 def run_rounds(
-    grid: Grid, run: RunConfig, out: Path, *, resume: bool, tell: Tell, key: str | None = None, score: bool = True
-) -> dict[str, Any]:
+    grid: Grid, run: RunConfig, out: Path, *, resume: bool, tell: Tell, key: str | None = None, score: bool = True,
+    roster: Roster | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """One whole run: gather, `rounds` rounds, evaluation. Returns the report; the final trunk is the last checkpoint.
 
     With `refit` the rounds come twice: after the first pass every site settles by its validation rows what it will use and
@@ -48,6 +50,7 @@ def run_rounds(
         out: folder of checkpoints and events; made if absent.
         resume: go on from the newest checkpoint in `out`; without one, start.
         key: names the run in the sites' vaults; by default made of the run's name and the time.
+        roster: Flower's node id -> site of whoever is enrolled now; by default every node may take part.
         score: False ends after the last round, for a trial of a search: no site looks at its test rows, nothing is released.
 
     Raises:
@@ -55,7 +58,7 @@ def run_rounds(
         ConfigError: `resume` with another run.toml than the checkpoint was made with.
         StorageError: a checkpoint could not be written; the one before it is intact.
     """
-    return _Run(grid, run, out, tell, key).execute(resume, score)
+    return _Run(grid, run, out, tell, key, roster).execute(resume, score)
 
 
 @dataclass
@@ -70,7 +73,10 @@ class _Tally:
 
 
 class _Run:
-    def __init__(self, grid: Grid, run: RunConfig, out: Path, tell: Tell, key: str | None) -> None:
+    def __init__(
+        self, grid: Grid, run: RunConfig, out: Path, tell: Tell, key: str | None, roster: Roster | None
+    ) -> None:
+        self.roster = roster
         self.grid = grid
         self.run = run
         self.out = out
@@ -98,7 +104,7 @@ class _Run:
         started = time.monotonic()
         state = self._restore() if resume else None
         trunk = first_trunk(self.spec, self.run.seed) if "trunk" in self.lend else Arrays()
-        self.cohort = Cohort(self.grid, self.run.cohort, self._order(0), trunk, self.tell)
+        self.cohort = Cohort(self.grid, self.run.cohort, self._order(0), trunk, self.tell, self.roster)
         self.cohort.gather()
         resumed_at = state.round if state else None
         if state is None:
@@ -202,7 +208,7 @@ class _Run:
 
     def _asked(self, round: int) -> dict[str, Member]:
         """The members that this round asks: all, or a share drawn for it."""
-        members = dict(sorted(self.cohort.members.items()))
+        members = {site: one for site, one in sorted(self.cohort.members.items()) if not self.cohort.gone(one.node)}
         if self.run.cohort.share == 1.0:
             return members
         count = max(1, math.ceil(self.run.cohort.share * len(members)))
@@ -286,7 +292,7 @@ class _Run:
         answered: set[str] = set(tally.sites)
         for answer in ask(
             self.grid, "train", requests, round=round, deadline_s=self.run.cohort.deadline_s,
-            resend_s=self.run.cohort.resend_s, patient_for=patient,
+            resend_s=self.run.cohort.resend_s, patient_for=patient, gone=self.cohort.gone,
         ):  # fmt: skip
             member = by_node[answer.node]
             cause = None
@@ -343,6 +349,7 @@ class _Run:
         heard: dict[str, float] = {}
         for answer in ask(
             self.grid, "query", requests, round=round, deadline_s=self.run.cohort.deadline_s, resend_s=self.run.cohort.resend_s,
+            gone=self.cohort.gone,
         ):  # fmt: skip
             site = by_node[answer.node].site
             try:
@@ -382,6 +389,7 @@ class _Run:
             round=order.round,
             deadline_s=self.run.cohort.deadline_s,
             resend_s=self.run.cohort.resend_s,
+            gone=self.cohort.gone,
         )
         for done, answer in enumerate(answers, start=1):
             member = by_node[answer.node]

@@ -1,0 +1,54 @@
+"""The centre's own door for code: what stands in for `flwr-serverapp` and runs nothing but the installed app.
+
+Whoever reaches a SuperLink's control interface can submit an app, and Flower starts its server side with the daemon's
+rights. Here the archive's digest is compared with that of the installed thin app before anything of it is unpacked; another
+ends its run as failed and stands in the audit log.
+
+Run as `python -m trunkline.server.launcher STATE ...`, by way of `STATE/bin/flwr-serverapp`, which Flower finds first.
+"""
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+import trunkline
+from trunkline.errors import DeploymentError, TrunklineError
+from trunkline.flower import app_digest, fab_digest, serverapp_main
+from trunkline.server import audit
+from trunkline.supervise import pins_of
+
+logger = logging.getLogger("trunkline.launcher")
+
+
+def install(state: Path) -> Path:
+    """The folder that has to come first in a launcher's PATH."""
+    folder = state / "bin"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    script = folder / "flwr-serverapp"
+    script.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m trunkline.server.launcher {shlex.quote(str(state))} "$@"\n'
+    )
+    script.chmod(0o700)
+    return folder
+
+
+def check(state: Path, fab: bytes) -> None:
+    """Raises DeploymentError for any app but the installed one and those that the operator has pinned."""
+    digest = fab_digest(fab)
+    if digest in pins_of(app_digest(Path(trunkline.__file__).parent / "app"), state / "pins.txt"):
+        return
+    try:
+        audit.note(state, "refuse app", app=digest)
+    except TrunklineError as error:  # the refusal stands even where it cannot be written down
+        logger.error("%s", error)
+    raise DeploymentError(
+        f"the app {digest[:16]} is not the one installed at this centre; nothing of it was run. Submit runs with `trunkline server "
+        f"run`, or pin it: one digest a line in {state / 'pins.txt'}."
+    )
+
+
+if __name__ == "__main__":
+    _state = Path(sys.argv[1])
+    sys.argv = ["flwr-serverapp", *sys.argv[2:]]
+    serverapp_main(lambda fab: check(_state, fab))
