@@ -143,9 +143,16 @@ class Code:
         Its dates say nothing; when the code expires the centre knows, and says so in words.
         """
         key = self.key
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "trunkline invitation")])
         public = key.public_key()
-        number = int.from_bytes(hashlib.sha256(public.public_bytes_raw()).digest()[:16], "big")
+        digest = hashlib.sha256(public.public_bytes_raw()).digest()[:16]
+        number = int.from_bytes(digest, "big")
+        # OpenSSL finds a trusted certificate by its subject: two that share one, and only the first is ever found
+        name = x509.Name(
+            [
+                x509.NameAttribute(NameOID.COMMON_NAME, "trunkline invitation"),
+                x509.NameAttribute(NameOID.SERIAL_NUMBER, digest.hex()),
+            ]
+        )
         return (
             x509.CertificateBuilder()
             .subject_name(name)
