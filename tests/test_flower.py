@@ -1,5 +1,6 @@
 """What crosses the wire opens to what was packed, and anything else is refused by name."""
 
+import contextlib
 import gc
 import io
 import json
@@ -21,12 +22,14 @@ import trunkline
 from trunkline.errors import ContractError, DataError, StorageError
 from trunkline.flower import (
     HEADER_LIMIT,
+    PACK_SMALL,
     LoopbackGrid,
     app_bytes,
     app_digest,
     error_site,
     fab_digest,
     open_records,
+    pack,
     reason_of,
     to_records,
 )
@@ -36,16 +39,77 @@ DTYPES = st.sampled_from(["float32", "float64", "float16", "int64", "uint8", "bo
 ARRAYS = drawn.arrays(DTYPES, drawn.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
 
 
+WAYS = {"as it is": lambda content: content, "packed": pack}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @given(st.dictionaries(st.text(max_size=20), ARRAYS, max_size=4), st.text(max_size=50), st.booleans())
 @settings(deadline=None)
-def test_what_is_packed_is_what_is_opened(arrays: dict[str, Any], header: str, turned: bool) -> None:
+def test_what_is_packed_is_what_is_opened(way: str, arrays: dict[str, Any], header: str, turned: bool) -> None:
     arrays = {name: array.T if turned else array for name, array in arrays.items()}
-    found, text, metrics = open_records(to_records(arrays, header, {"loss": 0.25}))
+    found, text, metrics = open_records(WAYS[way](to_records(arrays, header, {"loss": 0.25})))
     assert list(found) == list(arrays) and text == header and metrics == {"loss": 0.25}
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype and found[name].shape == array.shape
         assert found[name].tobytes() == array.tobytes()
         assert not found[name].flags.writeable
+
+
+def test_a_large_pack_travels_in_flowers_own_chunks_and_a_small_one_as_one_object() -> None:
+    small = pack(to_records({"w": np.ones(10, np.float32)}, "{}"))
+    assert set(small) == {"packed"}
+    arrays = {"a": np.arange(PACK_SMALL // 8, dtype=np.float32), "b": np.ones((PACK_SMALL // 4,), np.float32)}
+    large = pack(to_records(arrays, "{}"))
+    assert set(large) == {"packed", "body"}
+    found, _, _ = open_records(large)
+    assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+    other = RecordDict({"x": ConfigRecord({"y": 1})})
+    assert pack(other) is other, "what is not ours is left alone"
+
+
+def head_of(content: RecordDict) -> dict[str, Any]:
+    return dict(json.loads(str(content.config_records["packed"]["head"])))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda head: head["sizes"].append(["w", 200]), "each name once"),
+        (lambda head: head["sizes"].append(["v", 200]), "lists 368"),
+        (lambda head: head["sizes"].__setitem__(0, ["w", -1]), "names and sizes"),
+        (lambda head: head["sizes"].__setitem__(0, ["w", 10**18]), "lists 1000"),
+        (lambda head: head["sizes"].__setitem__(0, ["w", True]), "names and sizes"),
+        (lambda head: head["sizes"].__setitem__(0, ["w", 150]), "bytes; 22 came"),
+        (lambda head: head["sizes"].__setitem__(0, [1, 168]), "names and sizes"),
+        (lambda head: head.pop("json"), "cannot be read"),
+        (lambda head: head.update(json=3), "no header"),
+        (lambda head: head.update(metrics=[1]), "no header"),
+        (lambda head: head.update(metrics={"loss": "x"}), "expected one number"),
+        (lambda head: head.update(more=1), "names and sizes"),
+    ],
+)
+def test_a_pack_that_lies_about_itself_is_refused(change: Any, words: str) -> None:
+    content = pack(to_records({"w": np.ones(10, np.float32)}, "{}"))
+    head = head_of(content)
+    change(head)
+    content.config_records["packed"]["head"] = json.dumps(head)
+    with pytest.raises(ContractError, match=words):
+        open_records(content)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 255))
+@settings(deadline=None)
+def test_any_byte_of_a_pack_may_be_anything_and_only_a_contract_error_comes_of_it(place: int, byte: int) -> None:
+    content = pack(to_records({"w": np.ones(10, np.float32), "v": np.ones((2, 3))}, '{"a": 1}', {"loss": 1.0}))
+    record = content.config_records["packed"]
+    body, head = bytearray(record["body"]), bytearray(str(record["head"]).encode())
+    if place % 2:
+        body[place // 2 % len(body)] = byte
+    else:
+        head[place // 2 % len(head)] = byte % 128
+    record["body"], record["head"] = bytes(body), head.decode()
+    with contextlib.suppress(ContractError):
+        open_records(content)
 
 
 @given(ARRAYS, st.booleans())
@@ -195,7 +259,7 @@ def test_the_thin_app_ships_no_code_and_lets_a_run_be_named() -> None:
     assert [path.name for path in folder.iterdir()] == ["pyproject.toml"]
     app = tomllib.loads((folder / "pyproject.toml").read_text())
     assert app["project"]["dependencies"] == []
-    assert set(app["tool"]["flwr"]["app"]["config"]) == {"run-toml", "out", "resume"}
+    assert set(app["tool"]["flwr"]["app"]["config"]) == {"run-toml", "out", "resume", "state"}
     assert json.loads(json.dumps(app["tool"]["flwr"]["app"]["components"])) == {
         "serverapp": "trunkline.server.app:app",
         "clientapp": "trunkline.client.app:app",

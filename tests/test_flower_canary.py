@@ -18,6 +18,7 @@ PATCHED = [  # set or called from outside by `supernode_main`, so no import stat
     ("flwr.supernode.start_client_internal", "time"),
     ("flwr.supernode.fleet_http_connection", "generate_key_pairs"),
     ("flwr.supernode.fleet_http_connection", "FleetHttpClient"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient._unary_unary"),
     ("flwr.supernode.fleet_http_client", "FleetHttpClient.RegisterNode"),
     ("flwr.supernode.fleet_http_client", "FleetHttpClient.ActivateNode"),
     ("flwr.supernode.fleet_http_client", "FleetHttpClient.DeactivateNode"),
@@ -33,6 +34,9 @@ PATCHED = [  # set or called from outside by `supernode_main`, so no import stat
     ("flwr.supercore.control", "ControlHttpClient.StopRun"),
     ("flwr.supercore.control", "ControlHttpClient.ListRuns"),
     ("flwr.supercore.control", "ControlHttpClient.ListNodes"),
+    ("flwr.supercore.control", "ControlHttpClient.RegisterNode"),
+    ("flwr.supercore.control", "ControlHttpClient.UnregisterNode"),
+    ("flwr.superlink.cli.flwr_serverapp", "flwr_serverapp"),
     ("flwr.supercore.task_identity", "TaskIdentity.task_id.fset"),
 ]
 

@@ -236,6 +236,11 @@ class Supervisor:
         """Ask `run` to end; also the handler of SIGTERM and SIGINT."""
         self._stop.set()
 
+    def wake(self) -> None:
+        """Start at once what waits after a failure: something it may have failed for has changed."""
+        for one in self._running:
+            one.due, one.pause = 0.0, FIRST_PAUSE_S
+
     def run(self, tick: Callable[[], None] = lambda: None) -> None:
         """Block until SIGTERM, SIGINT or `stop`; return within 10 s of it with every child gone.
 

@@ -20,3 +20,12 @@ def test_a_site_folder_that_cannot_be_passed_on_is_refused(tmp_path: Path) -> No
         daemon.start(folder)
     with pytest.raises(DeploymentError, match="host:port"):
         daemon.start(folder, server="centre")
+
+
+def test_a_site_that_has_not_joined_talks_to_nobody_beyond_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(
+        'name = "p"\n[data]\nfiles = "*.csv"\nchannels = ["a"]\n[tasks.t]\nkind = "regression"\ntarget = "t"\nunit = "mm"\n'
+    )
+    with pytest.raises(DeploymentError, match=r"has not joined.*trunkline client join 192\.0\.2\.7:9140"):
+        daemon.start(tmp_path, server="192.0.2.7:9140")
+    assert not (tmp_path / ".trunkline" / "status.json").exists()

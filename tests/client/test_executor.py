@@ -91,7 +91,9 @@ class Deployment:
         (self.site / "site.toml").write_text(SITE_TOML)
         self.thin = self.app("tiny_apps:client_app")
         self.client_state.mkdir()
-        (self.client_state / "pins.txt").write_text(f"{app_digest(self.thin)}  # the tests' app\n")
+        self.server_state.mkdir()
+        for state in (self.client_state, self.server_state):
+            self.pin(state, self.thin)
         self.server = daemon(
             "from pathlib import Path; from trunkline.server import daemon; "
             f"daemon.start(Path({str(self.server_state)!r}), port={self.port})",
@@ -102,6 +104,11 @@ class Deployment:
             f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tiny_apps:client_app')",
             root / "client.log",
         )
+
+    @staticmethod
+    def pin(state: Path, app: Path) -> None:
+        with (state / "pins.txt").open("a") as file:
+            file.write(f"{app_digest(app)}  # the tests' app\n")
 
     def app(self, client: str, code: dict[str, str] | None = None) -> Path:
         folder = self.root / f"app-{len(list(self.root.glob('app-*')))}"
@@ -176,6 +183,11 @@ from flwr.clientapp import ClientApp
 app = ClientApp()
 """
     folder = deployment.app("evil.client:app", {"evil/__init__.py": "", "evil/client.py": code})
+    run, out = deployment.start(folder)
+    within(40.0, "the centre has refused it", lambda: run_status(deployment.address, run)[0] == "finished:failed")
+    assert "is not the one installed at this centre" in run_status(deployment.address, run)[1]
+    assert not out.read_text(), "nothing of its server side ran"
+    deployment.pin(deployment.server_state, folder)  # an operator who lets it pass has not spoken for the plant
     (line,) = deployment.finish(*deployment.start(folder))
     assert line["error"] == 400 and "not pinned" in line["reason"] and line["to_request"]
     assert not marker.exists()

@@ -66,10 +66,14 @@ def start(
             f"site {site.name} has not joined a federation, and without its certificate nothing would be encrypted on the way to "
             f"{server}. Ask the operator for a code: `trunkline client join {server} --code CODE`."
         )
-    keeper = _keeper(site, state, server, tell) if identity.joined else None
+    if identity.joined:
+        _check_membership(site, state)
     children = children_of(site, site_dir, server, state, client_app)
     tell(f"site {site.name}: asking {server} for work; state in {state}. Ctrl-C ends it.")
     supervisor = Supervisor(children, state, {"role": "client", "site": site.name, "server": server})
+    keeper = None
+    if identity.joined:
+        keeper = Keeper(state, server, lambda text: tell(f"site {site.name}: {text}"), supervisor.wake)
 
     def tick() -> None:
         if keeper is not None and keeper.tick():
@@ -79,13 +83,12 @@ def start(
     supervisor.run(tick)
 
 
-def _keeper(site: SiteConfig, state: Path, server: str, tell: Callable[[str], None]) -> Keeper:
+def _check_membership(site: SiteConfig, state: Path) -> None:
     if (name := read_membership(state).site) != site.name:
         raise TrustError(
             f"{state}: joined as {name!r}, and site.toml says name = {site.name!r}. Change it back, or join again with a code for it."
         )
     find_seal(state)  # a missing key is told now, not by a part that keeps ending
-    return Keeper(state, server, lambda text: tell(f"site {site.name}: {text}"))
 
 
 def children_of(site: SiteConfig, site_dir: Path, server: str, state: Path, client_app: str) -> list[Child]:

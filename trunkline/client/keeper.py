@@ -28,9 +28,18 @@ class Keeper:
     Args:
         server: host:port of the centre.
         tell: takes a sentence, each once until it changes.
+        wake: called when there is another certificate, which what failed for the former one may have waited for.
     """
 
-    def __init__(self, state: Path, server: str, tell: Callable[[str], None], ask_s: float = ASK_S) -> None:
+    def __init__(
+        self,
+        state: Path,
+        server: str,
+        tell: Callable[[str], None],
+        wake: Callable[[], None] = lambda: None,
+        ask_s: float = ASK_S,
+    ) -> None:
+        self.wake = wake
         self.state = state
         self.server = server
         self.tell = tell
@@ -57,6 +66,8 @@ class Keeper:
             return True
         mark = self._certificate_mark()
         if time.monotonic() >= self._due or mark != self._mark:
+            if self._mark and mark != self._mark:
+                self.wake()
             self._mark = mark
             self._thread = threading.Thread(target=self._look, name="keeper", daemon=True)
             self._thread.start()

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
-from trunkline.flower import RESTARTED, LocalGrid, error_site
+from trunkline.flower import RESTARTED, LocalGrid, error_site, pack
 
 # Flower's own codes for a node that went away or a message that was lost: the site did nothing wrong, so it is asked again
 # (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died)
@@ -81,6 +81,7 @@ def ask(
     sent: dict[str, int] = {}
     patient = set(requests) if patient_for is None else patient_for & set(requests)
     poll, look_at = POLL_FIRST_S, 0.0
+    packed: list[Any] = [None, None]  # the last content, and the same as it goes through a SuperLink
     due: Iterator[int] = iter(())
 
     def outgoing(room: Callable[[], bool]) -> Iterator[Message]:
@@ -88,8 +89,13 @@ def ask(
         while room() and (node := next(due, None)) is not None:
             if (request := open_requests.get(node)) is None:
                 continue
+            content = request.content()
+            if local is None:
+                if packed[0] is not content:  # most sites are asked the same
+                    packed[:] = [content, pack(content)]
+                content = packed[1]
             message = Message(
-                request.content(),
+                content,
                 dst_node_id=node,
                 message_type=kind,
                 ttl=min(deadline_s, DEFAULT_TTL) if local is None else DEFAULT_TTL,

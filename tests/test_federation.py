@@ -1,0 +1,102 @@
+"""The whole life of a federation with real processes: made, joined, trained, one turned away and back, certificates renewed."""
+
+import json
+import socket
+import ssl
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.federation import events, federation, rounds, within
+from trunkline.client.identity import Identity
+from trunkline.flower import client_context
+from trunkline.keys import fingerprint, load_certificate, read_certificate
+
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("processes")]
+RUN = """
+name = "life"
+rounds = 30
+seed = 5
+[trunk]
+width = 16
+[training]
+steps = 3
+batch_size = 32
+[cohort]
+min_sites = 4
+quorum = 0.5
+deadline_s = 60
+gather_s = 120
+[report]
+baseline = false
+"""
+
+
+@pytest.mark.timeout(280)
+def test_the_whole_life_of_a_federation(plants: list[Path], tmp_path: Path) -> None:
+    with federation(tmp_path) as made:
+        made.start()
+        for plant in plants:
+            said = made.join(plant)
+            assert f"{plant.name} has joined 'North presses'" in said
+            made.plant(plant)
+        out = tmp_path / "out"
+        running = made.run(RUN, out)
+        within(120.0, lambda: f"two rounds\n{made.logs()}", lambda: len(rounds(out)) >= 2)
+        gone, stays = plants[0], plants[1]
+        assert rounds(out)[-1]["sites"] == 4
+
+        made.command("server", "revoke", gone.name, "--reason", "the plant was sold")
+        revoked = time.monotonic()
+        within(60.0, lambda: f"{gone.name} offline\n{made.logs()}", lambda: gone.name not in made.online())
+        within(60.0, lambda: f"three sites\n{made.logs()}", lambda: rounds(out)[-1]["sites"] == 3)
+        assert time.monotonic() - revoked < 60.0
+        within(
+            60.0, lambda: f"it is told why\n{made.log(gone.name)}", lambda: "the plant was sold" in made.log(gone.name)
+        )
+
+        again = made.join(gone)  # its daemon is still there and takes up the new identity by itself
+        assert "has joined" in again
+        within(90.0, lambda: f"four sites again\n{made.logs()}", lambda: rounds(out)[-1]["sites"] == 4)
+
+        before = of_server(made.port, made.states[stays.name])
+        made.command("server", "rotate")
+        within(
+            10.0,
+            "the gateway shows its new certificate",
+            lambda: of_server(made.port, made.states[stays.name]) != before,
+        )
+        identity = Identity.of(made.states[stays.name])
+        serial = read_certificate(identity.certificate).serial_number
+        made.command("client", "renew", str(stays), "--state", str(made.states[stays.name]))
+        assert read_certificate(identity.certificate).serial_number != serial
+        supernode = made.states[stays.name] / "logs" / "supernode.log"
+        within(30.0, lambda: made.logs(), lambda: "certificate was renewed" in supernode.read_text())
+        at = len(rounds(out))
+        within(60.0, lambda: f"rounds go on\n{made.logs()}", lambda: len(rounds(out)) > at + 1)
+        assert rounds(out)[-1]["sites"] == 4
+
+        running.wait(200.0)
+        assert running.returncode == 0, made.log("out") + made.logs()
+        assert events(out)[-1]["event"] == "done"
+        report = json.loads((out / "report.json").read_text())
+        assert {row["site"] for row in report["sites"]} == {plant.name for plant in plants}
+
+        listed = made.command("server", "sites")
+        assert all(plant.name in listed for plant in plants)
+        audited = made.command("server", "audit")
+        for word in ("init", "invite", "enrol", "revoke", "rotate", "renew", "run", "intact"):
+            assert word in audited, audited
+
+
+def of_server(port: int, state: Path) -> str:
+    """Fingerprint of the certificate that the gateway shows now."""
+    context = client_context(Identity.of(state).folder)
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=5.0) as raw,
+        context.wrap_socket(raw, server_hostname="127.0.0.1") as secured,
+    ):
+        return fingerprint(
+            load_certificate(ssl.DER_cert_to_PEM_cert(secured.getpeercert(True) or b"").encode(), "server")
+        )
