@@ -1,7 +1,8 @@
 """A log that cannot be altered unnoticed: each line carries the hash of the line before it and a signature.
 
 The manifest of a plant (what left it) and the audit log of the centre are one each. Lines can be sealed. Beside the
-chain lies its head, signed too: a chain that was cut at its end is shorter than its head says.
+chain lies its head, signed too: a chain that was cut at its end is shorter than its head says. Only one who cuts the chain
+and puts an older head of it back goes unnoticed here; that takes a look at a copy kept elsewhere.
 """
 
 import base64
@@ -17,7 +18,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from trunkline.errors import StorageError, TamperError
+from trunkline.errors import StorageError, TamperError, TrustError
 from trunkline.keys import now, sign, signed
 from trunkline.sealing import Seal
 from trunkline.storage import write_atomic
@@ -41,7 +42,7 @@ class Chain:
     Args:
         path: the file; its head is kept in `<path>.head`.
         purpose: a word the signatures are bound to: a line of one chain is none of another.
-        seal: encrypts what the lines say; None leaves it readable.
+        seal: encrypts what the lines say; None leaves it readable. Lines from before a seal stay readable, and verify.
     """
 
     def __init__(self, path: Path, purpose: str, seal: Seal | None = None) -> None:
@@ -56,30 +57,33 @@ class Chain:
             StorageError: it cannot be written (a full disk, say); the chain is as it was.
             TamperError: the chain is not as its head says, so nothing is built on it.
         """
-        with self._locked() as file:
+        with self._locked(fcntl.LOCK_EX) as file:
             number, before = self._end(file, key.public_key())
+            if self._told(key.public_key()) != (number, before):
+                self._tell(
+                    key, number, before
+                )  # there is a head before there is a line, and never more than one line apart
             number += 1
             at = now().isoformat(timespec="milliseconds")
             text = json.dumps(body, sort_keys=True)
             if self.seal is not None:
                 text = base64.b64encode(self.seal.close(text.encode(), f"{self.purpose} {number}")).decode()
             found = _hash(number, at, before, text)
-            line = {"n": number, "at": at, "before": before, "text": text, "hash": found}
-            line["signature"] = sign(key, self.purpose, bytes.fromhex(found))
+            line = _line(number, at, before, text, found, sign(key, self.purpose, bytes.fromhex(found)))
             size = file.seek(0, os.SEEK_END)
             try:
-                file.write(json.dumps(line).encode() + b"\n")
+                file.write(line + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    file.truncate(size)
+                self._tell(key, number, found)
+            except (OSError, StorageError) as error:
+                if self._told(key.public_key()) != (number, found):  # else it stands; its folder alone was not flushed
+                    with contextlib.suppress(OSError):
+                        file.truncate(size)
+                what = error.strerror if isinstance(error, OSError) else error
                 raise StorageError(
-                    f"{self.path}: could not be written ({error.strerror or error}). Free space, then try again."
+                    f"{self.path}: could not be written ({what}). Free space, then try again."
                 ) from error
-            head = {"n": number, "hash": found}
-            head["signature"] = sign(key, self.purpose + " head", f"{number} {found}".encode())
-            write_atomic(self._head, json.dumps(head).encode())
             return Link(number, at, dict(body), found)
 
     def read(self, public: Ed25519PublicKey) -> Iterator[Link]:
@@ -87,48 +91,78 @@ class Chain:
 
         Raises:
             TamperError: the text names the first line that is not as it was written.
-            StorageError: the file cannot be read, or is sealed with another key.
+            StorageError: the file cannot be read.
+            TrustError: a line is sealed with a key that is not here.
         """
-        number, before = 0, START
-        for line in self._lines():
+        number, before, at_head = 0, START, START
+        lines, told = self._content(public)
+        for line in lines:
             number += 1
             link = self._check(line, number, before, public)
             before = link.hash
+            if told is not None and number == told[0]:
+                at_head = before
             yield link
-        told = self._told(public)
-        if told is not None and number < told[0]:
+        if told is None:
+            if number:
+                raise TamperError(
+                    f"{self._head}: is gone, so nobody can say whether lines are missing after line {number}."
+                )
+            return
+        if number < told[0]:
             raise TamperError(
                 f"{self.path}: ends with line {number}, and there were {told[0]}: lines were cut off its end."
             )
-        if told is not None and number == told[0] and before != told[1]:
-            raise TamperError(f"{self.path}: its last line is not the one that was written last.")
-        if told is None and number:
-            raise TamperError(f"{self._head}: is gone, so nobody can say whether lines are missing at the end.")
+        if at_head != told[1]:
+            raise TamperError(f"{self.path}, line {told[0]}: is not the line that was written.")
+        if number > told[0] + 1:
+            raise TamperError(
+                f"{self._head}: ends with line {told[0]}, and there are {number}: an older head was put in its place."
+            )
 
     def _check(self, line: bytes, number: int, before: str, public: Ed25519PublicKey) -> Link:
         place = f"{self.path}, line {number}"
+        n, at, prior, text, found = self._written(line, place, public)
+        if n != number or prior != before:
+            raise TamperError(f"{place}: does not follow the line before it: lines were removed, added or moved.")
+        if not text.startswith("{"):
+            if self.seal is None:
+                raise TrustError(
+                    f"{place}: is encrypted, and no seal.toml says by which key. Restore a backup of seal.toml."
+                )
+            text = self.seal.open(base64.b64decode(text), f"{self.purpose} {number}", place).decode()
+        return Link(number, at, json.loads(text), found)
+
+    def _written(self, line: bytes, place: str, public: Ed25519PublicKey) -> tuple[int, str, str, str, str]:
+        """Number, time, hash before, text and hash of a line that the holder of the key wrote, to the byte."""
         try:
             said = json.loads(line)
             n, at, prior, text, found, by = (said[key] for key in ("n", "at", "before", "text", "hash", "signature"))
+            whole = _line(n, at, prior, text, found, by) == line and str(by) == bytes.fromhex(by).hex()
         except (ValueError, KeyError, TypeError):
-            raise TamperError(f"{place}: is not a line of a chain any more.") from None
-        if n != number or prior != before:
-            raise TamperError(f"{place}: does not follow the line before it: lines were removed, added or moved.")
+            whole = False
+        if not whole:
+            raise TamperError(f"{place}: is not a line of a chain any more.")
         if _hash(n, at, prior, text) != found:
             raise TamperError(f"{place}: was altered (its hash does not match).")
         if not signed(public, self.purpose, bytes.fromhex(found), by):
             raise TamperError(f"{place}: was not written by the holder of the key (its signature does not match).")
-        if self.seal is not None:
-            text = self.seal.open(base64.b64decode(text), f"{self.purpose} {number}", place).decode()
-        return Link(number, at, json.loads(text), found)
+        return n, at, prior, text, found
 
-    def _lines(self) -> list[bytes]:
-        try:
-            return self.path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise StorageError(f"{self.path}: cannot be read ({error.strerror}).") from None
+    def _content(self, public: Ed25519PublicKey) -> tuple[list[bytes], tuple[int, str] | None]:
+        """The whole lines and what the head says of them, with nobody writing in between.
+
+        A last line without its end is of an append that was killed or failed; nobody was told it is there.
+        """
+        if not self.path.exists():
+            return [], self._told(public)
+        with self._locked(fcntl.LOCK_SH) as file:
+            content: bytes = file.read()
+            return content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], self._told(public)
+
+    def _tell(self, key: Ed25519PrivateKey, number: int, found: str) -> None:
+        by = sign(key, self.purpose + " head", f"{number} {found}".encode())
+        write_atomic(self._head, json.dumps({"n": number, "hash": found, "signature": by}).encode())
 
     @property
     def _head(self) -> Path:
@@ -136,10 +170,13 @@ class Chain:
 
     def _told(self, public: Ed25519PublicKey) -> tuple[int, str] | None:
         try:
-            head = json.loads(self._head.read_bytes())
-            number, found = int(head["n"]), str(head["hash"])
-            if signed(public, self.purpose + " head", f"{number} {found}".encode(), str(head["signature"])):
-                return number, found
+            data = self._head.read_bytes()
+            head = json.loads(data)
+            number, found, by = (head[key] for key in ("n", "hash", "signature"))
+            whole = json.dumps({"n": number, "hash": found, "signature": by}).encode() == data
+            whole = whole and type(number) is int and by == bytes.fromhex(by).hex()
+            if whole and signed(public, self.purpose + " head", f"{number} {found}".encode(), by):
+                return number, str(found)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -147,14 +184,16 @@ class Chain:
         raise TamperError(f"{self._head}: is not what was written.")
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[Any]:
+    def _locked(self, how: int) -> Iterator[Any]:
+        flags = os.O_RDWR | os.O_CREAT if how == fcntl.LOCK_EX else os.O_RDONLY
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            if how == fcntl.LOCK_EX:
+                self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(self.path, flags, 0o600)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be opened ({error.strerror}).") from None
-        with os.fdopen(descriptor, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with os.fdopen(descriptor, "r+b" if how == fcntl.LOCK_EX else "rb") as file:
+            fcntl.flock(file, how)
             yield file
 
     def _end(self, file: Any, public: Ed25519PublicKey) -> tuple[int, str]:
@@ -165,24 +204,27 @@ class Chain:
             step = min(size - len(tail), max(4096, 2 * len(tail)))
             file.seek(size - len(tail) - step)
             tail = file.read(len(tail) + step)
-        if tail and not tail.endswith(b"\n"):  # its write never ended, so its head was never written either
-            whole = tail[: tail.rfind(b"\n") + 1]
-            file.truncate(size - len(tail) + len(whole))
-            file.flush()
-            return self._end(file, public)
+        *lines, torn = tail.split(b"\n")
         told = self._told(public)
-        if not tail:
-            if told is not None:
-                raise TamperError(f"{self.path}: is empty, and there were {told[0]} lines.")
+        if not lines:
+            if told is not None and told[0]:
+                raise TamperError(f"{self.path}: holds no line, and there were {told[0]}.")
+            file.truncate(0)
             return 0, START
-        last = json.loads(tail.splitlines()[-1])
-        number, found = int(last["n"]), str(last["hash"])
+        number, _, before, _, found = self._written(lines[-1], f"{self.path}, its last line", public)
         # a kill between line and head leaves the head one behind; anything else was not us
-        if (told is None and number > 1) or (told is not None and not told[0] <= number <= told[0] + 1):
+        if told is None or not told[0] <= number <= told[0] + 1:
             raise TamperError(f"{self.path}: ends with line {number}; its head says {told[0] if told else 'nothing'}.")
-        if told is not None and number == told[0] and found != told[1]:
-            raise TamperError(f"{self.path}: its last line is not the one that was written last.")
+        if told[1] != (found if number == told[0] else before):
+            raise TamperError(f"{self.path}: its last line, {number}, is not the one that was written.")
+        if torn:  # its write never ended, so its head was never written either
+            file.truncate(size - len(torn))
         return number, found
+
+
+def _line(number: int, at: str, before: str, text: str, found: str, by: str) -> bytes:
+    said = {"n": number, "at": at, "before": before, "text": text, "hash": found, "signature": by}
+    return json.dumps(said).encode()
 
 
 def _hash(number: int, at: str, before: str, text: str) -> str:

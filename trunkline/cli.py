@@ -18,8 +18,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Factories train one shared backbone together and keep everything else at home.")  # fmt: skip
 server = typer.Typer(no_args_is_help=True, help="The centre: SuperLink and its supervisor; submit a run; watch it.")
 client = typer.Typer(no_args_is_help=True, help="The plant's daemon.")
+vault = typer.Typer(
+    no_args_is_help=True, help="What the plant keeps of its runs: how it is encrypted, and with which key."
+)
 app.add_typer(server, name="server")
 app.add_typer(client, name="client")
+client.add_typer(vault, name="vault")
 
 Out = TypeVar("Out")
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="What to train; docs/run-toml.md.")]
@@ -35,6 +39,7 @@ StrategyName = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Override seed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+StateDir = Annotated[Path | None, typer.Option("--state", help="If it is not SITE_DIR/.trunkline")]
 ServerState = Annotated[Path, typer.Option("--state", help="The server's folder: database, secret, logs.")]
 ClientState = Annotated[
     Path | None, typer.Option("--state", help="The plant's state: keys, vault, logs. Default: SITE_DIR/.trunkline")
@@ -158,6 +163,10 @@ def adapt(
     evidence.write(adapted, found, folder)
     evidence.render(found, Console())
     typer.echo(f"Model: {folder / evidence.MODEL}  (evidence: {folder / evidence.PAGE})")
+    if evidence.sealed(folder):
+        typer.echo(
+            f"Both are encrypted; `trunkline client report {site_dir} --from {folder} --out FILE.html` opens a copy."
+        )
 
 
 @server.command("init")
@@ -421,6 +430,99 @@ def client_status(site_dir: SiteDir, state: ClientState = None) -> None:
     import trunkline.client.daemon as daemon
 
     daemon.print_status(daemon.status(site_dir, state), Console())
+
+
+@client.command("report")
+def client_report(
+    site_dir: SiteDir,
+    adapted: Annotated[
+        Path | None, typer.Option("--from", help="The --out of `trunkline adapt`. Default: SITE_DIR/.trunkline/adapted")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Put the page here, for a browser; it is not encrypted.")
+    ] = None,
+) -> None:
+    """The evidence of the last adaptation, decrypted where it is sealed."""
+    from rich.console import Console
+
+    from trunkline.client import evidence
+    from trunkline.storage import write_atomic
+
+    found = evidence.read(adapted or site_dir / ".trunkline" / "adapted")
+    evidence.render(found, Console())
+    if out is not None:
+        write_atomic(out, evidence.page(found).encode())
+        typer.echo(f"Page: {out}")
+
+
+@vault.command("status")
+def vault_status(site_dir: SiteDir, state: StateDir = None) -> None:
+    """Where the key comes from, what is sealed with which, what is plain, and what is kept of each run."""
+    from rich.console import Console
+
+    from trunkline.client import at_rest
+
+    found = at_rest.status(state or site_dir / ".trunkline")
+    at_rest.print_status(found, Console())
+    if found.problem:
+        raise typer.Exit(1)
+
+
+@vault.command("seal")
+def vault_seal(
+    site_dir: SiteDir,
+    state: StateDir = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key", help="file:PATH, env:NAME or keyring:NAME. Default: a new file under ~/.config/trunkline/keys"
+        ),
+    ] = None,
+) -> None:
+    """Encrypt what the plant keeps, from now on and what is there already. Back the key up: nothing opens without it."""
+    from trunkline.client import at_rest
+    from trunkline.config import read_site
+
+    site = read_site(site_dir)
+    at_rest.seal_state(state or site_dir / ".trunkline", key, tuple(site.tasks), typer.echo)
+
+
+@vault.command("rekey")
+def vault_rekey(
+    site_dir: SiteDir,
+    state: StateDir = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="Where the key comes from henceforth: file:, env:, keyring:")
+    ] = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Take older keys out of a source that others may use too.")
+    ] = False,
+) -> None:
+    """A new key, and everything encrypted again with it. If it is cut short, give the command again."""
+    from trunkline.client import rekeying
+
+    rekeying.rekey(state or site_dir / ".trunkline", to, forget=forget, tell=typer.echo)
+
+
+@vault.command("open")
+def vault_open(
+    site_dir: SiteDir,
+    out: Annotated[Path, typer.Option("--out", help="A file outside the state folder; it is not encrypted.")],
+    state: StateDir = None,
+    run: Annotated[str, typer.Option("--run", help="A run that `vault status` shows.")] = "",
+    round: Annotated[int | None, typer.Option("--round", min=0, help="Default: the newest.")] = None,
+    file: Annotated[
+        str, typer.Option("--file", help="In place of --run: a file by its place in the state folder.")
+    ] = "",
+) -> None:
+    """A decrypted copy: stem, heads and all else of one round as safetensors."""
+    from trunkline.client import at_rest
+    from trunkline.errors import ConfigError
+
+    if bool(run) == bool(file):
+        raise ConfigError("expected either --run RUN (and --round N) or --file PLACE.")
+    at_rest.open_copy(state or site_dir / ".trunkline", out, run=run, round=round, file=file)
+    typer.echo(f"Decrypted copy: {out}. It is for this plant only; remove it after use.")
 
 
 def _read_run(path: Path, seed: int | None, strategy: str | None, settings: list[str] | None) -> Any:

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from trunkline.errors import StorageError
 from trunkline.exchange import Arrays, Frozen, TaskCard, TrunkSpec
-from trunkline.storage import write_atomic
+from trunkline.storage import Sealing, write_private
 
 FORMAT = 1
 RELEASE = "trunk.safetensors"  # in the folder of a run
@@ -110,27 +110,38 @@ def write_release(path: Path, arrays: Arrays, card: Card) -> None:
     write_tensors(path, arrays, {KEY: json.dumps(about)})
 
 
-def write_tensors(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: dict[str, str]) -> None:
-    """A safetensors file, written so that a crash leaves the old one or the new one."""
+def write_tensors(
+    path: Path,
+    arrays: Mapping[str, NDArray[Any]],
+    metadata: dict[str, str],
+    seal: Sealing | None = None,
+    about: str = "",
+) -> None:
+    """A safetensors file, written so that a crash leaves the old one or the new one; with a seal encrypted as `about`."""
     tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomic(path, safetensors.numpy.save(tensors, metadata=metadata), mode=0o644)
+    write_private(path, safetensors.numpy.save(tensors, metadata=metadata), seal, about, mode=0o644)
 
 
-def read_tensors(path: Path, key: str, what: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def read_tensors(
+    path: Path, key: str, what: str, content: bytes | None = None
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Arrays and metadata of a safetensors file that anybody may have written or cut short.
 
     Args:
         key: of the metadata that makes it one of ours.
         what: the file should be, for errors.
+        content: of the file, where it was decrypted already.
 
     Raises:
         StorageError: it is absent, damaged, or not `what`.
     """
     try:
+        if content is not None:
+            tensors = safetensors.numpy.load(content)
+            head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            return tensors, _ours(path, head.get("__metadata__") or {}, key, what)
         with safetensors.safe_open(path, framework="numpy") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            if key not in metadata:
-                raise StorageError(f"{path}: a safetensors file, but not {what}: its metadata has no `{key}`.")
+            metadata = _ours(path, file.metadata() or {}, key, what)
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  (no mapping)
     except FileNotFoundError:
         raise StorageError(f"{path}: no such file. A run writes `{RELEASE}` into its --out folder.") from None
@@ -138,6 +149,12 @@ def read_tensors(path: Path, key: str, what: str) -> tuple[dict[str, NDArray[Any
         raise StorageError(
             f"{path}: damaged, or not {what} ({type(error).__name__}: {error}). Copy it again from where it was made."
         ) from None
+
+
+def _ours(path: Path, metadata: dict[str, str], key: str, what: str) -> dict[str, str]:
+    if key not in metadata:
+        raise StorageError(f"{path}: a safetensors file, but not {what}: its metadata has no `{key}`.")
+    return metadata
 
 
 def read_release(path: Path) -> tuple[Arrays, Card]:

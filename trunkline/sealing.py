@@ -8,6 +8,7 @@ overwritten with it.
 import base64
 import binascii
 import hashlib
+import json
 import os
 import secrets
 import tomllib
@@ -20,16 +21,23 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from trunkline.errors import StorageError, TrustError
 from trunkline.keys import check_private
+from trunkline.storage import MAGIC as MAGIC
+from trunkline.storage import is_sealed as is_sealed
 from trunkline.storage import write_atomic
 
-MAGIC = b"trunkline-sealed\x01"
 NAME, NONCE, TAG = 8, 12, 16  # bytes: of the key's name, GCM's nonce and its tag
 OVERHEAD = len(MAGIC) + NAME + NONCE + TAG
 SETTINGS = "seal.toml"
 
 
-def is_sealed(data: bytes) -> bool:
-    return data[: len(MAGIC)] == MAGIC
+def key_name(key: bytes) -> str:
+    """What a key is called: 16 hexadecimal digits that say nothing about it."""
+    return _name(key).hex()
+
+
+def sealed_by(data: bytes) -> str:
+    """The name of the key that sealed `data`; of other data nothing that means anything."""
+    return data[len(MAGIC) : len(MAGIC) + NAME].hex()
 
 
 def _name(key: bytes) -> bytes:
@@ -50,8 +58,8 @@ class Seal:
 
     @property
     def name(self) -> str:
-        """Of the newest key: 16 hexadecimal digits that say nothing about it."""
-        return _name(self.keys[0]).hex()
+        """Of the newest key, see `key_name`."""
+        return key_name(self.keys[0])
 
     def close(self, data: bytes, about: str) -> bytes:
         """`data` encrypted and authenticated; it opens only for the same `about`, so two sealed files cannot be swapped."""
@@ -63,29 +71,44 @@ class Seal:
         """What `close` was given.
 
         Raises:
-            StorageError: not sealed, sealed with another key, altered, or sealed as something else; `where` is named.
+            TrustError: not sealed, or sealed with a key that is not here: no damage, so no reason to pass it over.
+            StorageError: altered, or sealed as something else. `where` is named.
         """
-        if not is_sealed(data):
-            raise StorageError(f"{where}: is not encrypted, and everything here should be. Restore a backup of it.")
-        head, nonce = data[: len(MAGIC) + NAME], data[len(MAGIC) + NAME : len(MAGIC) + NAME + NONCE]
-        named = head[len(MAGIC) :]
-        key = next((one for one in self.keys if _name(one) == named), None)
-        if key is None:
-            known = ", ".join(_name(one).hex() for one in self.keys)
-            raise StorageError(
-                f"{where}: sealed with key {named.hex()}; {self.source} holds {known}. Nothing was changed. Give the key it was "
-                "sealed with."
+        key = next((one for one in self.keys if is_sealed(data) and key_name(one) == sealed_by(data)), None)
+        if key is not None:
+            found = _decrypted(key, data, about)
+        elif any(_decrypted(one, data, about) is not None for one in self.keys):
+            found = None  # the damage is in its first bytes: ours all the same
+        elif not is_sealed(data):
+            raise TrustError(
+                f"{where}: is not encrypted, and everything here should be. If it lay here before the folder was sealed, "
+                "`trunkline client vault seal SITE_DIR` encrypts it; if not, somebody put it there: restore a backup."
             )
-        try:
-            return AESGCM(key).decrypt(nonce, data[len(head) + NONCE :], head + about.encode())
-        except (InvalidTag, ValueError):
+        else:
+            known = ", ".join(key_name(one) for one in self.keys)
+            raise TrustError(
+                f"{where}: sealed with key {sealed_by(data)}; {self.source} holds {known}. Nothing was changed. Give the key it "
+                "was sealed with."
+            )
+        if found is None:
             raise StorageError(
-                f"{where}: altered or damaged (its seal does not match). Restore a backup of it."
-            ) from None
+                f"{where}: altered, damaged, or moved here from another place (its seal does not match). Restore a backup of it."
+            )
+        return found
 
     def newest(self, data: bytes) -> bool:
         """Whether `data` is sealed with the newest key."""
         return data[: len(MAGIC) + NAME] == MAGIC + _name(self.keys[0])
+
+
+def _decrypted(key: bytes, data: bytes, about: str) -> bytes | None:
+    """What `data` holds if this key sealed it as `about`, whatever its first bytes say."""
+    head = MAGIC + _name(key)
+    nonce, body = data[len(head) : len(head) + NONCE], data[len(head) + NONCE :]
+    try:
+        return AESGCM(key).decrypt(nonce, body, head + about.encode())
+    except (InvalidTag, ValueError):
+        return None
 
 
 def default_source(state: Path) -> str:
@@ -110,7 +133,7 @@ def find_seal(state: Path) -> Seal | None:
     except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
         raise TrustError(f"{settings}: cannot be read ({error}). Restore a backup of it.") from None
     seal = Seal(read_keys(source), source)
-    if name not in [_name(key).hex() for key in seal.keys]:
+    if name not in map(key_name, seal.keys):
         raise TrustError(
             f"{source}: holds key {seal.name}; {state} is sealed with key {name}. Nothing was changed. Give the key it was "
             f"sealed with, by `source` in {settings}."
@@ -119,12 +142,13 @@ def find_seal(state: Path) -> Seal | None:
 
 
 def make_seal(state: Path, source: str | None = None) -> Seal:
-    """The seal of a state folder, made if there is none: for a `file:` source the key too.
+    """The seal of a state folder, made if there is none: for a `file:` or `keyring:` source the key too.
 
     Raises:
         TrustError: as `find_seal`; or another source is named than the one in use.
     """
     found = find_seal(state)
+    source = absolute(source, state) if source is not None else None
     if found is not None:
         if source is not None and source != found.source:
             raise TrustError(
@@ -132,19 +156,47 @@ def make_seal(state: Path, source: str | None = None) -> Seal:
             )
         return found
     source = source or default_source(state)
-    kind, _, rest = source.partition(":")
-    if kind == "file" and not Path(rest).exists():
+    if source.startswith(("file:", "keyring:")) and not stored_keys(source):
         write_keys(source, (secrets.token_bytes(32),))
     seal = Seal(read_keys(source), source)
     remember(state, seal)
     return seal
 
 
-def remember(state: Path, seal: Seal) -> None:
-    """Say in the state folder which key seals it from now on."""
-    text = f"# where the key to this folder comes from, and its name; the key itself is not here\nsource = '{seal.source}'\nkey = '{seal.name}'\n"
+def seal_of(path: Path) -> tuple[Seal | None, str]:
+    """The seal of the state folder that `path` lies in, and what `path` is sealed as there; outside of any, None.
+
+    Raises:
+        TrustError: as `find_seal`.
+    """
+    path = path.resolve()
+    for folder in path.parents:
+        if (seal := find_seal(folder)) is not None:
+            return seal, path.relative_to(folder).as_posix()
+    return None, ""
+
+
+def remember(state: Path, seal: Seal, key: str | None = None) -> None:
+    """Say in the state folder which key seals it from now on; `key`: the name of an older one of `seal` until all is done."""
+    about = "# where the key to this folder comes from, and its name; the key itself is not here"
+    # a JSON string is a TOML string, whatever quotes a path has
+    text = f"{about}\nsource = {json.dumps(seal.source, ensure_ascii=False)}\nkey = {json.dumps(key or seal.name)}\n"
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state.chmod(0o700)
     write_atomic(state / SETTINGS, text.encode())
+
+
+def absolute(source: str, state: Path) -> str:
+    """The same source wherever a command or a daemon is started from."""
+    kind, _, rest = source.partition(":")
+    if kind != "file":
+        return source
+    path = Path(rest).expanduser().resolve()
+    if path.is_relative_to(state.resolve()):
+        raise TrustError(
+            f"{source}: lies in the folder that it should seal, and would be copied with it. Keep it elsewhere."
+        )
+    return f"file:{path}"
 
 
 def write_keys(source: str, keys: tuple[bytes, ...]) -> None:
@@ -155,9 +207,17 @@ def write_keys(source: str, keys: tuple[bytes, ...]) -> None:
         Path(rest).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomic(Path(rest), text.encode())
     elif kind == "keyring":
-        _keyring().set_password("trunkline", rest, text)
+        ring = _keyring()
+        try:
+            ring.set_password("trunkline", rest, text)
+        except Exception as error:  # each backend has its own
+            raise TrustError(
+                f"{source}: the system's keyring refused it ({error}). Unlock it, or name another source."
+            ) from None
     else:
-        raise TrustError(f"{source}: cannot be written from here. Set it to: {' '.join(text.split())}")
+        raise TrustError(
+            f"{source}: cannot be written from here. Set it to the following, then give the command again: {' '.join(text.split())}"
+        )
 
 
 def read_keys(source: str) -> tuple[bytes, ...]:
@@ -182,7 +242,7 @@ def read_keys(source: str) -> tuple[bytes, ...]:
         if not text:
             raise TrustError(f"{source}: the environment has no {rest}. Set it to the key, base64.")
     elif kind == "keyring":
-        text = str(_keyring().get_password("trunkline", rest) or "")
+        text = _stored_in_keyring(rest, source)
         if not text:
             raise TrustError(f"{source}: the system's keyring has no such entry.")
     else:
@@ -194,6 +254,25 @@ def read_keys(source: str) -> tuple[bytes, ...]:
     if not keys or any(len(key) != 32 for key in keys):
         raise TrustError(f"{source}: expected 32 bytes in base64, one key a line, the newest first.")
     return keys
+
+
+def stored_keys(source: str) -> tuple[bytes, ...]:
+    """As `read_keys`, and none where there is nothing yet: no file, no variable, no entry."""
+    kind, _, rest = source.partition(":")
+    nothing = (
+        (kind == "file" and not Path(rest).exists())
+        or (kind == "env" and not os.environ.get(rest))
+        or (kind == "keyring" and not _stored_in_keyring(rest, source))
+    )
+    return () if nothing else read_keys(source)
+
+
+def _stored_in_keyring(name: str, source: str) -> str:
+    ring = _keyring()
+    try:
+        return str(ring.get_password("trunkline", name) or "")
+    except Exception as error:  # each backend has its own
+        raise TrustError(f"{source}: the system's keyring cannot be read ({error}). Unlock it.") from None
 
 
 def _keyring() -> Any:

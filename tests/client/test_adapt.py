@@ -18,7 +18,7 @@ from trunkline.client.data.site_data import open_data, open_newcomer
 from trunkline.client.model_file import MODEL, read_model
 from trunkline.client.probe import ridge
 from trunkline.client.training import Resident, device, outputs_of
-from trunkline.errors import DataError, StorageError
+from trunkline.errors import DataError, StorageError, TrustError
 from trunkline.exchange import Arrays
 from trunkline.models.trunk import TrunkModel
 from trunkline.release import RELEASE, Card, PooledScale, read_release
@@ -336,3 +336,46 @@ def test_the_command_says_what_to_use(tmp_path: Path, release: Path, capsys: pyt
     assert (tmp_path / "out" / MODEL).exists()
     assert not (folder / ".trunkline").exists()
     shutil.rmtree(tmp_path / "out")
+
+
+def test_below_a_sealed_state_the_adapted_model_is_sealed_with_its_evidence(tmp_path: Path, release: Path) -> None:
+    from typer.testing import CliRunner
+
+    from trunkline.cli import app
+    from trunkline.sealing import is_sealed, make_seal
+
+    folder, plain = plant(tmp_path / "n", 1, 9), plant(tmp_path / "m" / "n", 1, 9)
+    make_seal(folder / ".trunkline", f"file:{tmp_path / 'keys' / 'key'}")
+    said = {}
+    for site in (folder, plain):
+        result = CliRunner().invoke(app, ["adapt", str(site), "--trunk", str(release)])
+        assert result.exit_code == 0, result.output
+        said[site] = result.output
+    assert "trunkline client report" in said[folder]
+    assert "trunkline client report" not in said[plain]
+    written, clear = (
+        {path.name: path.read_bytes() for path in (site / ".trunkline" / "adapted").iterdir()}
+        for site in (folder, plain)
+    )
+    assert written.keys() == clear.keys() == {MODEL, evidence.EVIDENCE, evidence.PAGE}
+    for name, data in written.items():
+        assert is_sealed(data)
+        assert b"rul" in clear[name]
+        assert not [word for word in (b'"failing', b"numeric", b"failing<", b"<html", b"__metadata__") if word in data]
+    one, other = (read_model(site / ".trunkline" / "adapted" / MODEL) for site in (folder, plain))
+    assert same(one.model, other.model)
+    assert one.card["tasks"] == other.card["tasks"]
+    shutil.copyfile(folder / ".trunkline" / "adapted" / MODEL, tmp_path / MODEL)
+    with pytest.raises(TrustError, match="encrypted"):
+        read_model(tmp_path / MODEL)
+    (folder / ".trunkline" / "adapted" / MODEL).rename(folder / ".trunkline" / MODEL)
+    with pytest.raises(StorageError, match="moved"):
+        read_model(folder / ".trunkline" / MODEL)
+    page = tmp_path / "copy.html"
+    result = CliRunner().invoke(app, ["client", "report", str(folder), "--out", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "Use: interpolated" in result.output
+    assert page.read_bytes() == clear[evidence.PAGE]
+    assert page.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(StorageError, match="trunkline adapt"):
+        evidence.read(tmp_path / "nowhere")

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trunkline.client.access import open_seal
 from trunkline.client.data import SiteData, WindowSet
 from trunkline.client.data.site_data import open_newcomer
 from trunkline.client.data.statistics import label_scale, set_label_scale
@@ -439,10 +440,11 @@ def adapt(
 
     Raises:
         StorageError: the release cannot be read. ConfigError, DataError: the site cannot. ContractError: the two do not
-            fit together.
+            fit together. TrustError: `state` is sealed and cannot be opened.
     """
     arrays, card = read_release(trunk)
-    data = open_newcomer(folder, state if state is not None else folder / ".trunkline", card.scales)
+    state = state if state is not None else folder / ".trunkline"
+    data = open_newcomer(folder, state, card.scales, open_seal(state))
     return adapt_data(data, arrays, card, labelled=labelled, draw=draw)
 
 

@@ -13,6 +13,7 @@ from trunkline.client.data import Note, Problem, SiteData, Survey, WindowSet, su
 from trunkline.client.data.notes import counted, some
 from trunkline.client.data.split import PARTS
 from trunkline.errors import ConfigError
+from trunkline.sealing import find_seal
 
 MOST_CHANNELS = 60  # lines of the channel table; a thousand channels are nobody's page
 MARK = {"info": ("i", "cyan"), "warning": ("!", "yellow")}
@@ -49,7 +50,7 @@ def check_site(folder: Path, state: Path | None = None) -> CheckReport:
         state: where split.json is kept; None: look at a fresh split. Nothing is written either way.
     """
     try:
-        result = survey(folder, state)
+        result = survey(folder, state, seal=find_seal(state) if state else None)
     except ConfigError as error:
         return CheckReport(folder, None, tuple(Problem("", line) for line in str(error).splitlines()))
     problems = tuple(result.findings.problems)

@@ -15,11 +15,12 @@ from trunkline.client.candidates import versions
 from trunkline.client.gate import Tried, choose
 from trunkline.client.site import Part, Site
 from trunkline.client.training import Resident, outputs_of, total_loss
+from trunkline.client.vault import predictions_place
 from trunkline.exchange import Order, TaskRow, seed_of
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
-from trunkline.storage import write_atomic
+from trunkline.storage import write_private
 
 RESAMPLES = 1000  # of the bootstrap; the ends of a 95 % interval then rest on 25 resamples each
 FEWEST = 200  # of a test set so large that a site's evaluation would take minutes; its interval is the surer anyway
@@ -319,5 +320,5 @@ def _keep_predictions(site: Site, run: str, name: str, scored: dict[str, Scored]
         "task": site.data.tasks[name].config.model_dump(mode="json"),
         "states": {who: one.task.state() for who, one in kept.items()},
     }
-    path = site.state / "evaluation" / run / f"{name}.safetensors"
-    write_atomic(path, safetensors.numpy.save(tensors, {"about": json.dumps(about)}))
+    place = predictions_place(run, name, tuple(site.config.tasks), sealed=site.seal is not None)
+    write_private(site.state / place, safetensors.numpy.save(tensors, {"about": json.dumps(about)}), site.seal, place)

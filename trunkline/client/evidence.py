@@ -25,11 +25,13 @@ from trunkline.client.evaluation import Scored, paired_bootstrap
 from trunkline.client.model_file import MODEL, write_model
 from trunkline.client.probe import embeddings
 from trunkline.client.training import Resident, device, outputs_of
+from trunkline.errors import StorageError
 from trunkline.exchange import seed_of
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
-from trunkline.storage import write_atomic
+from trunkline.sealing import seal_of
+from trunkline.storage import read_private, write_private
 
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200)  # labelled groups of the learning curve
 NEXT = 5  # groups named to be labelled next
@@ -198,19 +200,40 @@ def _place(workshop: Workshop, train: WindowSet, group: int) -> NDArray[np.float
 
 
 def write(adapted: Adapted, evidence: Evidence, out: Path) -> None:
-    """evidence.json, evidence.html and the model in `out`.
+    """evidence.json, evidence.html and the model in `out`; below a sealed state all three are encrypted, see `read`.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written. TrustError: the state is sealed and its key is not here.
     """
-    write_atomic(out / EVIDENCE, (json.dumps(evidence, indent=1, allow_nan=False) + "\n").encode(), mode=0o644)
-    write_atomic(out / PAGE, page(evidence).encode(), mode=0o644)
+    for name, text in ((EVIDENCE, json.dumps(evidence, indent=1, allow_nan=False) + "\n"), (PAGE, page(evidence))):
+        write_private(out / name, text.encode(), *seal_of(out / name), mode=0o644)
     site, workshop = adapted.site, adapted.workshop
     about = {key: evidence[key] for key in ("site", "choice", "release")}
     write_model(
         out / MODEL, adapted.model, adapted.card.trunk, workshop.tasks, site.scaler, site.config.data.window,
         site.category_names, adapted.card.seed, about,
     )  # fmt: skip
+
+
+def read(folder: Path) -> Evidence:
+    """The evidence that `write` put in `folder`.
+
+    Raises:
+        StorageError: there is none, or it is damaged. TrustError: it is encrypted and its key is not here.
+    """
+    path = folder / EVIDENCE
+    try:
+        found: Evidence = json.loads(read_private(path, *seal_of(path)))
+    except FileNotFoundError:
+        raise StorageError(f"{path}: no such file. `trunkline adapt` writes it; --from names another folder.") from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: damaged ({type(error).__name__}: {error}). Adapt again.") from None
+    return found
+
+
+def sealed(folder: Path) -> bool:
+    """Whether what `write` puts there is encrypted."""
+    return seal_of(folder / PAGE)[0] is not None
 
 
 def render(evidence: Evidence, console: Console) -> None:
@@ -324,4 +347,4 @@ def _plot(evidence: Evidence, row: dict[str, Any]) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
-__all__ = ("EVIDENCE", "MODEL", "collect", "label_next", "page", "render", "write")
+__all__ = ("EVIDENCE", "MODEL", "collect", "label_next", "page", "read", "render", "sealed", "write")

@@ -17,6 +17,8 @@ from trunkline.models.tasks import make_task
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, build_model
 from trunkline.release import read_tensors, write_tensors
+from trunkline.sealing import seal_of
+from trunkline.storage import read_private
 
 FORMAT = 1
 MODEL = "model.safetensors"
@@ -52,10 +54,10 @@ def write_model(
     path: Path, model: TrunkModel, spec: TrunkSpec, tasks: dict[str, Task], scaler: Scaler, window: int | None,
     categories: tuple[tuple[str, ...], ...], seed: int, about: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Put a model at `path`; it belongs to the site, and nothing sends it anywhere.
+    """Put a model at `path`; it belongs to the site, and nothing sends it anywhere. Below a sealed state it is encrypted.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: the file cannot be written. TrustError: the state is sealed and its key is not here.
     """
     card = {
         "format": FORMAT,
@@ -67,16 +69,22 @@ def write_model(
         "tasks": {name: {"config": task.config.model_dump(mode="json", exclude_unset=True), "state": task.state()} for name, task in tasks.items()},
         **about,
     }  # fmt: skip
-    write_tensors(path, model.private(()), {KEY: json.dumps(card)})
+    write_tensors(path, model.private(()), {KEY: json.dumps(card)}, *seal_of(path))
 
 
 def read_model(path: Path) -> StoredModel:
-    """What `write_model` put at `path`, on the CPU.
+    """What `write_model` put at `path`, on the CPU. An encrypted one opens where it was written, below its sealed state.
 
     Raises:
         StorageError: the file is absent, damaged, of another format, or another kind of file.
+        TrustError: it is encrypted and its key is not here, or it is plain and should not be.
     """
-    tensors, metadata = read_tensors(path, KEY, "a model of `trunkline adapt`")
+    seal, about = seal_of(path)
+    try:
+        content = read_private(path, seal, about)
+    except OSError:
+        content = None  # the next line says what is wrong with it
+    tensors, metadata = read_tensors(path, KEY, "a model of `trunkline adapt`", content)
     try:
         card = json.loads(metadata[KEY])
         if card["format"] != FORMAT:

@@ -66,7 +66,7 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
         StorageError: the vault cannot be read or written; nothing was sent.
     """
     site.meet(order)
-    vault = Vault(site.state, order.run, site.tell)
+    vault = Vault(site.state, order.run, site.tell, site.seal)
     question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
     entry = vault.answered(order.round, question)
     if entry is None:
@@ -88,7 +88,7 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
     """
     site.meet(order)
     site.consent(order.lend)
-    before = Vault(site.state, order.run, site.tell).before(order.round, order.passed)
+    before = Vault(site.state, order.run, site.tell, site.seal).before(order.round, order.passed)
     model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
     metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
     PROBED.check(Arrays(), metrics)
@@ -248,7 +248,7 @@ def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     """
     site.meet(order)
     site.consent(order.lend)
-    vault = Vault(site.state, order.run, site.tell)
+    vault = Vault(site.state, order.run, site.tell, site.seal)
     question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
     if vault.decisions(question) is None:
         before = vault.before(order.round)
@@ -268,7 +268,7 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     """
     site.meet(order)
     site.consent(order.lend)
-    vault = Vault(site.state, order.run, site.tell)
+    vault = Vault(site.state, order.run, site.tell, site.seal)
     before = vault.before(order.round, order.passed)
     models = _finished(site, order, _roles(site, order, arrays, before), _Best.of(before))
     settled = None

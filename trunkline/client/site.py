@@ -12,12 +12,14 @@ from typing import Literal
 import numpy as np
 import torch
 
+from trunkline.client.access import open_seal
 from trunkline.client.data import SiteData, open_data
 from trunkline.client.training import Resident, device
 from trunkline.config import SiteConfig
 from trunkline.errors import ConfigError, ContractError
 from trunkline.exchange import Conditions, Order, seed_of
 from trunkline.models.trunk import TrunkModel, build_model
+from trunkline.sealing import Seal
 
 CURVE_SAMPLES = 2000  # validation windows a round's curve is drawn from; the final choice uses all of them
 
@@ -28,11 +30,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Site:
-    """One plant: its data in memory, its tasks, and where its state lies."""
+    """One plant: its data in memory, its tasks, where its state lies, and what seals it (a simulated site: nothing)."""
 
     folder: Path
     state: Path
     data: SiteData
+    seal: Seal | None = None
     _resident: dict[str, Resident] = field(default_factory=dict)
     _conditions: tuple[Conditions, int] = (Conditions(), 0)  # and the seed of the run that has them
     _now: dict[str, Resident] = field(default_factory=dict)  # rows under these conditions
@@ -136,6 +139,10 @@ def open_site(node_config: Mapping[str, object], *, fresh: bool = False) -> Site
         node_config: of the plant's own SuperNode: `site` is its folder, `state` its state folder; in a simulation
             `partition-id` counts the folders below TRUNKLINE_SITES. A server can set neither.
         fresh: read the folder again if its files have changed (asked at the start of a run, never within one).
+
+    Raises:
+        ConfigError, DataError: the folder cannot be read as a site.
+        TrustError: the state is sealed and its key is missing or another, or other accounts may reach one of the two.
     """
     if "site" in node_config:
         folder = Path(str(node_config["site"]))
@@ -155,7 +162,8 @@ def open_site(node_config: Mapping[str, object], *, fresh: bool = False) -> Site
     state = Path(str(node_config.get("state", folder / ".trunkline")))
     known = _open.get((folder, state))
     if known is None or (fresh and known.signature != _signature(folder)):
-        known = _open[folder, state] = Site(folder, state, open_data(folder, state))
+        seal = open_seal(state, lambda text: logger.warning("%s: %s", folder.name, text))
+        known = _open[folder, state] = Site(folder, state, open_data(folder, state, seal), seal)
         _ = known.signature
         for note in known.data.notes:
             if note.level == "warning" and note.where.startswith("task "):  # a task set aside should not go unnoticed

@@ -4,7 +4,7 @@ Flower's `Context.state` is memory and dies with its process, so nothing of valu
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from trunkline.errors import StorageError
 from trunkline.exchange import Arrays
-from trunkline.storage import Shelf, write_atomic
+from trunkline.sealing import Seal
+from trunkline.storage import Shelf, read_private, write_private
 
 State = dict[str, NDArray[Any]]
 
@@ -53,10 +54,14 @@ class Vault:
         state: the site's own folder.
         run: key of the run, checked by the wire type to be a plain name.
         tell: called with a sentence when a damaged version is passed over.
+        seal: of `state`, where it is sealed. A key that does not open what is there is refused (TrustError) whatever is
+            asked: nothing starts afresh because of it.
     """
 
-    def __init__(self, state: Path, run: str, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.shelf = Shelf(state / "vault" / run, keep=3, tell=tell)
+    def __init__(
+        self, state: Path, run: str, tell: Callable[[str], None] = lambda text: None, seal: Seal | None = None
+    ) -> None:
+        self.shelf = Shelf(state / "vault" / run, keep=3, tell=tell, seal=seal, place=f"vault/{run}")
 
     def put(self, round: int, entry: Entry) -> None:
         """Raises StorageError (a full disk, say); what was there stays, and no reply may leave."""
@@ -112,7 +117,8 @@ class Vault:
 
     def keep_decisions(self, question: str, decisions: Mapping[str, Any]) -> None:
         """What this site has chosen by its validation rows, for the second pass of a run that refits."""
-        write_atomic(self._decisions, json.dumps({"question": question, **decisions}).encode())
+        data = json.dumps({"question": question, **decisions}).encode()
+        write_private(self._decisions, data, self.shelf.seal, self._about_decisions)
 
     def decisions(self, question: str | None = None) -> dict[str, Any] | None:
         """What `keep_decisions` was given last; None where nothing was, or (with `question`) to another question.
@@ -121,7 +127,7 @@ class Vault:
             StorageError: the file is there and cannot be read.
         """
         try:
-            found = json.loads(self._decisions.read_bytes())
+            found = json.loads(read_private(self._decisions, self.shelf.seal, self._about_decisions))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -134,6 +140,10 @@ class Vault:
     @property
     def _decisions(self) -> Path:
         return self.shelf.folder / "decisions.json"
+
+    @property
+    def _about_decisions(self) -> str:
+        return f"{self.shelf.place}/{self._decisions.name}"
 
     @staticmethod
     def _entry(tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Entry:
@@ -154,3 +164,9 @@ class Vault:
             metrics=meta["metrics"],
             weight=meta["weight"],
         )
+
+
+def predictions_place(run: str, task: str, tasks: Sequence[str], *, sealed: bool) -> str:
+    """Where the test predictions of a task lie below a state; a sealed one calls a task by its place in site.toml."""
+    name = f"task-{tasks.index(task):02d}" if sealed else task
+    return f"evaluation/{run}/{name}.safetensors"

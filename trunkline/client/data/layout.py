@@ -14,6 +14,7 @@ from trunkline.client.data.split import PARTS, TEST, TRAIN, VALIDATION, Shuffle,
 from trunkline.client.data.windows import segments
 from trunkline.config import CLASSED, SiteConfig
 from trunkline.errors import DataError
+from trunkline.storage import Sealing
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -120,11 +121,13 @@ def keep_apart(table: Table, group: NDArray[np.int32], names: tuple[str, ...], f
 def deal(
     table: Table, config: SiteConfig, group: NDArray[np.int32], order: Floats, names: tuple[str, ...], rows: Rows,
     labels: dict[str, NDArray[np.float32]], path: Path | None, findings: Findings, hold_out: bool = True,
+    seal: Sealing | None = None,
 ) -> tuple[Layout, Split | None]:  # fmt: skip
     """Deal the rows to the three parts and lay each part's rows side by side.
 
     Args:
         hold_out: False: what would be held out for validation trains too; one group is then enough beside test files.
+        seal: opens what is at `path`.
     """
     own = rows < table.test_from  # rows of `files`; those of `test_files` are test rows and take no part in splitting
     codes, local = np.unique(group[rows[own]], return_inverse=True)
@@ -135,7 +138,7 @@ def deal(
     split: Split | None = None
     stored: Split | None = None
     try:
-        stored = read_split(path) if path else None
+        stored = read_split(path, seal) if path else None
     except DataError as error:
         findings.problem("", str(error))
     if config.data.group is None or config.data.group in table.frame.columns:

@@ -21,6 +21,7 @@ from trunkline.config import CLASSED, SiteConfig, read_site
 from trunkline.errors import ConfigError, DataError
 from trunkline.models.labels import Labels, Places
 from trunkline.release import PooledScale
+from trunkline.storage import Sealing
 
 if TYPE_CHECKING:
     from trunkline.models.tasks.task import Samples, Task
@@ -68,23 +69,26 @@ class Survey:
     site: SiteData | None = None
 
 
-def open_data(folder: Path, state: Path) -> SiteData:
+def open_data(folder: Path, state: Path, seal: Sealing | None = None) -> SiteData:
     """The data of the site in `folder`, split as `state`/split.json says (written on the first call).
 
     Raises:
         ConfigError: site.toml is absent or says something that cannot be meant.
         DataError: the files are not what site.toml describes; one line a problem, all problems at once.
         StorageError: split.json cannot be written.
+        TrustError: split.json cannot be opened by `seal`, which is that of `state`.
     """
-    result = survey(folder, state)
+    result = survey(folder, state, seal=seal)
     result.findings.refuse()
     if result.site is None or result.split is None:
         raise DataError(f"{folder}: nothing to train on. `trunkline check {folder}` says more.")
-    write_split(state / "split.json", result.split)
+    write_split(state / "split.json", result.split, seal)
     return result.site
 
 
-def open_newcomer(folder: Path, state: Path | None, scales: Sequence[PooledScale]) -> SiteData:
+def open_newcomer(
+    folder: Path, state: Path | None, scales: Sequence[PooledScale], seal: Sealing | None = None
+) -> SiteData:
     """The data of a site that is new to a federation: nothing is held out for validation, and nothing is written.
 
     With few labels a fixed split would cost too many of them, so `train` also holds what the site would validate on, and
@@ -92,25 +96,33 @@ def open_newcomer(folder: Path, state: Path | None, scales: Sequence[PooledScale
 
     Args:
         scales: the federation's statistics, which the scaler leans on where the site has few groups of its own.
+        seal: that of `state`.
 
     Raises:
-        ConfigError, DataError: as `open_data`.
+        ConfigError, DataError, TrustError: as `open_data`.
     """
-    result = survey(folder, state, newcomer=tuple(scales))
+    result = survey(folder, state, newcomer=tuple(scales), seal=seal)
     result.findings.refuse()
     if result.site is None:
         raise DataError(f"{folder}: nothing to adapt on. `trunkline check {folder}` says more.")
     return result.site
 
 
-def survey(folder: Path, state: Path | None = None, newcomer: tuple[PooledScale, ...] | None = None) -> Survey:
+def survey(
+    folder: Path,
+    state: Path | None = None,
+    newcomer: tuple[PooledScale, ...] | None = None,
+    seal: Sealing | None = None,
+) -> Survey:
     """Open the site as far as it goes and write nothing. Without `state` the split is a fresh one.
 
     Args:
         newcomer: the federation's statistics, for a site that comes to it with little data; see `open_newcomer`.
+        seal: that of `state`.
 
     Raises:
         ConfigError: site.toml is absent or says something that cannot be meant.
+        TrustError: split.json cannot be opened by `seal`.
     """
     result = Survey(read_site(folder))
     config, findings = result.config, result.findings
@@ -126,7 +138,7 @@ def survey(folder: Path, state: Path | None = None, newcomer: tuple[PooledScale,
     rows = sort_rows(table, config, group, order, findings)
     path = state / "split.json" if state else None
     layout, result.split = deal(
-        table, config, group, order, names, rows, labels, path, findings, hold_out=newcomer is None
+        table, config, group, order, names, rows, labels, path, findings, hold_out=newcomer is None, seal=seal
     )
     result.groups = {name: len(np.unique(layout.group[layout.part == number])) for number, name in enumerate(PARTS)}
     told = dict(labels)

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from trunkline.client.data.folds import deal, missed
 from trunkline.client.data.notes import Findings
 from trunkline.config import SplitConfig
-from trunkline.errors import DataError
+from trunkline.errors import DataError, StorageError
 from trunkline.exchange import seed_of
-from trunkline.storage import write_atomic
+from trunkline.storage import Sealing, read_private, write_private
 
 FORMAT = 1
 PARTS = ("train", "validation", "test")
@@ -73,14 +73,15 @@ class Shuffle:
     present: NDArray[np.bool_]
 
 
-def read_split(path: Path) -> Split | None:
+def read_split(path: Path, seal: Sealing | None = None) -> Split | None:
     """The split stored at `path`; None when there is none yet.
 
     Raises:
         DataError: the file is damaged or of another format.
+        TrustError: `seal` cannot open it.
     """
     try:
-        stored = json.loads(path.read_bytes())
+        stored = json.loads(read_private(path, seal, path.name))
         if stored["format"] != FORMAT:
             raise DataError(
                 f"{path}: format {stored['format']}; this Trunkline reads {FORMAT}. Update Trunkline to read it."
@@ -104,21 +105,21 @@ def read_split(path: Path) -> Split | None:
         return split
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StorageError) as error:
         raise DataError(
             f"{path}: damaged ({type(error).__name__}: {error}). Restore it from a backup, so that no test row is trained on. "
             + DELETE.format(path=path)
         ) from error
 
 
-def write_split(path: Path, split: Split) -> None:
+def write_split(path: Path, split: Split, seal: Sealing | None = None) -> None:
     """Store `split` where it differs from what is there; a crash leaves the old file or the new one."""
     table = asdict(split)
     if split.folds is None:
         table = {key: value for key, value in table.items() if key not in ("folds", "fold", "share")}
     data = json.dumps({"format": FORMAT, **table}, indent=1).encode()
-    if not path.is_file() or path.read_bytes() != data:
-        write_atomic(path, data, mode=0o644)
+    if not path.is_file() or read_private(path, seal, path.name) != data:
+        write_private(path, data, seal, path.name, mode=0o644)
 
 
 def divide(
