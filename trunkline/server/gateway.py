@@ -41,6 +41,7 @@ from trunkline.server.wire import (
     dial,
     dial_unix,
     parse_request,
+    plain,
     request_head,
 )
 from trunkline.supervise import say
@@ -249,7 +250,9 @@ class Gateway:
                 text = f"{host}: not taken: {most:,} connections are open from {who} already, and no more are taken"
                 self._hush.say(who, "too many connections", text, self.limits.full_s)
                 continue
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or a small answer waits 40 ms for an acknowledgement
+            sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+            )  # or a small answer waits 40 ms for an acknowledgement
             self._hosts[host] += 1
             task = asyncio.create_task(self._welcome(sock, host, port))
             self._tasks.add(task)
@@ -304,7 +307,7 @@ class Gateway:
                 raw = await wire.head(limits.head, patience, limits.head_s, START)
                 visit.busy = True
                 request = parse_request(raw)
-                what = f"{ascii(request.method)[1:17]} {ascii(request.target)[1:81]}: "
+                what = f"{plain(request.method, 16)} {plain(request.target, 80)}: "
                 if not await self._serve(visit, request):
                     await wire.linger(limits.linger_s)
                     return

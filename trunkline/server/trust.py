@@ -243,7 +243,14 @@ class Replays:
             seen.popitem(last=False)
 
 
-UNKNOWN_ISSUER = (2, 18, 19, 20, 21)  # X509_V_ERR_*: self-signed, or no issuer that is trusted here
+UNKNOWN_ISSUER = (
+    2,
+    7,
+    18,
+    19,
+    20,
+    21,
+)  # X509_V_ERR_*: self-signed, by nobody trusted here, or by who only has the name
 
 
 def handshake_words(error: BaseException) -> str:

@@ -248,6 +248,11 @@ class Request:
         return b"close" in self.headers.get(b"connection", b"").lower()
 
 
+def plain(text: str, most: int) -> str:
+    """What somebody sent, fit for a line of a log."""
+    return ascii(text)[1:-1][:most]
+
+
 def parse_request(raw: bytes) -> Request:
     """A request's head, by h11 and by stricter rules: two readers of one head must not see two requests in it.
 
@@ -260,7 +265,7 @@ def parse_request(raw: bytes) -> Request:
     names = [line.partition(b":")[0].lower() for line in lines[1:]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise Denied(400, f"the header {ascii(twice)[2:42]} comes twice.", "header twice")
+        raise Denied(400, f"the header {plain(twice.decode('latin-1'), 40)} comes twice.", "header twice")
     values = dict(zip(names, (line.partition(b":")[2].strip() for line in lines[1:]), strict=True))
     if b"transfer-encoding" in values:
         raise Denied(
@@ -278,7 +283,7 @@ def parse_request(raw: bytes) -> Request:
         parser.receive_data(raw)
         event = parser.next_event()
     except h11.RemoteProtocolError as error:
-        raise Denied(400, f"this is not an HTTP/1.1 request ({error}).", "not HTTP") from None
+        raise Denied(400, f"this is not an HTTP/1.1 request ({str(error)[:60]}).", "not HTTP") from None
     if not isinstance(event, h11.Request) or event.http_version != b"1.1":
         raise Denied(400, "this is not an HTTP/1.1 request.", "not HTTP")
     headers = dict(event.headers)
