@@ -195,7 +195,7 @@ def test_the_thin_app_ships_no_code_and_lets_a_run_be_named() -> None:
     assert [path.name for path in folder.iterdir()] == ["pyproject.toml"]
     app = tomllib.loads((folder / "pyproject.toml").read_text())
     assert app["project"]["dependencies"] == []
-    assert set(app["tool"]["flwr"]["app"]["config"]) == {"run-toml", "out", "resume"}
+    assert set(app["tool"]["flwr"]["app"]["config"]) == {"run-toml", "out", "resume", "state"}
     assert json.loads(json.dumps(app["tool"]["flwr"]["app"]["components"])) == {
         "serverapp": "trunkline.server.app:app",
         "clientapp": "trunkline.client.app:app",

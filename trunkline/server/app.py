@@ -3,7 +3,7 @@
 import json
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from trunkline.errors import ConfigError, TrunklineError
 from trunkline.progress import EVENTS
 from trunkline.server.report import write_report
 from trunkline.server.rounds import run_rounds
+from trunkline.server.signing import find_signer
+from trunkline.signature import Sign
 
 app = ServerApp()
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ def main(grid: Grid, context: Context) -> None:
         run-toml: the text of a run.toml (or the same as JSON), or the path of one on this machine; empty: all defaults.
         out: folder of the run; empty: a folder of the run's name below the home of the server's user.
         resume: 1 to go on from the newest checkpoint in `out`.
+        state: the centre's state folder, whose key signs what is released; empty (in a simulation): nothing is signed.
     """
     config = context.run_config
     run = _run_of(str(config.get("run-toml", "")))
@@ -40,7 +43,8 @@ def main(grid: Grid, context: Context) -> None:
             events.write(json.dumps(stamp(event)) + "\n")
 
         try:
-            report = run_rounds(grid, run, out, resume=bool(config.get("resume", 0)), tell=tell)
+            sign = _signer(str(config.get("state", "")), tell)
+            report = run_rounds(grid, run, out, resume=bool(config.get("resume", 0)), tell=tell, sign=sign)
             write_report(report, out)
             tell({"event": "done", "out": str(out)})
         except TrunklineError as error:
@@ -54,6 +58,22 @@ def main(grid: Grid, context: Context) -> None:
                 }
             )
             raise
+
+
+def _signer(state: str, tell: Callable[[Mapping[str, Any]], None]) -> Sign | None:
+    """Looked for before the first round: a key that cannot be used should be known then, not after days of training."""
+    if not state:
+        return None
+    signer = find_signer(Path(state))
+    if signer is None:
+        text = (
+            f"{state} has no release.key, so what this run releases is not signed. A centre with a federation has one."
+        )
+        tell({"event": "note", "text": text})
+        return None
+    if warning := signer.warning():
+        tell({"event": "note", "text": warning})
+    return signer.sign
 
 
 def _run_of(text: str) -> RunConfig:

@@ -98,7 +98,12 @@ def run(state: Path, run_toml: str, out: Path, *, resume: bool = False) -> int:
         DeploymentError: no daemon runs on `state`, or it refuses the run.
     """
     address, ca = _where(state)
-    overrides: dict[str, str | int | float] = {"run-toml": run_toml, "out": str(out.resolve()), "resume": int(resume)}
+    overrides: dict[str, str | int | float] = {
+        "run-toml": run_toml,
+        "out": str(out.resolve()),
+        "resume": int(resume),
+        "state": str(state.resolve()),
+    }
     return submit(address, APP, overrides, ca=ca)
 
 
