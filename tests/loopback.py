@@ -70,18 +70,20 @@ def federate(
     resume: bool = False,
     grid: WatchedGrid | None = None,
     page: bool = False,
+    centre: Path | None = None,
     **settings: Any,
 ) -> WatchedGrid:
     """One whole run through the ServerApp; raises what it raises.
 
     Args:
         page: draw report.html too, whose plots take a third of a small run.
+        centre: its state folder, whose key signs the release.
     """
     torch.set_num_threads(1)
     table = {**QUICK, **settings}
     parse_run(dict(table), "test")
     grid = grid or WatchedGrid(folders, out, tamper)
-    config = {"run-toml": json.dumps(table), "out": str(out), "resume": int(resume)}
+    config = {"run-toml": json.dumps(table), "out": str(out), "resume": int(resume), "state": str(centre or "")}
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     with nullcontext() if page else patch("trunkline.server.page.page", lambda report, predictions: ""):
         server_app(grid=grid, context=context)

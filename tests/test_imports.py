@@ -8,13 +8,28 @@ import pytest
 import trunkline
 
 ROOT = Path(trunkline.__file__).parent
-VOCABULARY = {"errors", "exchange", "config", "storage", "release", "guards", "keys", "sealing", "chain", "enrolment"}
+VOCABULARY = {
+    *(
+        "errors",
+        "exchange",
+        "config",
+        "storage",
+        "release",
+        "signature",
+        "guards",
+        "keys",
+        "sealing",
+        "chain",
+        "enrolment",
+    ),
+}
 MAY = {
     "errors": set(),
     "exchange": {"errors"},
     "config": {"exchange", "errors"},
     "storage": {"errors"},
-    "release": {"exchange", "storage", "keys", "errors"},
+    "release": {"exchange", "storage", "signature", "errors"},
+    "signature": {"exchange", "keys", "errors"},
     "guards": {"exchange", "errors"},
     "keys": {"storage", "errors"},
     "enrolment": {"exchange", "keys", "errors"},

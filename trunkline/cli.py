@@ -24,6 +24,8 @@ vault = typer.Typer(
 app.add_typer(server, name="server")
 app.add_typer(client, name="client")
 client.add_typer(vault, name="vault")
+trunk = typer.Typer(no_args_is_help=True, help="Released trunks: what one says of itself, and whether to believe it.")
+app.add_typer(trunk, name="trunk")
 
 Out = TypeVar("Out")
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="What to train; docs/run-toml.md.")]
@@ -150,15 +152,24 @@ def adapt(
     groups: Annotated[
         int | None, typer.Option(min=1, help="Use the labels of so many groups only, to see what fewer would do.")
     ] = None,
+    state: Annotated[Path | None, typer.Option(help="The plant's state, if it is not SITE_DIR/.trunkline")] = None,
+    unsigned: Annotated[
+        bool, typer.Option("--unsigned", help="At a plant that has joined: take a trunk its centre did not sign.")
+    ] = False,
 ) -> None:
-    """A new plant: the model to use here, from a released trunk and a few labelled groups, with its evidence."""
+    """A new plant: the model to use here, from a released trunk and a few labelled groups, with its evidence.
+
+    A plant that has joined a federation takes only what its centre signed; one that has not is told that nothing was checked.
+    """
     from rich.console import Console
 
     from trunkline.client import evidence
     from trunkline.client.adapt import adapt as adapt_site
 
     folder = out or site_dir / ".trunkline" / "adapted"
-    adapted = adapt_site(site_dir, trunk, labelled=groups)
+    adapted = adapt_site(site_dir, trunk, state=state, labelled=groups, unsigned=unsigned)
+    if adapted.verdict is not None:
+        typer.echo(adapted.verdict.line)
     found = evidence.collect(adapted)
     evidence.write(adapted, found, folder)
     evidence.render(found, Console())
@@ -292,6 +303,32 @@ def server_nginx(
     from trunkline.server.nginx import nginx_config
 
     typer.echo(nginx_config(state.resolve(), listen, daemon.upstream_of(state.resolve())))
+
+
+@trunk.command("verify")
+def trunk_verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A released trunk: trunk.safetensors of a run.")],
+    authority: Annotated[
+        Path | None, typer.Option("--authority", help="authority.crt of the federation that should have signed it.")
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option("--site", metavar="SITE_DIR", help="A plant that has joined: its federation's authority."),
+    ] = None,
+) -> None:
+    """The card of a released trunk, and whether its centre signed it.
+
+    Exit code 0 only where it was checked and is right; without --authority or --site nothing can vouch for it: 1.
+    """
+    from rich.console import Console
+
+    from trunkline.client.trunk import authority_of, render
+    from trunkline.release import open_release
+
+    found = open_release(file, authority_of(authority, site))
+    render(found.card, found.verdict, Console())
+    if not found.verdict.right:
+        raise typer.Exit(1)
 
 
 @server.command("start")

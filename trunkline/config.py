@@ -224,6 +224,11 @@ class PolicyConfig(Frozen):
     lend: tuple[str, ...] = ("trunk", "stem", "heads")  # nothing is lent unless the run names it too; "heads": any head
 
 
+SITE_SCHEMA = (
+    1  # of site.toml: raise when a key changes its meaning; a release says what its run's sites were described by
+)
+
+
 class SiteConfig(Frozen):
     """site.toml, as a plant engineer writes it."""
 

@@ -1,25 +1,32 @@
 """A released trunk: one safetensors file with a card, made by the centre at the end of a run, taken home by a new plant.
 
-The card lies in the file's own metadata, so that no trunk goes about without it. Nothing in it is a row: names, shapes
-by way of the spec, and figures over at least ten values each.
+The card lies in the file's own metadata, so that no trunk goes about without it, and the centre's signature of both beside
+it. Nothing in the card is a row: names, shapes by way of the spec, counts of rounds, and figures over at least ten values or
+FEWEST_SITES sites each.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+from cryptography import x509
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
-from trunkline.errors import StorageError
+from trunkline.errors import StorageError, TamperError
 from trunkline.exchange import Arrays, Frozen, TaskCard, TrunkSpec
+from trunkline.signature import Sign, Signature, Verdict, digest_of, judge, nobody_signed
 from trunkline.storage import Sealing, write_private
 
-FORMAT = 1
+FORMAT = 2  # 1 had no lineage and could not be signed
+READS = (1, FORMAT)
+FEWEST_SITES = 3  # behind a figure over sites: of two sites each could work out the other's
 RELEASE = "trunk.safetensors"  # in the folder of a run
 COHORT_RELEASE = "trunk-{}.safetensors"  # beside it, where a run ended with several trunks
 KEY = "trunkline"  # of the card in the file's metadata
@@ -66,6 +73,55 @@ class LabelScale(Frozen):
     std: float = Field(gt=0.0)
 
 
+class Part(Frozen):
+    """What one site had in a run: the rounds in which it was admitted, the digest of its contract, its Trunkline's version."""
+
+    rounds: int = Field(ge=0)
+    contract: str
+    version: str
+
+
+class Figure(Frozen):
+    """The mean of a loss over so many sites, each counted once, in the last round in which so many told it."""
+
+    round: int
+    sites: int = Field(ge=FEWEST_SITES)
+    mean: float
+
+
+class GuardUsed(Frozen):
+    """A privacy mechanism that the run's updates went through, with its parameters."""
+
+    name: str
+    parameters: dict[str, bool | int | float | str] = Field(default={})
+
+
+class Lineage(Frozen):
+    """Where a release comes from: enough to say, of any trunk in use, what made it.
+
+    Args:
+        rounds: that were done, those of a first pass included.
+        parts: site -> its part in them.
+        versions: of the packages at the centre; protocol: of the wire; site_schema: of site.toml there.
+        figures: loss on validation rows -> its mean over sites.
+        guards: in the order in which the updates went through them.
+        budget: what they spent of a privacy budget, in the guard's own words; empty where none spends one.
+        digest: `Arrays.digest()` of what is released.
+        created: ISO 8601, UTC.
+    """
+
+    rounds: int
+    parts: dict[str, Part]
+    versions: dict[str, str]
+    protocol: int
+    site_schema: int
+    figures: dict[str, Figure]
+    guards: tuple[GuardUsed, ...] = ()
+    budget: dict[str, float | str] = Field(default={})
+    digest: str
+    created: str
+
+
 class Card(Frozen):
     """What a released trunk is, in words and figures.
 
@@ -80,6 +136,7 @@ class Card(Frozen):
         scales: statistics of the sites' inputs, if lent, one a set of settings.
         labels: task -> the scale of its label, if lent.
         versions: of Trunkline at the centre and at the sites.
+        lineage: None in a file of format 1.
     """
 
     format: int = FORMAT
@@ -97,17 +154,37 @@ class Card(Frozen):
     scales: tuple[PooledScale, ...] = ()
     labels: dict[str, LabelScale] = Field(default={})
     versions: tuple[str, ...]
+    lineage: Lineage | None = None
 
 
-def write_release(path: Path, arrays: Arrays, card: Card) -> None:
-    """Put arrays and card at `path`; equal arguments give equal bytes.
+class _About(Frozen):
+    """The file's metadata: the card as text, because a signature is of bytes, not of what they mean."""
+
+    card: dict[str, int]  # its format, where every Trunkline looks for it: an older one says that it has to be updated
+    text: str
+    names: tuple[str, ...]
+    signature: Signature | None = None
+
+
+def write_release(path: Path, arrays: Arrays, card: Card, sign: Sign | None = None) -> None:
+    """Put arrays and card at `path`; equal arguments give equal bytes, but for the time of the signature.
+
+    Args:
+        sign: makes the signature; None: nobody signs it.
 
     Raises:
         StorageError: it cannot be written; what was there is untouched.
+        TrustError: it cannot be signed; the same.
     """
+    text = card.model_copy(update={"format": FORMAT}).model_dump_json()
+    signature = sign(_sha256(text), digest_of(arrays)) if sign is not None else None
+    about = _About(card={"format": FORMAT}, text=text, names=tuple(arrays), signature=signature)
     # one key of metadata: several would be written in whatever order a hash gives them
-    about = {"card": card.model_dump(mode="json"), "names": list(arrays)}
-    write_tensors(path, arrays, {KEY: json.dumps(about)})
+    write_tensors(path, arrays, {KEY: about.model_dump_json(exclude_none=True)})
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_tensors(
@@ -157,29 +234,69 @@ def _ours(path: Path, metadata: dict[str, str], key: str, what: str) -> dict[str
     return metadata
 
 
-def read_release(path: Path) -> tuple[Arrays, Card]:
-    """A released trunk.
+@dataclass(frozen=True)
+class Release:
+    """A file as it was read, at once and once: what was judged is what is used."""
+
+    arrays: Arrays
+    card: Card
+    verdict: Verdict
+
+
+def open_release(path: Path, authority: x509.Certificate | None = None) -> Release:
+    """A released trunk with the verdict on it; nothing is to be done with the arrays before `verdict.demand`.
+
+    Args:
+        authority: of the federation that should have signed it; None: there is nothing to check against.
 
     Raises:
         StorageError: the file is absent, damaged, of another format, or no trunk at all; the text says which.
+        TamperError: its card was altered so that it cannot even be read.
     """
     tensors, metadata = read_tensors(path, KEY, "a trunk of Trunkline")
     try:
-        about = json.loads(metadata[KEY])
-        table = about["card"]
-        found = table.get("format")
-        if found != FORMAT:
+        table = json.loads(metadata[KEY])
+        found = table["card"].get("format")
+        if found not in READS:
             raise StorageError(
-                f"{path}: a trunk of format {found!r}; this Trunkline reads {FORMAT}. Update the older of the two."
+                f"{path}: a trunk of format {found!r}; this Trunkline reads {' and '.join(map(str, READS))}. Update the older of the two."
             )
-        card = Card.model_validate(table)
-        names = about["names"]
+        if found == 1:
+            about = _About(card={"format": 1}, text=json.dumps(table["card"]), names=table["names"])
+        else:
+            about = _About.model_validate(table)
+        names, hashed = about.names, _sha256(about.text)
         if sorted(names) != sorted(tensors):
             raise StorageError(f"{path}: damaged: its arrays are not the ones its card lists. Copy it again.")
         arrays = Arrays({name: tensors[name] for name in names})
+        if about.signature is not None:
+            verdict = judge(str(path), about.signature, hashed, digest_of(arrays), authority)
+        elif found == 1:
+            verdict = nobody_signed(str(path), "it is of format 1, which nobody could sign yet")
+        else:
+            verdict = nobody_signed(str(path))
+        card = _card(about.text, found, verdict)
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise StorageError(f"{path}: its card is damaged ({text}). Copy it again from where it was made.") from None
+    if not isinstance(verdict.problem, TamperError):  # those arrays go nowhere, and it says more of them
+        _check_arrays(path, arrays, card)
+    return Release(arrays, card, verdict)
+
+
+def _card(text: str, found: int, verdict: Verdict) -> Card:
+    try:
+        card = Card.model_validate_json(text)
+        if card.format != found:
+            raise ValueError(f"it says format {card.format} inside and {found} outside")
+    except ValueError:
+        if isinstance(verdict.problem, TamperError):
+            raise verdict.problem from None
+        raise
+    return card
+
+
+def _check_arrays(path: Path, arrays: Arrays, card: Card) -> None:
     for name, array in arrays.items():
         if array.dtype != np.float32 or not np.isfinite(array).all():
             raise StorageError(
@@ -189,4 +306,32 @@ def read_release(path: Path) -> tuple[Arrays, Card]:
         raise StorageError(
             f"{path}: no array of it belongs to a trunk; its run lent {', '.join(card.lend) or 'nothing'}."
         )
-    return arrays, card
+    if card.lineage is not None and card.lineage.digest != arrays.digest():
+        raise StorageError(f"{path}: damaged: its arrays are not the ones its card was written for. Copy it again.")
+
+
+def verify_release(path: Path, authority: x509.Certificate | None) -> Verdict:
+    """Who signed the release at `path`, when and for which federation, or why it is not right.
+
+    Raises:
+        StorageError: it cannot be read at all.
+    """
+    return open_release(path, authority).verdict
+
+
+def read_release(
+    path: Path, authority: x509.Certificate | None = None, unsigned: Literal["allow", "refuse"] = "refuse"
+) -> tuple[Arrays, Card]:
+    """A released trunk that may be used.
+
+    Args:
+        authority: whose centre has to have signed it. None: anything is read that does not contradict its own signature.
+        unsigned: allow: read it too where nobody signed it, or not with a certificate of this authority.
+
+    Raises:
+        StorageError: as `open_release`.
+        TrustError: not signed, or not by whom it should be. TamperError: it is not what was signed.
+    """
+    release = open_release(path, authority)
+    release.verdict.demand(authority, unsigned == "allow")
+    return release.arrays, release.card

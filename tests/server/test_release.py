@@ -1,5 +1,6 @@
 """The file a new plant starts from, and the statistics in it: exact, consented, and never a row."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -154,11 +155,15 @@ def test_a_file_that_is_no_intact_trunk_says_what_it_is(tmp_path: Path) -> None:
     again.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(StorageError, match="damaged"):
         read_release(again)
-    write_release(again, arrays, card.model_copy(update={"format": 99}))
-    with pytest.raises(StorageError, match=r"format 99.*reads 1"):
+    write_tensors(again, arrays, {"trunkline": json.dumps({"card": {"format": 99}, "names": list(arrays)})})
+    with pytest.raises(StorageError, match=r"format 99.*reads 1 and 2"):
         read_release(again)
     write_tensors(again, {"weight": np.zeros(3, np.float32)}, {"made": "elsewhere"})
     with pytest.raises(StorageError, match="not a trunk of Trunkline"):
+        read_release(again)
+    part = arrays.only({name: 0 for name in arrays if name.startswith("trunk.")})
+    write_release(again, part, card)
+    with pytest.raises(StorageError, match="not the ones its card was written for"):
         read_release(again)
     write_release(again, arrays.only({name: 0 for name in arrays if name.startswith("stem")}), card)
     with pytest.raises(StorageError, match="no array of it belongs to a trunk"):

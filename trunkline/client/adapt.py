@@ -17,7 +17,7 @@ where groups that were held out say so beyond their noise.
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from trunkline.client.access import open_seal
 from trunkline.client.data import SiteData, WindowSet
 from trunkline.client.data.site_data import open_newcomer
 from trunkline.client.data.statistics import label_scale, set_label_scale
+from trunkline.client.identity import Identity
 from trunkline.client.probe import probe
 from trunkline.client.training import Resident, device, outputs_of, total_loss, train_site
 from trunkline.errors import DataError
@@ -36,7 +37,8 @@ from trunkline.exchange import Arrays, Augment, LocalPlan, Part, Phase, seed_of
 from trunkline.models.lora import add_low_rank, merge_low_rank
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.release import Card, read_release
+from trunkline.release import Card, open_release
+from trunkline.signature import Verdict
 
 Groups = NDArray[np.int64]
 ALL: tuple[Part, ...] = ("stem", "trunk", "heads")
@@ -133,6 +135,7 @@ class Adapted:
     choice: Choice
     model: TrunkModel
     workshop: "Workshop"
+    verdict: Verdict | None = None  # on the release, where it was read from a file
 
 
 class Workshop:
@@ -430,22 +433,27 @@ def groups_of(samples: WindowSet, *, in_time: bool) -> Groups:
 
 
 def adapt(
-    folder: Path, trunk: Path, *, state: Path | None = None, labelled: int | None = None, draw: int = 0
-) -> Adapted:
+    folder: Path, trunk: Path, *, state: Path | None = None, labelled: int | None = None, draw: int = 0, unsigned: bool = False,
+) -> Adapted:  # fmt: skip
     """The model that the site in `folder` should use, given the release at `trunk` and the labels it has.
 
     Args:
-        state: where the site's split.json lies, if it has one; nothing is written there.
+        state: where the site's identity and split.json lie, if it has them; nothing is written there.
         labelled: use the labels of this many groups only (drawn by `draw`), as if the others had none.
+        unsigned: at a site of a federation, take a release too that its centre did not sign.
 
     Raises:
+        TrustError: the site is of a federation, whose centre did not sign this release. TamperError: it was altered.
         StorageError: the release cannot be read. ConfigError, DataError: the site cannot. ContractError: the two do not
             fit together. TrustError: `state` is sealed and cannot be opened.
     """
-    arrays, card = read_release(trunk)
     state = state if state is not None else folder / ".trunkline"
-    data = open_newcomer(folder, state, card.scales, open_seal(state))
-    return adapt_data(data, arrays, card, labelled=labelled, draw=draw)
+    authority = Identity.of(state).read_authority()
+    release = open_release(trunk, authority)
+    release.verdict.demand(authority, unsigned)
+    data = open_newcomer(folder, state, release.card.scales, open_seal(state))
+    adapted = adapt_data(data, release.arrays, release.card, labelled=labelled, draw=draw)
+    return replace(adapted, verdict=release.verdict)
 
 
 def adapt_data(data: SiteData, arrays: Arrays, card: Card, *, labelled: int | None = None, draw: int = 0) -> Adapted:

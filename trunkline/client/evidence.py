@@ -53,10 +53,16 @@ def collect(adapted: Adapted, *, curve: bool = True) -> Evidence:
     if adapted.fit.as_is:
         models["as_is"] = workshop.as_is(workshop.labelled)
     models["scratch"] = workshop.make("scratch", workshop.labelled)
+    card, verdict = adapted.card, adapted.verdict
     return {
         "trunkline": __version__,
         "site": adapted.site.config.name,
-        "release": {key: getattr(adapted.card, key) for key in ("run", "key", "rounds", "strategy", "sites")},
+        "release": {
+            **{key: getattr(card, key) for key in ("run", "key", "rounds", "strategy", "sites")},
+            "digest": card.lineage.digest if card.lineage is not None else None,
+            "verified": verdict is not None and verdict.right,
+            "signer": verdict.signer if verdict is not None and verdict.right else None,
+        },
         "labelled_groups": len(workshop.labelled),
         "choice": {"name": choice.name, "share": choice.share, "why": choice.why, "held_out_loss": choice.losses},
         "notes": list(adapted.fit.notes),

@@ -1,9 +1,10 @@
 """The ServerApp: the same at the centre of a deployment, over Ray and in the tests."""
 
+import hashlib
 import json
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from flwr.serverapp import Grid, ServerApp
 from trunkline.config import RunConfig, parse_run, read_run
 from trunkline.errors import ConfigError, TrunklineError
 from trunkline.progress import EVENTS
+from trunkline.release import RELEASE
+from trunkline.server import audit
+from trunkline.server.authority import is_federation
 from trunkline.server.registry import Registry
 from trunkline.server.report import write_report
 from trunkline.server.rounds import run_rounds
+from trunkline.server.signing import find_signer
+from trunkline.signature import Sign
 
 app = ServerApp()
 logger = logging.getLogger(__name__)
@@ -29,14 +35,14 @@ def main(grid: Grid, context: Context) -> None:
         run-toml: the text of a run.toml (or the same as JSON), or the path of one on this machine; empty: all defaults.
         out: folder of the run; empty: a folder of the run's name below the home of the server's user.
         resume: 1 to go on from the newest checkpoint in `out`.
-        state: the federation's folder: only who is enrolled there takes part, under the name it was invited as.
+        state: the centre's folder: where it is a federation, only who is enrolled there takes part, under the name it was invited
+            as, and what is released is signed; empty: neither.
     """
     config = context.run_config
     run = _run_of(str(config.get("run-toml", "")))
     out = Path(str(config.get("out") or Path.home() / ".trunkline" / "runs" / run.name))
     out.mkdir(parents=True, exist_ok=True)
     state = str(config.get("state", ""))
-    registry = Registry(Path(state)) if state else None
     stamp = getattr(grid, "stamp", dict)  # a simulated world says when it was on its own clock
     with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
 
@@ -50,12 +56,15 @@ def main(grid: Grid, context: Context) -> None:
                 out,
                 resume=bool(config.get("resume", 0)),
                 tell=tell,
-                roster=(lambda: registry.read().nodes()) if registry is not None else None,
+                roster=_roster(state),
+                sign=_signer(state, tell),
             )
             write_report(report, out)
+            _audit(state, "run finished", run, rounds=run.total_rounds, trunk=_digest_of(out / RELEASE))
             tell({"event": "done", "out": str(out)})
         except TrunklineError as error:
             tell({"event": "error", "text": str(error)})
+            _audit(state, "run stopped", run, because=str(error)[:500])
             raise
         except Exception as error:
             tell(
@@ -65,6 +74,43 @@ def main(grid: Grid, context: Context) -> None:
                 }
             )
             raise
+
+
+def _audit(state: str, what: str, run: RunConfig, **about: object) -> None:
+    """A line in the centre's log; that it cannot be written is told and does not undo a run that is over."""
+    try:
+        if state:
+            audit.note(Path(state), what, run=run.name, **about)
+    except TrunklineError as error:
+        logger.error("%s", error)
+
+
+def _digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+
+
+def _roster(state: str) -> Callable[[], Mapping[int, str]] | None:
+    """Who is enrolled at any moment, where somebody has to be."""
+    if not (state and is_federation(Path(state))):
+        return None
+    registry = Registry(Path(state))
+    return lambda: registry.read().nodes()
+
+
+def _signer(state: str, tell: Callable[[Mapping[str, Any]], None]) -> Sign | None:
+    """Looked for before the first round: a key that cannot be used should be known then, not after days of training."""
+    if not state:
+        return None
+    signer = find_signer(Path(state))
+    if signer is None:
+        text = (
+            f"{state} has no release.key, so what this run releases is not signed. A centre with a federation has one."
+        )
+        tell({"event": "note", "text": text})
+        return None
+    if warning := signer.warning():
+        tell({"event": "note", "text": warning})
+    return signer.sign
 
 
 def _run_of(text: str) -> RunConfig:

@@ -47,7 +47,7 @@ from trunkline.server.signing import issue_release_certificate
 from trunkline.storage import write_atomic
 
 SLACK = timedelta(minutes=5)  # certificates hold from a little before now: a plant's clock may be behind
-AUTHORITY_DAYS = 3650.0
+AUTHORITY_DAYS = 3650
 KEPT = timedelta(days=90)  # how long a code that is over is remembered, so that who tries it is told why
 FEDERATION = "federation.json"
 

@@ -141,7 +141,7 @@ def run(state: Path, run_toml: str, out: Path, *, resume: bool = False) -> int:
         "run-toml": run_toml,
         "out": str(out.resolve()),
         "resume": int(resume),
-        "state": str(state.resolve()) if is_federation(state) else "",
+        "state": str(state.resolve()),
     }
     number = submit(address, APP, overrides, ca=ca)
     audit.note(state, "run", run=_name_of(run_toml), number=number, out=str(out.resolve()), resume=resume)

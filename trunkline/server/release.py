@@ -1,6 +1,6 @@
 """The end of a run: what a new plant can start from, in one file; and the sites' statistics, merged exactly."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -8,10 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import trunkline
-from trunkline.config import RunConfig
+from trunkline.config import SITE_SCHEMA, RunConfig
 from trunkline.errors import ContractError
-from trunkline.exchange import SCALER_ARRAYS, Arrays, Offer
-from trunkline.release import RELEASE, Card, LabelScale, PooledScale, write_release
+from trunkline.exchange import PROTOCOL, SCALER_ARRAYS, Arrays, Offer
+from trunkline.keys import now
+from trunkline.release import RELEASE, Card, Figure, GuardUsed, LabelScale, Lineage, Part, PooledScale, write_release
+from trunkline.server.lineage import versions
+from trunkline.signature import Sign
 
 SAME = 0.05  # of a setting's range: regimes nearer than that are one; the share that separates two levels at a site
 LABEL = "scaler.label."
@@ -132,6 +135,13 @@ def release(
     lend: tuple[str, ...],
     offers: Sequence[tuple[Offer, Arrays]],
     file: str = RELEASE,
+    *,
+    rounds: int,
+    parts: Mapping[str, Part],
+    figures: Mapping[str, Figure],
+    guards: tuple[GuardUsed, ...] = (),
+    budget: Mapping[str, float | str] | None = None,
+    sign: Sign | None = None,
 ) -> Path | None:
     """Write `out`/trunk.safetensors; None where the run shares nothing that a plant could start from.
 
@@ -140,6 +150,8 @@ def release(
         lend: what the run lent, as its strategy has it.
         offers: of the sites that took part, each with its `once` arrays.
         file: its name, where a run has several trunks.
+        rounds, parts, figures, guards, budget: of its `Lineage`.
+        sign: signs it; None: it goes out unsigned.
     """
     if not any(name.startswith("trunk.") for name in trunk):
         return None
@@ -156,6 +168,11 @@ def release(
         channels=channels.pop() if len(channels) == 1 else None,
         scales=merge_scales(offers), labels=merge_labels(offers),
         versions=tuple(sorted({trunkline.__version__, *(offer.version for offer, _ in offers)})),
+        lineage=Lineage(
+            rounds=rounds, parts=dict(parts), versions=versions(), protocol=PROTOCOL, site_schema=SITE_SCHEMA,
+            figures=dict(figures), guards=guards, budget=dict(budget or {}), digest=trunk.digest(),
+            created=now().isoformat(timespec="seconds"),
+        ),
     )  # fmt: skip
-    write_release(out / file, trunk, card)
+    write_release(out / file, trunk, card, sign)
     return out / file

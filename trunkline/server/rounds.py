@@ -22,13 +22,15 @@ from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, S
 from trunkline.exchange import FIT, PROBED, Arrays, Order, Scorecard, TaskRow, Twin, Update, seed_of
 from trunkline.flower import open_records, to_records
 from trunkline.models.trunk import first_trunk
-from trunkline.release import COHORT_RELEASE
+from trunkline.release import COHORT_RELEASE, RELEASE, Figure
 from trunkline.server.calls import ask
 from trunkline.server.checkpoint import Checkpoint
 from trunkline.server.cohort import Cohort, Member
 from trunkline.server.intake import admit, read_header
+from trunkline.server.lineage import figures_of, parts_of
 from trunkline.server.release import release
 from trunkline.server.report import Refusal, RoundRecord, build_report
+from trunkline.signature import Sign
 from trunkline.strategies import State, Strategy, build_strategy
 from trunkline.strategies.strategy import Streamed
 
@@ -40,6 +42,7 @@ CHECKPOINT_S = 20.0  # between two checkpoints while the sites of a simulation a
 def run_rounds(
     grid: Grid, run: RunConfig, out: Path, *, resume: bool, tell: Tell, key: str | None = None, score: bool = True,
     roster: Roster | None = None,
+    sign: Sign | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One whole run: gather, `rounds` rounds, evaluation. Returns the report; the final trunk is the last checkpoint.
 
@@ -52,13 +55,15 @@ def run_rounds(
         key: names the run in the sites' vaults; by default made of the run's name and the time.
         roster: Flower's node id -> site of whoever is enrolled now; by default every node may take part.
         score: False ends after the last round, for a trial of a search: no site looks at its test rows, nothing is released.
+        sign: signs what is released; None: it goes out unsigned.
 
     Raises:
         QuorumError: too few sites, at the start or in a round. The state is on disk; `resume` goes on.
         ConfigError: `resume` with another run.toml than the checkpoint was made with.
         StorageError: a checkpoint could not be written; the one before it is intact.
+        TrustError: the release could not be signed. The last round is on disk; `resume` goes on to the release.
     """
-    return _Run(grid, run, out, tell, key, roster).execute(resume, score)
+    return _Run(grid, run, out, tell, key, roster, sign).execute(resume, score)
 
 
 @dataclass
@@ -74,10 +79,18 @@ class _Tally:
 
 class _Run:
     def __init__(
-        self, grid: Grid, run: RunConfig, out: Path, tell: Tell, key: str | None, roster: Roster | None
+        self,
+        grid: Grid,
+        run: RunConfig,
+        out: Path,
+        tell: Tell,
+        key: str | None,
+        roster: Roster | None,
+        sign: Sign | None,
     ) -> None:
         self.roster = roster
         self.grid = grid
+        self.sign = sign
         self.run = run
         self.out = out
         self.tell = tell
@@ -144,13 +157,23 @@ class _Run:
     def _release(self, state: State) -> None:
         """The trunk of all sites, and each cohort's with what its own sites lend and are."""
         run, members = self.run.model_copy(update={"trunk": self.spec}), self.cohort.members
-        everybody = [(member.offer, member.once) for _, member in sorted(members.items())]
-        release(self.out, state.trunk, run, self.key, self.lend, everybody)
+        everybody = [member for _, member in sorted(members.items())]
+        # figures go with this one only: a cohort's mean beside everybody's would tell the difference, which may be one site
+        self._write(run, state, state.trunk, everybody, RELEASE, figures_of(self.records))
         for number, sites in _by_cohort(state.notes.get("cohorts", {})):
             own = [members[site] for site in sites if site in members]
             trunk = self.strategy.serve(state, sites[0]).only({name for member in own for name in member.lends})
-            offers = [(member.offer, member.once) for member in own]
-            release(self.out, trunk, run, self.key, self.lend, offers, COHORT_RELEASE.format(number))
+            self._write(run, state, trunk, own, COHORT_RELEASE.format(number), {})
+
+    def _write(
+        self, run: RunConfig, state: State, trunk: Arrays, members: list[Member], file: str, figures: dict[str, Figure]
+    ) -> None:
+        contracts = {member.site: member.digest for member in members}
+        release(
+            self.out, trunk, run, self.key, self.lend, [(member.offer, member.once) for member in members], file,
+            rounds=state.round, parts=parts_of(self.records, [member.offer for member in members], contracts),
+            figures=figures, sign=self.sign,
+        )  # fmt: skip
 
     def _order(self, round: int) -> Order:
         return Order(

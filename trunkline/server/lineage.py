@@ -1,0 +1,44 @@
+"""What a run knows of its own making, as the card of its release says it: who was in how often, with what, and how it went."""
+
+import importlib.metadata
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import trunkline
+from trunkline.exchange import Offer
+from trunkline.release import FEWEST_SITES, Figure, Part
+from trunkline.server.report import RoundRecord
+
+LOSSES = ("validation_loss", "local_validation_loss")
+PACKAGES = ("torch", "numpy", "flwr")  # whose versions can change what a run makes
+
+
+def parts_of(records: Sequence[RoundRecord], offers: Sequence[Offer], contracts: Mapping[str, str]) -> dict[str, Part]:
+    """Site -> its part in the rounds; a site that joined and was never admitted has 0."""
+    admitted = Counter(site for record in records for site in record.sites)
+    return {
+        offer.site: Part(rounds=admitted[offer.site], contract=contracts[offer.site], version=offer.version)
+        for offer in sorted(offers, key=lambda one: one.site)
+    }
+
+
+def figures_of(records: Sequence[RoundRecord]) -> dict[str, Figure]:
+    """Loss -> its mean over the sites of the last round in which FEWEST_SITES of them told it; absent where none did.
+
+    Each site counts once: a mean by weight could be nearly that of one large site.
+    """
+    figures = {}
+    for name in LOSSES:
+        for record in reversed(records):
+            told = [metrics[name] for metrics in record.metrics.values() if math.isfinite(metrics.get(name, math.nan))]
+            # divided before they are added: finite numbers of a hostile site could add up to infinity
+            if len(told) >= FEWEST_SITES and math.isfinite(mean := sum(one / len(told) for one in told)):
+                figures[name] = Figure(round=record.round, sites=len(told), mean=mean)
+                break
+    return figures
+
+
+def versions() -> dict[str, str]:
+    """Of what runs at the centre; nothing of it is imported for that."""
+    return {"trunkline": trunkline.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
