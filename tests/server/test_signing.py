@@ -287,7 +287,7 @@ def test_a_key_lies_sealed_where_the_state_is(tmp_path: Path) -> None:
     assert signer is not None
     assert key_pem(signer.key) == key_pem(MINE.release)
     (state / "release.key").write_bytes(key_pem(MINE.release))
-    with pytest.raises(StorageError, match="not encrypted"):
+    with pytest.raises(TrustError, match="not encrypted"):
         find_signer(state)
 
 

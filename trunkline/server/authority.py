@@ -309,7 +309,7 @@ class Authority:
         key = new_site_key()
         names = [*dict.fromkeys([*self.federation.hosts, "localhost", "127.0.0.1"])]
         certificate = _sign(
-            _builder(self.federation.hosts[0] if self.federation.hosts else "localhost", key.public_key(), self.federation.server_days)
+            _builder(_name(self.federation.hosts[0] if self.federation.hosts else "localhost"), key.public_key(), self.federation.server_days)
             .add_extension(x509.SubjectAlternativeName([_alternative(one) for one in names]), critical=False)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False),
             self.key, self.certificate,
@@ -322,7 +322,7 @@ class Authority:
 
     def _site_certificate(self, public: EllipticCurvePublicKey, site: str) -> x509.Certificate:
         return _sign(
-            _builder(site, public, self.federation.site_days).add_extension(
+            _builder(_name(site), public, self.federation.site_days).add_extension(
                 x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
             ),
             self.key, self.certificate,
@@ -410,11 +410,11 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
 
 
-def _builder(name: str, public: Any, days: float) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, public: Any, days: float) -> x509.CertificateBuilder:
     moment = now()
     return (
         x509.CertificateBuilder()
-        .subject_name(_name(name))
+        .subject_name(subject)
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(moment - min(SLACK, timedelta(days=days)))
@@ -439,8 +439,7 @@ def _authority(key: EllipticCurvePrivateKey, name: str) -> x509.Certificate:
     """Self-signed; it signs certificates and nothing else, and nothing it signed may sign."""
     subject = _name(f"{name} authority")
     return (
-        _builder("", key.public_key(), AUTHORITY_DAYS)
-        .subject_name(subject)
+        _builder(subject, key.public_key(), AUTHORITY_DAYS)
         .issuer_name(subject)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -454,8 +453,7 @@ def _loopback(state: Path) -> None:
     key = new_site_key()
     subject = _name("trunkline loopback")
     certificate = (
-        _builder("", key.public_key(), AUTHORITY_DAYS)
-        .subject_name(subject)
+        _builder(subject, key.public_key(), AUTHORITY_DAYS)
         .issuer_name(subject)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
         .add_extension(
