@@ -141,9 +141,9 @@ class Federation:
         key = key or keys.new_site_key()
         return Member(name, key, issue(key, name, (self.key, "authority"), **dates), self.members, self.authority)
 
-    def site(self, name: str = "press-07", **dates: datetime) -> Member:
+    def site(self, name: str = "press-07", key: Any = None, **dates: datetime) -> Member:
         """A member in the book."""
-        member = self.member(name, **dates)
+        member = self.member(name, key, **dates)
         entry = Enrolled(
             site=name,
             key=keys.key_id(member.key.public_key()),

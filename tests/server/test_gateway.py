@@ -556,6 +556,16 @@ def test_a_superlink_that_is_away_is_waited_for(federation: Federation, behind: 
         assert behind.connections == 2
 
 
+def test_a_refusal_is_read_although_the_body_was_on_its_way(federation: Federation, upstream: int) -> None:
+    site = federation.site()
+    federation.revoke(site)
+    with running(federation, upstream, linger_s=3.0) as gateway:
+        for _ in range(5):
+            with gateway.client(site) as client:
+                answer = client.post(PULL, content=bytes(8_000_000), headers=site.signed())
+                assert (answer.status_code, "was revoked on" in answer.text) == (401, True)
+
+
 def test_who_is_not_the_superlink_gets_nothing(federation: Federation, behind: Behind, upstream: int) -> None:
     """Another process on the loopback port, with a certificate of the same name."""
     site = federation.site()
