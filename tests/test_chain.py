@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +185,7 @@ def test_a_kill_between_line_and_head_costs_nothing(
 
     def write(path: Path, data: bytes, mode: int = 0o600) -> None:
         if json.loads(data)["n"] == lines:
+            assert len(chain.path.read_bytes().splitlines()) == lines  # a head never runs ahead of its chain
             raise Killed
         write_atomic(path, data, mode)
 
@@ -209,6 +212,35 @@ def test_a_full_disk_leaves_the_chain_as_it_was_however_often(tmp_path: Path, mo
                 chain.append(KEY, {})
     assert chain.path.read_bytes() == before
     chain.append(KEY, {})
+    assert len(bodies(chain)) == 3
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from trunkline.chain import Chain
+from trunkline.errors import StorageError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the kernel refuses the write half-way, as a full disk does
+chain, key = Chain(Path(sys.argv[1]), "manifest"), Ed25519PrivateKey.from_private_bytes(bytes.fromhex(sys.argv[2]))
+for attempt in range(2):
+    try:
+        chain.append(key, {"long": "x" * 30_000})
+    except StorageError as error:
+        print(error)
+chain.append(key, {"short": True})
+"""
+
+
+def test_a_disk_that_fills_up_within_a_line_leaves_the_chain_as_it_was(tmp_path: Path) -> None:
+    chain = chain_of(tmp_path, 2)
+    command = [sys.executable, "-c", FULL_DISK, str(chain.path), KEY.private_bytes_raw().hex()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("could not be written") == 2
+    assert "Free space" in done.stdout
+    assert [*bodies(chain)[-1]] == ["short"]
     assert len(bodies(chain)) == 3
 
 

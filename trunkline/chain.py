@@ -60,9 +60,8 @@ class Chain:
         with self._locked(fcntl.LOCK_EX) as file:
             number, before = self._end(file, key.public_key())
             if self._told(key.public_key()) != (number, before):
-                self._tell(
-                    key, number, before
-                )  # there is a head before there is a line, and never more than one line apart
+                # there is a head before there is a line, and it is never more than one line behind
+                self._tell(key, number, before)
             number += 1
             at = now().isoformat(timespec="milliseconds")
             text = json.dumps(body, sort_keys=True)
@@ -72,8 +71,9 @@ class Chain:
             line = _line(number, at, before, text, found, sign(key, self.purpose, bytes.fromhex(found)))
             size = file.seek(0, os.SEEK_END)
             try:
-                file.write(line + b"\n")
-                file.flush()
+                left = line + b"\n"
+                while left:  # a disk that fills up takes a part, and refuses the rest
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
                 self._tell(key, number, found)
             except (OSError, StorageError) as error:
@@ -192,7 +192,8 @@ class Chain:
             descriptor = os.open(self.path, flags, 0o600)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be opened ({error.strerror}).") from None
-        with os.fdopen(descriptor, "r+b" if how == fcntl.LOCK_EX else "rb") as file:
+        # without a buffer: what could not be written is not tried again when the file is closed
+        with os.fdopen(descriptor, "r+b" if how == fcntl.LOCK_EX else "rb", buffering=0) as file:
             fcntl.flock(file, how)
             yield file
 

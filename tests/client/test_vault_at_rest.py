@@ -449,15 +449,17 @@ def test_a_change_of_key_that_is_killed_at_any_write_loses_nothing_and_goes_on(
     assert seen > 30
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same source", "another source"])
 def test_an_interrupted_change_of_key_goes_on_with_the_key_it_began(
-    fresh: Callable[[], Path], cut: Callable[[int, bool], None]
+    fresh: Callable[[], Path], cut: Callable[[int, bool], None], elsewhere: bool
 ) -> None:
     state = fresh()
-    cut(4, False)
+    source = f"file:{state.parent / 'new'}" if elsewhere else key_of(state.parent)
+    cut(5, False)
     with pytest.raises(Killed):
-        rekey(state)
+        rekey(state, source)
     cut(0, False)
-    begun = read_keys(key_of(state.parent))[0]
+    begun = read_keys(source)[0]
     told: list[str] = []
     assert rekey(state, tell=told.append).keys[0] == begun
     assert "Going on" in told[0]
