@@ -7,6 +7,7 @@ certificate made of the code, to a server whose authority the code names.
 import contextlib
 import json
 import shutil
+import socket
 import ssl
 import tempfile
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ from trunkline.sealing import find_seal, make_seal
 from trunkline.storage import write_atomic
 
 TIMEOUT_S = 20.0
+ALERT_S = 3.0
 MEMBERSHIP = "federation.json"
 PENDING = "pending.key"  # of a request that went out as a file and is not answered yet
 Body = TypeVar("Body", bound=BaseModel)
@@ -186,6 +188,7 @@ def renew(state: Path, server: str | None = None) -> x509.Certificate:
     identity = Identity.of(state)
     key = load_key(identity.key.read_bytes(), str(identity.key))
     membership = read_membership(state)
+    _check_dates(identity)
     request = RenewRequest(request=_csr(key, membership.site))
     admitted = _post(server or membership.server, RENEW_PATH, client_context(identity.folder), request, Admission)
     certificate = load_certificate(admitted.certificate.encode(), "the centre's answer")
@@ -201,11 +204,22 @@ def hello(state: Path, server: str | None = None) -> tuple[Hello, datetime]:
         TrustError: it cannot be reached, or turns this site away; the text is the centre's own where it gave one.
     """
     identity = Identity.of(state)
+    _check_dates(identity)
     said = _get(server or read_membership(state).server, HELLO_PATH, client_context(identity.folder), Hello)
     try:
         return said, datetime.fromisoformat(said.now)
     except ValueError:
         raise TrustError(f"the centre says it is {said.now!r}, which is no time. Update Trunkline there.") from None
+
+
+def _check_dates(identity: Identity) -> None:
+    """An expired certificate is turned away in the handshake, without a word; this is the word."""
+    over = read_certificate(identity.certificate).not_valid_after_utc
+    if over < now():
+        raise TrustError(
+            f"this site's certificate has expired on {over:%Y-%m-%d %H:%M UTC} by the clock here, so the centre lets nobody in with it. "
+            "Ask the operator for a new invitation (`trunkline server invite`) and join with `trunkline client join`."
+        )
 
 
 def _request(key: EllipticCurvePrivateKey, site: str, state: Path) -> JoinRequest:
@@ -283,7 +297,7 @@ def _call(method: str, server: str, path: str, context: ssl.SSLContext, body: by
         with httpx.Client(verify=context, timeout=TIMEOUT_S) as client:  # follows no redirect
             answer = client.request(method, f"https://{server}{path}", content=body)
     except httpx.HTTPError as error:
-        raise TrustError(_unreachable(server, error)) from None
+        raise TrustError(_unreachable(server, error, context)) from None
     except httpx.InvalidURL:
         raise TrustError(f"{server}: expected host:port, such as centre.example.com:9140.") from None
     if answer.status_code != 200:
@@ -319,8 +333,11 @@ ALERTS = {  # as OpenSSL words what the other side, or this one, found wrong in 
 }
 
 
-def _unreachable(server: str, error: Exception) -> str:
+def _unreachable(server: str, error: Exception, context: ssl.SSLContext) -> str:
     text = str(error)
+    if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError | httpx.WriteError):
+        # TLS 1.3 turns a client away after the client's side is done; what it says then is lost when a request crosses it
+        text = _alert(server, context) or text
     lowered = text.lower()
     for sign_of, words in ALERTS.items():
         if sign_of in lowered or sign_of.replace("_", " ") in lowered:
@@ -330,3 +347,17 @@ def _unreachable(server: str, error: Exception) -> str:
     return (
         f"{server}: cannot be reached ({type(error).__name__}: {text}). Is the centre running, and the way to it open?"
     )
+
+
+def _alert(server: str, context: ssl.SSLContext) -> str:
+    """What a server that hangs up says when it is only listened to; empty if nothing."""
+    host, _, port = server.rpartition(":")
+    try:
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ALERT_S) as raw,
+            context.wrap_socket(raw, server_hostname=host.strip("[]")) as secured,
+        ):
+            secured.recv(1)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
