@@ -15,7 +15,9 @@ import pytest
 
 import trunkline
 from tests.loopback import QUICK, federate, trunk_of
+from tests.server.signed import Federation
 from trunkline.client.vault import Vault
+from trunkline.release import RELEASE, verify_release
 from trunkline.server.report import read_report
 
 TRUNKLINE = [sys.executable, "-m", "trunkline.cli"]
@@ -125,6 +127,8 @@ def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(
 ) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     server_state = tmp_path / "server"
+    federation = Federation.of("north")
+    federation.centre(server_state)
     with deployed(plants, tmp_path) as (port, states):
         run_there(tmp_path, tmp_path / "run.toml", tmp_path / "out")
         status = subprocess.run(
@@ -139,6 +143,8 @@ def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(
         by_flwr_run(port, tmp_path)
     assert trunk_of(tmp_path / "by-flwr-run").digest() == trunk_of(reference).digest()
     assert_same(tmp_path / "out", states, reference, plants)
+    assert verify_release(tmp_path / "out" / RELEASE, federation.authority).right
+    assert "nobody signed it" in verify_release(tmp_path / "by-flwr-run" / RELEASE, federation.authority).text
     events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "done"
     for plant in plants:  # the plant's folder is as it was: state lies where it was told to

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def test_without_a_daemon_nothing_is_submitted(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps({"role": "server", "address": "127.0.0.1:1", "children": []}))
     with pytest.raises(DeploymentError, match="no server runs on this state folder"):
         daemon.run(tmp_path, "{}", tmp_path / "out")
+
+
+def test_a_run_is_told_the_state_folder_whose_key_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, object]] = []
+    monkeypatch.setattr(daemon, "_where", lambda state: ("127.0.0.1:1", None))
+    monkeypatch.setattr(daemon, "submit", lambda address, app, overrides, ca: told.append(overrides) or 7)
+    monkeypatch.chdir(tmp_path)
+    assert daemon.run(Path("centre"), "{}", Path("out")) == 7
+    assert told[0]["state"] == str(tmp_path / "centre")  # the ServerApp has another working directory
+    app = tomllib.loads((daemon.APP / "pyproject.toml").read_text())
+    assert set(told[0]) == set(app["tool"]["flwr"]["app"]["config"])
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, *found: tuple[str, str] | DeploymentError) -> None:

@@ -23,7 +23,7 @@ from trunkline.cli import app
 from trunkline.config import SITE_SCHEMA
 from trunkline.errors import StorageError, TamperError, TrustError
 from trunkline.exchange import PROTOCOL
-from trunkline.keys import certificate_pem, key_pem
+from trunkline.keys import certificate_pem, key_pem, sign
 from trunkline.release import (
     KEY,
     RELEASE,
@@ -38,7 +38,7 @@ from trunkline.server import signing
 from trunkline.server.lineage import figures_of
 from trunkline.server.report import RoundRecord
 from trunkline.server.signing import CERTIFICATE, find_signer, issue_release_certificate, write_signer
-from trunkline.signature import RELEASES, sign_release
+from trunkline.signature import RELEASES, Signature, sign_release
 
 MINE, OTHER = Federation.of("north"), Federation.of("south")
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -179,6 +179,15 @@ def test_what_a_signature_says_of_itself_is_signed_too(tmp_path: Path, change: s
     tensors, about = parts(signed(tmp_path / RELEASE))
     new = {"signed_at": "2020-01-01T00:00:00+00:00", "value": "0" * 128, "card": "0" * 64}[change]
     about["signature"][change] = new
+    with pytest.raises(TamperError, match="not made with the key of its certificate"):
+        read_release(rewrite(tmp_path / "x", tensors, about), MINE.authority)
+
+
+def test_what_was_signed_as_something_else_is_no_release(tmp_path: Path) -> None:
+    tensors, about = parts(signed(tmp_path / RELEASE))
+    statement = Signature.model_validate(about["signature"]).statement
+    assert about["signature"]["value"] == sign(MINE.release, "release", statement)
+    about["signature"]["value"] = sign(MINE.release, "manifest", statement)
     with pytest.raises(TamperError, match="not made with the key of its certificate"):
         read_release(rewrite(tmp_path / "x", tensors, about), MINE.authority)
 
@@ -337,6 +346,9 @@ def test_a_figure_is_of_three_sites_or_is_not_told() -> None:
     assert figures_of([record(1, a=1.0, b=2.0, c=float("nan"))]) == {}
     found = figures_of([record(1, a=1.0, b=2.0, c=6.0), record(2, a=0.5, b=0.5)])["validation_loss"]
     assert (found.round, found.sites, found.mean) == (1, 3, pytest.approx(3.0))
+    three = [record(1, a=1.0, b=2.0, c=6.0), record(2, a=1.0, b=1.0, c=4.0, d=float("inf"))]
+    found = figures_of(three)["validation_loss"]
+    assert (found.round, found.sites, found.mean) == (2, 3, pytest.approx(2.0))
     assert np.isfinite(figures_of([record(1, a=1e308, b=1e308, c=1e308)])["validation_loss"].mean)
 
 
