@@ -32,6 +32,7 @@ def start(
     tls_ca: Path | None = None,
     tell: Callable[[str], None] = say,
     client_app: str = "trunkline.client.app:app",
+    door: bool = True,
 ) -> None:
     """Run the plant's daemon until SIGTERM or SIGINT.
 
@@ -41,6 +42,7 @@ def start(
         state: for keys, journal, logs and the private model; not shared by two daemons.
         tls_ca: the certificate authority in PEM that signed the server's certificate; without it nothing is encrypted.
         client_app: module:attribute of the installed ClientApp.
+        door: False for a ClientApp that speaks another language than Trunkline's own, in a test: nothing is checked then.
 
     Raises:
         ConfigError: site.toml says something that cannot be meant.
@@ -53,19 +55,25 @@ def start(
         raise DeploymentError(f"{tls_ca}: no such file. Give the certificate authority of the server, in PEM.")
     if not server.rpartition(":")[2].isdigit():
         raise DeploymentError(f"server {server!r}: expected host:port, such as 10.0.0.5:9140.")
-    children = children_of(site, site_dir, server, state, tls_ca, client_app)
+    children = children_of(site, site_dir, server, state, tls_ca, client_app, door)
     tell(f"site {site.name}: asking {server} for work; state in {state}. Ctrl-C ends it.")
     Supervisor(children, state, {"role": "client", "site": site.name, "server": server}).run()
 
 
 def children_of(
-    site: SiteConfig, site_dir: Path, server: str, state: Path, tls_ca: Path | None, client_app: str
+    site: SiteConfig,
+    site_dir: Path,
+    server: str,
+    state: Path,
+    tls_ca: Path | None,
+    client_app: str,
+    door: bool = True,
 ) -> list[Child]:
     """The two processes of a plant, SuperNode first: ended last, so that a last answer still gets out."""
     secret = make_secret(state / "secret")
     runtime = f"127.0.0.1:{_free_port()}"
     transport = ["--root-certificates", str(tls_ca.resolve())] if tls_ca else ["--insecure"]
-    config = f"site={_quoted(site_dir)} state={_quoted(state)}"
+    config = f"site={_quoted(site_dir)} state={_quoted(state)} plant=1"
     node = [
         *(sys.executable, "-m", "trunkline.flower", "supernode", "--node-file", str(state / "node.json")),
         *transport,
@@ -76,6 +84,7 @@ def children_of(
         *(sys.executable, "-m", "trunkline.client.executor", "--runtime", runtime, "--secret", str(secret)),
         *("--journal", str(state / "journal.json"), "--pins", str(state / "pins.txt")),
         *("--app", client_app, "--site", site.name),
+        *(("--folder", str(site_dir), "--state", str(state), "--centre", server) if door else ()),
     ]
     env = environment(state)
     return [
