@@ -12,6 +12,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from trunkline.client.app import app as client_app
+from trunkline.client.egress import Door
 from trunkline.config import parse_run
 from trunkline.exchange import Arrays
 from trunkline.flower import LoopbackGrid, open_records
@@ -37,11 +38,20 @@ class WatchedGrid(LoopbackGrid):
 
     Args:
         tamper: node id -> function of (message, honest answer on demand) that gives the reply instead; None: silence.
+        plant: the sites are real plants, whose replies go through their door whatever made them.
     """
 
-    def __init__(self, folders: list[Path], out: Path, tamper: Mapping[int, Tamper] | None = None) -> None:
+    def __init__(
+        self, folders: list[Path], out: Path, tamper: Mapping[int, Tamper] | None = None, plant: bool = False
+    ) -> None:
         configs = [{"site": str(folder), "state": str(out / "state" / folder.name)} for folder in folders]
-        super().__init__(client_app, configs)
+        super().__init__(client_app, [{**config, "plant": 1} for config in configs] if plant else configs)
+        self.doors: dict[int, Door] = {}
+        if plant:
+            self.doors = {
+                node: Door(Path(config["site"]), Path(config["state"]), "the test's centre")
+                for node, config in zip(self.contexts, configs, strict=True)
+            }
         self.tamper = tamper or {}
         self.down: list[tuple[str, int, RecordDict]] = []
         self.up: list[tuple[str, int, RecordDict]] = []
@@ -57,6 +67,8 @@ class WatchedGrid(LoopbackGrid):
 
         reply = lie(message, honest) if lie else honest()
         if reply is not None:
+            if node in self.doors:
+                reply = self.doors[node].pass_(message, reply)
             self._answers[message.metadata.message_id] = reply
             if not reply.has_error():
                 self.up.append((kind, node, reply.content))
@@ -69,6 +81,7 @@ def federate(
     tamper: Mapping[int, Tamper] | None = None,
     resume: bool = False,
     grid: WatchedGrid | None = None,
+    plant: bool = False,
     page: bool = False,
     centre: Path | None = None,
     **settings: Any,
@@ -82,7 +95,7 @@ def federate(
     torch.set_num_threads(1)
     table = {**QUICK, **settings}
     parse_run(dict(table), "test")
-    grid = grid or WatchedGrid(folders, out, tamper)
+    grid = grid or WatchedGrid(folders, out, tamper, plant)
     config = {"run-toml": json.dumps(table), "out": str(out), "resume": int(resume), "state": str(centre or "")}
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     with nullcontext() if page else patch("trunkline.server.page.page", lambda report, predictions: ""):

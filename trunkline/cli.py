@@ -41,7 +41,6 @@ StrategyName = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Override seed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
-StateDir = Annotated[Path | None, typer.Option("--state", help="If it is not SITE_DIR/.trunkline")]
 ServerState = Annotated[Path, typer.Option("--state", help="The server's folder: database, secret, logs.")]
 ClientState = Annotated[
     Path | None, typer.Option("--state", help="The plant's state: keys, vault, logs. Default: SITE_DIR/.trunkline")
@@ -52,6 +51,8 @@ KeySource = Annotated[
         "--key", help="Key that seals what is secret: file:PATH, env:NAME or keyring:NAME. Default: a file of its own."
     ),
 ]
+RunKey = Annotated[str, typer.Argument(metavar="RUN", help="As `trunkline client contracts` lists it.")]
+By = Annotated[str, typer.Option("--by", help="Who decides; default: this account's name.")]
 LITTLE = (
     600  # optimiser steps of all sites in all rounds: about where, on two cores, workers begin to pay for their start
 )
@@ -493,7 +494,7 @@ def client_report(
 
 
 @vault.command("status")
-def vault_status(site_dir: SiteDir, state: StateDir = None) -> None:
+def vault_status(site_dir: SiteDir, state: ClientState = None) -> None:
     """Where the key comes from, what is sealed with which, what is plain, and what is kept of each run."""
     from rich.console import Console
 
@@ -508,13 +509,8 @@ def vault_status(site_dir: SiteDir, state: StateDir = None) -> None:
 @vault.command("seal")
 def vault_seal(
     site_dir: SiteDir,
-    state: StateDir = None,
-    key: Annotated[
-        str | None,
-        typer.Option(
-            "--key", help="file:PATH, env:NAME or keyring:NAME. Default: a new file under ~/.config/trunkline/keys"
-        ),
-    ] = None,
+    state: ClientState = None,
+    key: KeySource = None,
 ) -> None:
     """Encrypt what the plant keeps, from now on and what is there already. Back the key up: nothing opens without it."""
     from trunkline.client import at_rest
@@ -527,7 +523,7 @@ def vault_seal(
 @vault.command("rekey")
 def vault_rekey(
     site_dir: SiteDir,
-    state: StateDir = None,
+    state: ClientState = None,
     to: Annotated[
         str | None, typer.Option("--to", help="Where the key comes from henceforth: file:, env:, keyring:")
     ] = None,
@@ -545,7 +541,7 @@ def vault_rekey(
 def vault_open(
     site_dir: SiteDir,
     out: Annotated[Path, typer.Option("--out", help="A file outside the state folder; it is not encrypted.")],
-    state: StateDir = None,
+    state: ClientState = None,
     run: Annotated[str, typer.Option("--run", help="A run that `vault status` shows.")] = "",
     round: Annotated[int | None, typer.Option("--round", min=0, help="Default: the newest.")] = None,
     file: Annotated[
@@ -560,6 +556,67 @@ def vault_open(
         raise ConfigError("expected either --run RUN (and --round N) or --file PLACE.")
     at_rest.open_copy(state or site_dir / ".trunkline", out, run=run, round=round, file=file)
     typer.echo(f"Decrypted copy: {out}. It is for this plant only; remove it after use.")
+
+
+@client.command("contracts")
+def client_contracts(site_dir: SiteDir, state: ClientState = None) -> None:
+    """The runs that have asked this plant, and what was decided about each."""
+    from rich.console import Console
+
+    from trunkline.client import contracts
+
+    contracts.print_contracts(list(contracts.every(state or site_dir / ".trunkline")), Console())
+
+
+@client.command("contract")
+def client_contract(site_dir: SiteDir, run: RunKey, state: ClientState = None) -> None:
+    """What a run would take from this plant, in words."""
+    from rich.console import Console
+
+    from trunkline.client import contracts
+
+    contracts.print_contract(contracts.known(state or site_dir / ".trunkline", run), Console())
+
+
+@client.command("accept")
+def client_accept(site_dir: SiteDir, run: RunKey, by: By = "", state: ClientState = None) -> None:
+    """Say yes to a run; it holds while nothing about the run changes, and never against the policy."""
+    from trunkline.client import consent
+
+    found = consent.decide(state or site_dir / ".trunkline", run, "accepted", by)
+    typer.echo(f"{found.site} takes part in {found.run}: accepted by {found.by}.")
+
+
+@client.command("refuse")
+def client_refuse(site_dir: SiteDir, run: RunKey, by: By = "", state: ClientState = None) -> None:
+    """Say no to a run, also to one that is under way: from its next question on nothing of it is answered."""
+    from trunkline.client import consent
+
+    found = consent.decide(state or site_dir / ".trunkline", run, "refused", by)
+    typer.echo(f"{found.site} takes no part in {found.run}: refused by {found.by}.")
+
+
+@client.command("manifest")
+def client_manifest(
+    site_dir: SiteDir,
+    run: Annotated[str, typer.Option("--run", help="Of this run only.")] = "",
+    verify: Annotated[bool, typer.Option("--verify", help="Only say whether it is intact.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="A line of JSON for each reply.")] = False,
+    state: ClientState = None,
+) -> None:
+    """Everything that left this plant. Exit code 1 if the record of it was tampered with."""
+    from rich.console import Console
+
+    from trunkline.client import manifest
+
+    links, signer = manifest.read_manifest(state or site_dir / ".trunkline", run)
+    if json:
+        for link in links:
+            typer.echo(manifest.dumped(link))
+    elif verify:
+        typer.echo(manifest.intact(links, signer))
+    else:
+        manifest.print_manifest(links, signer, Console())
 
 
 def _read_run(path: Path, seed: int | None, strategy: str | None, settings: list[str] | None) -> Any:

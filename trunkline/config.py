@@ -8,8 +8,9 @@ from typing import Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from trunkline.errors import ConfigError, nearest
-from trunkline.exchange import SITE_NAME, TASK_NAME, Frozen, LocalPlan, Phase, TrunkSpec
+from trunkline.exchange import PLAIN, SITE_NAME, TASK_NAME, Frozen, GuardSettings, LocalPlan, Phase, TrunkSpec
 
+POLICY = "policy.toml"  # beside site.toml, for who owns the policy and not the data
 Missing = Literal["forward", "linear", "zero", "keep"]
 Outliers = Literal["flag", "clip", "keep"]
 
@@ -219,9 +220,29 @@ class TaskConfig(Frozen):
 
 
 class PolicyConfig(Frozen):
-    """`[policy]`: the site's own word on what a run may take; it wins over the server."""
+    """`[policy]`, or policy.toml beside site.toml: the site's own word on what a run may take; it wins over the server."""
 
+    decide: Literal["accept", "ask", "refuse"] = Field(
+        default="accept", description="a run that keeps to the rest of the policy: yes, a person is asked, or no"
+    )
     lend: tuple[str, ...] = ("trunk", "stem", "heads")  # nothing is lent unless the run names it too; "heads": any head
+    metrics: bool | tuple[str, ...] = Field(
+        default=True, description="numbers that travel with an update: all the run has, none, or these"
+    )
+    report: bool = Field(default=True, description="whether results by task go to the report of the run")
+    guards: tuple[Literal["clip"], ...] = Field(default=(), description="what a run must have")
+    max_clip_norm: float | None = Field(default=None, gt=0.0, description="largest bound of a clip guard")
+    max_bytes_round: int | None = Field(default=None, ge=1, description="largest reply, in bytes")
+    max_rounds: int | None = Field(default=None, ge=1, description="most rounds of a run, all passes together")
+    strategies: tuple[str, ...] = Field(default=(), description="the only ones allowed; empty: any")
+    operators: tuple[str, ...] = Field(default=(), description="whose runs alone are allowed; empty: anybody's")
+    runs: tuple[str, ...] = Field(default=(), description="names of runs that need no person's yes")
+
+    @model_validator(mode="after")
+    def _bound_of_a_guard(self) -> Self:
+        if self.max_clip_norm is not None and "clip" not in self.guards:
+            raise ValueError("`max_clip_norm` is the bound of a guard that is not demanded: add `guards = ['clip']`")
+        return self
 
 
 SITE_SCHEMA = (
@@ -458,6 +479,9 @@ class RunConfig(Frozen):
     rounds: int = Field(default=24, ge=1, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
     lend: tuple[str, ...] = Field(default=("trunk",), description='"trunk", "stem", "heads", "head.<task>", "scaler"')
+    operator: str = Field(
+        default="", max_length=120, pattern=PLAIN, description="who runs it, as plants read it; empty: account@host"
+    )
     refit: bool = Field(
         default=False,
         description="once every site has chosen by its validation rows, the same rounds again from the start on all labelled rows",
@@ -465,6 +489,7 @@ class RunConfig(Frozen):
     trunk: TrunkSpec = TrunkSpec()
     training: LocalPlan = LocalPlan()
     strategy: StrategyConfig = StrategyConfig()
+    guards: GuardSettings = GuardSettings()
     cohort: CohortConfig = CohortConfig()
     report: ReportConfig = ReportConfig()
     newcomers: NewcomersConfig = NewcomersConfig()
@@ -487,7 +512,7 @@ class RunConfig(Frozen):
         return lend
 
 
-Config = TypeVar("Config", SiteConfig, RunConfig)
+Config = TypeVar("Config", SiteConfig, RunConfig, PolicyConfig)
 
 
 def _parse(kind: type[Config], table: dict[str, Any], origin: str) -> Config:
@@ -539,11 +564,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_site(folder: Path) -> SiteConfig:
-    """The SiteConfig in `folder`/site.toml."""
+    """The SiteConfig in `folder`/site.toml, with the policy of `folder`/policy.toml where there is one."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder. Give the folder that holds site.toml.")
-    path = folder / "site.toml"
-    return _parse(SiteConfig, _read(path), str(path))
+    path, apart = folder / "site.toml", folder / POLICY
+    table = _read(path)
+    if not apart.exists():
+        return _parse(SiteConfig, table, str(path))
+    if "policy" in table:
+        raise ConfigError(f"{path}: `policy` is here and in {apart} too. Keep one: the file replaces the table.")
+    policy = _parse(PolicyConfig, _read(apart), str(apart))
+    return _parse(SiteConfig, table, str(path)).model_copy(update={"policy": policy})
 
 
 def read_run(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -580,6 +611,7 @@ def parse_value(text: str) -> Any:
 __all__ = [
     "CLASSED",
     "DAYS",
+    "POLICY",
     "CalendarConfig",
     "CleanConfig",
     "CohortConfig",

@@ -5,7 +5,9 @@
     ├── DataError                  a plant's files cannot be read as its site.toml describes them
     │   └── SensorMismatch         a batch has other columns than the site declares
     ├── ContractError              something would cross the wire that the run's contract does not name
-    │   └── Refused                the server set one site's reply aside; the round goes on
+    │   ├── Refused                the server set one site's reply aside; the round goes on
+    │   ├── Declined               the plant's policy, or a person there, says no to a run
+    │   └── Pending                a person at the plant has not said yes or no yet
     ├── StorageError               a vault or checkpoint cannot be written or read
     ├── TrustError                 a key, certificate or invitation is missing, over, or not whose it should be
     │   └── TamperError            a signed record or release is not what was written
@@ -43,6 +45,14 @@ class ContractError(TrunklineError):
 
 class Refused(ContractError):
     """A reply was set aside; the text names site, round, cause and remedy."""
+
+
+class Declined(ContractError):
+    """A plant takes no part in a run; the text is `SITE: reason`, and the operator of the run reads it."""
+
+
+class Pending(ContractError):
+    """A plant's policy leaves a run to a person, who has not decided yet; not a failure, so the centre asks again."""
 
 
 class StorageError(TrunklineError):

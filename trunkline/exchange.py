@@ -5,6 +5,8 @@ Down go an `Order` (what to do) and the arrays a site lends; up come an `Offer` 
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -15,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trunkline.errors import ContractError
 
-PROTOCOL = 2  # raise when a header below changes its meaning; both ends compare it before anything else
+PROTOCOL = 3  # raise when a header below changes its meaning; both ends compare it before anything else
 
 Part = Literal["stem", "trunk", "heads"]
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # also a folder name, so no separators
+PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*$"  # free text that may be shown on a terminal as it is
 TASK_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"  # part of a parameter name, so no dots
 # (regimes, channels) three times; (regimes, settings), in the settings' own units; (settings,), the width of each range
 SCALER_ARRAYS = ("scaler.count", "scaler.mean", "scaler.variance", "scaler.centres", "scaler.widths")
@@ -217,6 +220,24 @@ class Conditions(Frozen):
     drift: float = Field(default=0.0, ge=0.0, description="how far the scaled inputs have moved, root mean square")
 
 
+class GuardSettings(Frozen):
+    """`[guards]` of run.toml: what is done to every update before it leaves a site; `trunkline/guards.py` does it."""
+
+    clip_norm: float | None = Field(
+        default=None, gt=0.0, le=1e6, description="largest L2 norm of what a site sends in a round; absent: no limit"
+    )
+
+
+class About(Frozen):
+    """What a run is and whose, as its operator says it: part of every order, so that a plant can hold the run to it."""
+
+    operator: str = Field(default="", max_length=120, pattern=PLAIN)
+    name: str = Field(default="", max_length=64, pattern=PLAIN)
+    strategy: str = Field(default="", max_length=64, pattern=PLAIN)
+    rounds: int = Field(default=0, ge=0, description="of all passes together; 0: as many as the order's own")
+    guards: GuardSettings = GuardSettings()
+
+
 class Order(Frozen):
     """Down, with the lent arrays: round `round` of `rounds`. `round` 0 asks for an Offer, `rounds` + 1 for a Scorecard.
 
@@ -243,11 +264,42 @@ class Order(Frozen):
     decide: bool = False
     passed: int = Field(default=0, ge=0, description="rounds that lie before this pass; 0: it is the first")
     conditions: Conditions = Conditions()
+    about: About = About()
 
     @property
     def done(self) -> int:
         """Rounds of this pass that lie behind this one."""
         return self.round - 1 - self.passed
+
+    @property
+    def total_rounds(self) -> int:
+        """Rounds of all passes together."""
+        return max(self.rounds, self.about.rounds)
+
+    def terms(self) -> dict[str, Any]:
+        """What may not change within a run: all of an order but where in the run it stands."""
+        return self.model_dump(mode="json", exclude=MOVING)
+
+
+# what differs from order to order of one run
+MOVING = {"round", "probe", "decide", "passed", "conditions", "contract"}
+
+
+def terms_digest(terms: Mapping[str, Any]) -> str:
+    """sha256 of what `Order.terms` gave."""
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
+
+
+def changed_terms(agreed: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """Each key path at which two terms differ, in words: `plan.steps` was 20, is 40."""
+    found: list[str] = []
+    for key in dict.fromkeys((*agreed, *now)):
+        was, is_ = agreed.get(key), now.get(key)
+        if isinstance(was, Mapping) and isinstance(is_, Mapping):
+            found += changed_terms(was, is_, f"{path}{key}.")
+        elif was != is_:
+            found.append(f"`{path}{key}` was {json.dumps(was)[:80]}, is {json.dumps(is_)[:80]}")
+    return found
 
 
 class ArraySpec(Frozen):
@@ -256,6 +308,10 @@ class ArraySpec(Frozen):
     name: str = Field(max_length=256)
     shape: tuple[int, ...]
     dtype: Literal["float32", "float64", "float16"] = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class TaskCard(Frozen):
@@ -285,7 +341,7 @@ class Inputs(Frozen):
 class Offer(Frozen):
     """Up, once: who the site is and what it would lend in this run.
 
-    `arrays` travel every round. `once` came with this offer and never travel again: the scaler's statistics
+    `arrays` and `metrics` travel every round. `once` came with this offer and never travel again: the scaler's statistics
     (`SCALER_ARRAYS` and `scaler.label.<task>`), float64.
     """
 
@@ -295,6 +351,9 @@ class Offer(Frozen):
     version: str = Field(max_length=32)
     arrays: tuple[ArraySpec, ...]
     tasks: tuple[TaskCard, ...]
+    metrics: tuple[str, ...] = Field(
+        default=(), description="numbers it sends each round: of `metric_names`, those its policy lets go"
+    )
     once: tuple[ArraySpec, ...] = ()
     inputs: Inputs | None = None
 
@@ -327,7 +386,7 @@ class Contract(Frozen):
                 raise ContractError(f"`{name}` has dtype {array.dtype.name}; this run's trunk has {spec.dtype}")
         if extra := [name for name in metrics if name not in self.metrics]:
             raise ContractError(
-                f"metric `{extra[0]}` is not in this run's contract; allowed: {', '.join(self.metrics)}"
+                f"metric `{extra[0]}` is not in this run's contract; allowed: {', '.join(self.metrics) or 'none'}"
             )
 
 

@@ -35,7 +35,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from trunkline.errors import ContractError, DeploymentError, StorageError
+from trunkline.errors import ContractError, Declined, DeploymentError, Pending, StorageError
 
 EXPECTED = "1.41"  # the minor version whose private names are used below; peers must match it too
 try:
@@ -91,7 +91,10 @@ except ImportError as _error:
 
 HEADER_LIMIT = 1 << 20  # bytes of JSON: a contract of 4,000 arrays is about 400 kB
 CENTRE = 1  # Flower's node id of the server side
-CRASHED, REFUSED, RESTARTED = 2, 400, 401  # error codes: Flower's own for an exception, and two of ours above its range
+# error codes: Flower's own for an exception, and ours above its range. PENDING: a person at the plant has not decided yet;
+# DECLINED: its policy or a person there says no. The reason of these two is `SITE: why`
+CRASHED, REFUSED, RESTARTED, PENDING, DECLINED = 2, 400, 401, 402, 403
+ERROR_LIMIT = 1000  # characters of an error's text that leave a site
 FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\][^\s:;,()'\"`]*[/\\]")  # all of a path but its last name
 IDLE_POLL_S, FAST_POLL_S, FAST_FOR_S = 3.0, 0.2, 60.0  # one poll costs the SuperLink about 11 ms of a core
 APP_LIMIT = 1 << 20  # bytes an app may unpack to while it is hashed; the thin app has about 1 kB
@@ -419,6 +422,9 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
         if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message.metadata.message_id:
             raise ContractError("the ClientApp returned something that is not a reply to the message it was given")
         return reply
+    except (Pending, Declined) as error:
+        logger.info("node %d: %s", context.node_id, error)
+        return error_reply(message, safe_text(str(error)), PENDING if isinstance(error, Pending) else DECLINED)
     except Exception as error:
         logger.exception("node %d: the ClientApp failed on %s", context.node_id, message.metadata.message_type)
         return error_reply(message, reason_of(error))
@@ -436,8 +442,13 @@ def reason_of(error: BaseException) -> str:
     """
     kind = type(error).__name__
     if isinstance(error, ContractError | StorageError):
-        return f"{kind}: {FOLDERS.sub('', str(error))}"[:1000]
+        return safe_text(f"{kind}: {error}")
     return f"{kind}: the site's own log has the text; it does not leave the site because it may quote data"
+
+
+def safe_text(text: str) -> str:
+    """`text` as it may leave a site: without folders, and bounded."""
+    return FOLDERS.sub("", text)[:ERROR_LIMIT]
 
 
 def error_site(message: Message) -> tuple[str, int, str] | None:
@@ -448,7 +459,7 @@ def error_site(message: Message) -> tuple[str, int, str] | None:
     """
     if not message.has_error():
         return None
-    return message.metadata.reply_to_message_id, message.error.code, (message.error.reason or "")[:1000]
+    return message.metadata.reply_to_message_id, message.error.code, (message.error.reason or "")[:ERROR_LIMIT]
 
 
 def app_bytes(app_folder: Path) -> bytes:

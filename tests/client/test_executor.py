@@ -101,7 +101,7 @@ class Deployment:
         )
         self.client = daemon(
             "from pathlib import Path; from trunkline.client import daemon; "
-            f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tiny_apps:client_app')",
+            f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tiny_apps:client_app', door=False)",
             root / "client.log",
         )
 

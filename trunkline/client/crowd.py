@@ -24,7 +24,7 @@ from trunkline.client.sampling import Batches
 from trunkline.client.site import Site
 from trunkline.client.training import LOOKS, SCORE_BATCH, Resident, device, steps_of
 from trunkline.client.vault import Entry, State, Vault
-from trunkline.exchange import Arrays, Augment, LocalPlan, Order, conflict_name, seed_of
+from trunkline.exchange import Arrays, Augment, GuardSettings, LocalPlan, Order, conflict_name, seed_of
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, tensors_of
 
@@ -38,6 +38,8 @@ Tensors = dict[str, Tensor]
 def kind_of(site: Site, order: Order) -> Key | None:
     """Sites with equal kinds can be trained together; None: this one is trained alone, as `answer_train` does it."""
     orders = [order] + ([apart(order)] if order.baseline else [])
+    if order.about.guards != GuardSettings() or site.config.policy.metrics is not True:
+        return None  # guards and policies are kept where each site answers for itself
     if order.plan.personal or not all(_plain(one.plan, one) for one in orders):
         return None
     site.meet(order)

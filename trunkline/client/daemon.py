@@ -37,6 +37,7 @@ def start(
     state: Path | None = None,
     tell: Callable[[str], None] = say,
     client_app: str = "trunkline.client.app:app",
+    door: bool = True,
 ) -> None:
     """Run the plant's daemon until SIGTERM or SIGINT.
 
@@ -48,6 +49,7 @@ def start(
         server: host:port of the centre; default: the one it joined, or 127.0.0.1:9140.
         state: for keys, journal, logs and the private model; not shared by two daemons.
         client_app: module:attribute of the installed ClientApp.
+        door: False for a ClientApp that speaks another language than Trunkline's own, in a test: nothing is checked then.
 
     Raises:
         ConfigError: site.toml says something that cannot be meant.
@@ -68,7 +70,7 @@ def start(
         )
     if identity.joined:
         _check_membership(site, state)
-    children = children_of(site, site_dir, server, state, client_app)
+    children = children_of(site, site_dir, server, state, client_app, door)
     tell(f"site {site.name}: asking {server} for work; state in {state}. Ctrl-C ends it.")
     supervisor = Supervisor(children, state, {"role": "client", "site": site.name, "server": server})
     keeper = None
@@ -91,12 +93,14 @@ def _check_membership(site: SiteConfig, state: Path) -> None:
     find_seal(state)  # a missing key is told now, not by a part that keeps ending
 
 
-def children_of(site: SiteConfig, site_dir: Path, server: str, state: Path, client_app: str) -> list[Child]:
+def children_of(
+    site: SiteConfig, site_dir: Path, server: str, state: Path, client_app: str, door: bool = True
+) -> list[Child]:
     """The two processes of a plant, SuperNode first: ended last, so that a last answer still gets out."""
     secret = make_secret(state / "secret")
     runtime = f"127.0.0.1:{_free_port()}"
     identity = Identity.of(state)
-    config = f"site={_quoted(site_dir)} state={_quoted(state)}"
+    config = f"site={_quoted(site_dir)} state={_quoted(state)} plant=1"
     own, transport = [], ["--insecure"]
     if identity.joined:
         own = ["--identity", str(identity.folder)]
@@ -116,6 +120,7 @@ def children_of(site: SiteConfig, site_dir: Path, server: str, state: Path, clie
         *(sys.executable, "-m", "trunkline.client.executor", "--runtime", runtime, "--secret", str(secret)),
         *("--journal", str(state / "journal.json"), "--pins", str(state / "pins.txt")),
         *("--app", client_app, "--site", site.name),
+        *(("--folder", str(site_dir), "--state", str(state), "--centre", server) if door else ()),
     ]
     env = environment(state)
     return [

@@ -24,6 +24,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 import trunkline
+from trunkline.client.egress import Door
 from trunkline.errors import ContractError, DeploymentError, StorageError, TrunklineError
 from trunkline.flower import (
     CLIENT_APP,
@@ -41,6 +42,7 @@ from trunkline.supervise import accepts, pins_of
 
 BEAT_S = 15.0  # a task's token expires 60 s after its last heartbeat
 LEAVE_S = 6.0  # how long a task may go on after SIGTERM; the supervisor kills after 8
+HOLD_S = 5.0  # between attempts to write the manifest
 LONGEST_PAUSE_S = 5.0  # between attempts to reach a SuperNode that is down
 PUSH_PAUSES_S = (0.5, 1.0, 2.0)  # a reply is the work of a whole round: three more attempts before it is given up
 
@@ -81,6 +83,7 @@ class Executor:
     Args:
         address: the SuperNode's Runtime API, host:port on loopback.
         pins: read before each task: the digests of the apps whose messages are answered.
+        door: every reply goes through it, whatever made it; None: an app that is not Trunkline's own, in a test.
     """
 
     def __init__(
@@ -91,11 +94,13 @@ class Executor:
         client_app: ClientApp,
         pins: Callable[[], set[str]],
         poll_s: float = 0.1,
+        door: Door | None = None,
     ) -> None:
         self.address = address
         self.app = client_app
         self.pins = pins
         self.poll_s = poll_s
+        self.door = door
         self._journal = Journal(journal)
         self._runtime = NodeRuntime(address, secret)
         self._stop = threading.Event()
@@ -158,7 +163,10 @@ class Executor:
             task.resume(envelope or {})
             task.beat()
             if not left.get("answered"):
-                task.push(error_reply(task.envelope, "the site's worker restarted; ask again", RESTARTED))
+                farewell = error_reply(task.envelope, "the site's worker restarted; ask again", RESTARTED)
+                if (checked := self._let_out(task.envelope, farewell)) is None:
+                    return
+                task.push(checked)
             task.finish(False, "the worker restarted")
             logger.info("answered for the task of before the restart: the centre will ask again")
         except DeploymentError as error:
@@ -180,9 +188,12 @@ class Executor:
             self._journal.write(token, kind, envelope)
             threading.Thread(target=_keep_alive, args=(task, done), name="heartbeat", daemon=True).start()
             self._current = (task, token, kind, envelope)
-            reply = self._reply(task, kind)
+            made = self._reply(task, kind)
             with self._answering:
                 self._current = None
+                reply = self._let_out(*made)
+                if reply is None:
+                    return  # told to end before the manifest could be written: the journal tells the next worker
                 self._hand_over(task, reply)
                 self._journal.write(token, kind, envelope, answered=True)
                 task.finish(not reply.has_error(), reply.error.reason or "" if reply.has_error() else "")
@@ -194,24 +205,42 @@ class Executor:
             done.set()
             task.close()
 
-    def _reply(self, task: NodeTask, kind: str) -> Message:
+    def _let_out(self, request: Message, reply: Message) -> Message | None:
+        """What of `reply` may leave, once it is in the manifest; None: told to end while it could not be written.
+
+        Until then nothing leaves and the centre hears nothing: its deadline decides how long it waits.
+        """
+        while self.door is not None:
+            try:
+                return self.door.pass_(request, reply)
+            except TrunklineError as error:
+                logger.error(
+                    "%s Nothing leaves without its line in the manifest. Trying again in %.0f s.", error, HOLD_S
+                )
+            if self._stop.wait(HOLD_S):
+                return None
+        return reply
+
+    def _reply(self, task: NodeTask, kind: str) -> tuple[Message, Message]:
+        """The question, without its content where that was not looked at, and the answer to it."""
         if kind != CLIENT_APP:
             logger.error("refused a task of type %s", kind)
-            return error_reply(task.envelope, f"this site answers {CLIENT_APP} only, not {kind}", REFUSED)
+            refusal = error_reply(task.envelope, f"this site answers {CLIENT_APP} only, not {kind}", REFUSED)
+            return task.envelope, refusal
         if task.digest not in self.pins():
             logger.error("refused the app %s: it is not the one installed here; nothing of it was run", task.digest)
             reason = (
                 f"the app {task.digest[:16]} is not pinned at this site; nothing of it was run. "
                 "Submit the thin app of the Trunkline version that the sites have installed."
             )
-            return error_reply(task.envelope, reason, REFUSED)
+            return task.envelope, error_reply(task.envelope, reason, REFUSED)
         try:
             message = task.pull_message()
         except ContractError as error:
             logger.error("%s", error)
-            return error_reply(task.envelope, str(error), CRASHED)
+            return task.envelope, error_reply(task.envelope, str(error), CRASHED)
         assert task.context is not None  # pull_input sets it
-        return answer(self.app, message, task.context)
+        return message, answer(self.app, message, task.context)
 
     def _hand_over(self, task: NodeTask, reply: Message) -> None:
         for pause in PUSH_PAUSES_S:
@@ -232,7 +261,8 @@ class Executor:
             return
         task, token, kind, envelope = self._current
         try:
-            task.push(error_reply(task.envelope, "the site is shutting down; ask again", RESTARTED))
+            farewell = error_reply(task.envelope, "the site is shutting down; ask again", RESTARTED)
+            task.push(self.door.pass_(task.envelope, farewell) if self.door is not None else farewell)
             self._journal.write(token, kind, envelope, answered=True)
             task.finish(False, "the site is shutting down")
             self._journal.clear()
@@ -290,6 +320,11 @@ def main() -> None:
     parser.add_argument("--pins", type=Path, help="file of further app digests to answer, one a line")
     parser.add_argument("--poll", type=float, default=0.1, help="seconds between questions for a task")
     parser.add_argument("--site", default="site", help="name in the log")
+    parser.add_argument(
+        "--folder", type=Path, help="the site's folder: every reply is held to its policy and contracts"
+    )
+    parser.add_argument("--state", type=Path, help="the site's state, with contracts and manifest")
+    parser.add_argument("--centre", default="", help="whom the replies go to, for the manifest")
     options = parser.parse_args()
     logging.basicConfig(
         level=logging.INFO,
@@ -309,6 +344,7 @@ def main() -> None:
             client_app,
             lambda: pins_of(own, options.pins),
             options.poll,
+            Door(options.folder, options.state, options.centre) if options.folder else None,
         )
     except TrunklineError as error:
         logger.error("%s", error)

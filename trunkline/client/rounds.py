@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 import trunkline
+from trunkline.client import consent
 from trunkline.client.candidates import finish
 from trunkline.client.data.statistics import lent_statistics, names_of
 from trunkline.client.evaluation import Decision, curve, decide_site, score_site
@@ -28,12 +29,16 @@ from trunkline.exchange import (
     seed_of,
     specs_of,
 )  # fmt: skip
+from trunkline.guards import at_site, guards_of
 from trunkline.models.trunk import TrunkModel
 
 
 def answer_offer(site: Site, order: Order) -> tuple[Offer, Arrays]:
-    """Who this site is and what it would lend; with it the first values of lent parts that only sites can build."""
-    site.consent(order.lend)
+    """Who this site is and what it would lend; with it the first values of lent parts that only sites can build.
+
+    Raises:
+        Declined, Pending: the plant takes no part in this run, or has not decided yet.
+    """
     model = site.model(order)
     lent = model.share(order.lend)
     trunk = model.share(("trunk",)) if "trunk" in order.lend else Arrays()
@@ -43,17 +48,20 @@ def answer_offer(site: Site, order: Order) -> tuple[Offer, Arrays]:
         run=order.run,
         version=trunkline.__version__,
         arrays=specs_of(lent),
+        metrics=contract_of(site, lent).metrics,
         tasks=tuple(task.card for task in site.data.tasks.values()),
         once=specs_of(once),
         inputs=names_of(site.data) if once or "stem" in order.lend else None,
     )
+    consent.at_offer(site, order, offer)
     first = {name: array for name, array in lent.items() if name not in trunk}
     return offer, Arrays({**first, **once})
 
 
 def contract_of(site: Site, lent: Arrays) -> Contract:
     """What this site may send in this run; the server makes the same from the site's Offer."""
-    return Contract(arrays=specs_of(lent), metrics=metric_names(tuple(task.card for task in site.data.tasks.values())))
+    named = metric_names(tuple(task.card for task in site.data.tasks.values()))
+    return Contract(arrays=specs_of(lent), metrics=consent.lets_go(site.config.policy, named))
 
 
 def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry]:
@@ -62,15 +70,15 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
     A question that was answered before (same order, same arrays) is answered from the vault, byte for byte.
 
     Raises:
-        ContractError: the run wants more than the site lends, or another trunk than the site builds.
+        ContractError: the order is not what the plant agreed to, or the trunk is another than the site builds.
         StorageError: the vault cannot be read or written; nothing was sent.
     """
     site.meet(order)
+    consent.hold(site, order)
     vault = Vault(site.state, order.run, site.tell, site.seal)
     question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
     entry = vault.answered(order.round, question)
     if entry is None:
-        site.consent(order.lend)
         entry = _train(site, order, arrays, vault, question)
         vault.put(order.round, entry)
     reply = Reply(site=site.name, run=order.run, round=order.round, contract=order.contract, weight=entry.weight)
@@ -83,11 +91,11 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
     Trains nothing and writes nothing, so any number of probes change no answer that follows.
 
     Raises:
-        ContractError: the run wants more than the site lends, or another trunk than the site builds.
+        ContractError: the order is not what the plant agreed to, or the trunk is another than the site builds.
         StorageError: the vault cannot be read.
     """
     site.meet(order)
-    site.consent(order.lend)
+    consent.hold(site, order)
     before = Vault(site.state, order.run, site.tell, site.seal).before(order.round, order.passed)
     model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
     metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
@@ -135,7 +143,10 @@ def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str
         ).balance  # fmt: skip
     after = model.share(order.lend)
     delta = Arrays({name: np.subtract(array, arrays[name]) for name, array in after.items()})
-    contract_of(site, arrays).check(delta, metrics)
+    delta = at_site(guards_of(order.about.guards), delta)
+    contract = contract_of(site, arrays)
+    metrics = {name: number for name, number in metrics.items() if name in contract.metrics}
+    contract.check(delta, metrics)
     return Entry(
         question=question,
         private=model.private(order.lend),
@@ -247,7 +258,7 @@ def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     again the same, it is done already.
     """
     site.meet(order)
-    site.consent(order.lend)
+    consent.hold(site, order)
     vault = Vault(site.state, order.run, site.tell, site.seal)
     question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
     if vault.decisions(question) is None:
@@ -267,7 +278,7 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     With a personal model beside the shared one (`plan.personal`) it is the personal one that federation gave this site.
     """
     site.meet(order)
-    site.consent(order.lend)
+    consent.hold(site, order)
     vault = Vault(site.state, order.run, site.tell, site.seal)
     before = vault.before(order.round, order.passed)
     models = _finished(site, order, _roles(site, order, arrays, before), _Best.of(before))
@@ -280,7 +291,8 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
                 "was not there when the sites chose by their validation rows, so it chooses by rows its models have seen: "
                 "thresholds and the choice of the gate are too hopeful. Run it again with all sites there."
             )
-    return Scorecard(site=site.name, run=order.run, rows=score_site(site, models, order, settled=settled))
+    rows = score_site(site, models, order, settled=settled)  # its predictions stay here as evidence, report or not
+    return Scorecard(site=site.name, run=order.run, rows=rows if site.config.policy.report else ())
 
 
 def _roles(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> dict[str, TrunkModel]:

@@ -16,7 +16,7 @@ from trunkline.client.access import open_seal
 from trunkline.client.data import SiteData, open_data
 from trunkline.client.training import Resident, device
 from trunkline.config import SiteConfig
-from trunkline.errors import ConfigError, ContractError
+from trunkline.errors import ConfigError
 from trunkline.exchange import Conditions, Order, seed_of
 from trunkline.models.trunk import TrunkModel, build_model
 from trunkline.sealing import Seal
@@ -36,6 +36,7 @@ class Site:
     state: Path
     data: SiteData
     seal: Seal | None = None
+    plant: bool = False  # a real one, where somebody can be asked; simulated sites are the researcher's own
     _resident: dict[str, Resident] = field(default_factory=dict)
     _conditions: tuple[Conditions, int] = (Conditions(), 0)  # and the seed of the run that has them
     _now: dict[str, Resident] = field(default_factory=dict)  # rows under these conditions
@@ -110,20 +111,6 @@ class Site:
         )
         return model.to(device())
 
-    def consent(self, lend: tuple[str, ...]) -> None:
-        """Raises ContractError when the run asks for more than the site's own policy lends.
-
-        "scaler" is not asked for here: a site that does not lend its statistics takes part without them.
-        """
-        allowed = self.config.policy.lend
-        for part in lend:
-            if part == "scaler":
-                continue
-            if part not in allowed and not (part.startswith("head.") and "heads" in allowed):
-                raise ContractError(
-                    f"the run wants {part!r} lent; the policy of {self.name} in site.toml lends {', '.join(allowed) or 'nothing'}"
-                )
-
     @cached_property
     def signature(self) -> tuple[tuple[str, int, int], ...]:
         return _signature(self.folder)
@@ -136,8 +123,8 @@ def open_site(node_config: Mapping[str, object], *, fresh: bool = False) -> Site
     """The Site a node stands for; read once a process and kept.
 
     Args:
-        node_config: of the plant's own SuperNode: `site` is its folder, `state` its state folder; in a simulation
-            `partition-id` counts the folders below TRUNKLINE_SITES. A server can set neither.
+        node_config: of the plant's own SuperNode: `site` is its folder, `state` its state folder, `plant` says that it is a
+            real one; in a simulation `partition-id` counts the folders below TRUNKLINE_SITES. A server can set none of them.
         fresh: read the folder again if its files have changed (asked at the start of a run, never within one).
 
     Raises:
@@ -163,7 +150,8 @@ def open_site(node_config: Mapping[str, object], *, fresh: bool = False) -> Site
     known = _open.get((folder, state))
     if known is None or (fresh and known.signature != _signature(folder)):
         seal = open_seal(state, lambda text: logger.warning("%s: %s", folder.name, text))
-        known = _open[folder, state] = Site(folder, state, open_data(folder, state, seal), seal)
+        plant = bool(node_config.get("plant"))
+        known = _open[folder, state] = Site(folder, state, open_data(folder, state, seal), seal, plant)
         _ = known.signature
         for note in known.data.notes:
             if note.level == "warning" and note.where.startswith("task "):  # a task set aside should not go unnoticed

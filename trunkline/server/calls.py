@@ -44,6 +44,7 @@ class Answer:
     content: RecordDict | None
     failure: str = ""
     silent: bool = False  # the deadline passed; the node may still be at work
+    code: int = 0  # of an error reply
 
 
 @dataclass
@@ -138,7 +139,11 @@ def ask(
                 continue
             del open_requests[answered]
             patient.discard(answered)
-            yield Answer(answered, None, error[2]) if error is not None else Answer(answered, message.content)
+            yield (
+                Answer(answered, None, error[2], code=error[1])
+                if error is not None
+                else Answer(answered, message.content)
+            )
             del message  # it may hold a trunk, and what comes next may be another
         poll = POLL_FIRST_S if heard else min(poll * 2, POLL_MOST_S)
         if open_requests and patient and not heard and not (local is not None and local.waits):

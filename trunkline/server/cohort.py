@@ -1,5 +1,6 @@
 """Who takes part: offers from sites, the contract made of them, and the name behind each node."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,13 +12,14 @@ from flwr.serverapp import Grid
 
 from trunkline.config import CohortConfig
 from trunkline.errors import ContractError, QuorumError, Refused
-from trunkline.exchange import Arrays, ArraySpec, Contract, Offer, Order, metric_names, specs_of
-from trunkline.flower import open_records, to_records
-from trunkline.server.calls import ask, now, pause
+from trunkline.exchange import SITE_NAME, Arrays, ArraySpec, Contract, Offer, Order, metric_names, specs_of
+from trunkline.flower import DECLINED, PENDING, open_records, to_records
+from trunkline.server.calls import Answer, ask, now, pause
 from trunkline.server.intake import read_header
 from trunkline.server.release import check_statistics
 
 GREET_S = 0.5  # pause between looks for new nodes while the cohort gathers
+CONSENT_S = 5.0  # pause between questions to a site whose plant has not decided yet
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Cohort:
         self.members: dict[str, Member] = {}
         self.specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.trunk}
         self._greeted: set[int] = set()
+        self._pending: dict[int, float] = {}  # node whose plant has not decided -> when it is asked again
         self._left_out: dict[str, str] = {}
 
     def gather(self) -> None:
@@ -85,7 +88,7 @@ class Cohort:
             missing = [site for site in self.config.sites if site not in self.members]
             if len(self.members) >= self.config.min_sites and not missing:
                 return
-            if now(self.grid) >= end or getattr(self.grid, "complete", False):
+            if now(self.grid) >= end or (getattr(self.grid, "complete", False) and not self._pending):
                 came = ", ".join(sorted(self.members)) or "none"
                 lacking = f"; missing by name: {', '.join(missing)}" if missing else ""
                 why = " ".join(self._left_out.values())
@@ -105,12 +108,17 @@ class Cohort:
             pause(self.grid, GREET_S, end - now(self.grid))
 
     def greet(self, deadline_s: float) -> None:
-        """Ask every node not yet known who it is. A node that restarted comes back under a new id, and its site moves to it."""
+        """Ask every node not yet known who it is. A node that restarted comes back under a new id, and its site moves to it.
+
+        A site whose plant leaves the decision to a person is asked again every few seconds, here and at later rounds.
+        """
         roster = self.roster() if self.roster is not None else None
+        at = now(self.grid)
         new = [
             node
             for node in self.grid.get_node_ids()
             if node not in self._greeted
+            and self._pending.get(node, at) <= at
             and (roster is None or node in roster)  # who just enrolled is in it in a moment
         ]
         if not new:
@@ -119,9 +127,14 @@ class Cohort:
         offers: dict[int, tuple[Offer, Arrays]] = {}
         requests: dict[int, Callable[[], RecordDict]] = {node: lambda: to_records({}, content) for node in new}
         for answer in ask(self.grid, "query", requests, round=0, deadline_s=deadline_s, resend_s=self.config.resend_s):
+            if answer.code == PENDING:
+                self._wait_for(answer)
+                continue
             self._greeted.add(answer.node)
+            self._pending.pop(answer.node, None)
             if answer.content is None:
-                self._leave_out(f"node {answer.node}", answer.failure)
+                who, why = _told_by(answer) if answer.code == DECLINED else (f"node {answer.node}", answer.failure)
+                self._leave_out(who, why)
                 continue
             try:
                 came, header, _ = open_records(answer.content)
@@ -198,7 +211,8 @@ class Cohort:
                     else "its sensors or classes differ: lend the trunk only"
                 )
                 raise Refused(f"`{spec.name}` has shape {spec.shape}; this run has {wanted.shape} ({remedy}).")
-        contract = Contract(arrays=offer.arrays, metrics=metric_names(offer.tasks))
+        metrics = tuple(name for name in metric_names(offer.tasks) if name in offer.metrics)
+        contract = Contract(arrays=offer.arrays, metrics=metrics)
         beyond = {spec.name: spec for spec in (*offer.arrays, *offer.once) if spec not in self.trunk}
         Contract(arrays=tuple(beyond.values()), metrics=()).check(arrays, {})
         once = arrays.only({spec.name: spec for spec in offer.once})
@@ -214,8 +228,16 @@ class Cohort:
                     "text": f"{offer.site} lends no scaler statistics: its policy in site.toml does not name them.",
                 }
             )
+        self._left_out.pop(offer.site, None)
         first = arrays.only({name: None for name in arrays if name not in once})
         self.members[offer.site] = Member(offer.site, node, offer, contract, first, once)
+
+    def _wait_for(self, answer: Answer) -> None:
+        who, why = _told_by(answer)
+        if answer.node not in self._pending:
+            self._left_out[who] = f"{who} waits for its plant's consent: {why}"
+            self.tell({"event": "note", "text": self._left_out[who]})
+        self._pending[answer.node] = now(self.grid) + CONSENT_S
 
     def _leave_out(self, who: str, why: str) -> None:
         self._left_out[who] = f"{who} does not take part: {why}"
@@ -228,3 +250,9 @@ class Cohort:
             for name, array in self.members[site].first.items():
                 arrays.setdefault(name, array)
         return Arrays(arrays)
+
+
+def _told_by(answer: Answer) -> tuple[str, str]:
+    """Site and reason of a refusal by a plant, whose text is `SITE: why`; a name that is none is not taken over."""
+    site, _, why = answer.failure.partition(": ")
+    return (site, why) if why and re.fullmatch(SITE_NAME, site) else (f"node {answer.node}", answer.failure)

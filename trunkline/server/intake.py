@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from trunkline.errors import ContractError, Refused
 from trunkline.exchange import PROTOCOL, Arrays, Contract, Order, Reply, Update
+from trunkline.guards import at_server, guards_of
 
 LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, far within the exact sum's range
 
@@ -79,6 +80,7 @@ def admit(
                 raise ContractError(
                     f"metric `{name}` is {number}. Look at the site's learning rate and its `trunkline check`"
                 )
+        arrays = at_server(guards_of(order.about.guards), arrays)
     except ContractError as error:
         what = "answer" if order.probe else "update"
         raise Refused(f"{site}, round {order.round}: {what} set aside. {error}.") from None

@@ -4,8 +4,11 @@ Flower's Strategy classes collect every reply before they look at one and end th
 stands on Flower's messages (`Grid.push_messages`, `pull_messages`) instead; docs/decisions.md has the comparison.
 """
 
+import getpass
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,8 +22,9 @@ from flwr.serverapp import Grid
 
 from trunkline.config import RunConfig, with_settings
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, StateLost
-from trunkline.exchange import FIT, PROBED, Arrays, Order, Scorecard, TaskRow, Twin, Update, seed_of
+from trunkline.exchange import FIT, PROBED, About, Arrays, Order, Scorecard, TaskRow, Twin, Update, seed_of
 from trunkline.flower import open_records, to_records
+from trunkline.guards import guards_of
 from trunkline.models.trunk import first_trunk
 from trunkline.release import COHORT_RELEASE, RELEASE, Figure
 from trunkline.server.calls import ask
@@ -105,6 +109,10 @@ class _Run:
             self.lend and "scaler" in run.lend and "scaler" not in self.lend
         ):  # no part of the model: not the strategy's to say
             self.lend = (*self.lend, "scaler")
+        self.about = About(
+            operator=run.operator or _account(), name=run.name, strategy=run.strategy.name, rounds=run.total_rounds,
+            guards=run.guards,
+        )  # fmt: skip
         self.checkpoint = Checkpoint(out, tell=lambda text: tell({"event": "note", "text": text}))
         self.key = key or f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.records: list[RoundRecord] = []
@@ -180,7 +188,7 @@ class _Run:
             run=self.key, seed=self.run.seed, round=round, rounds=self.run.rounds, trunk=self.spec, plan=self.strategy.plan,
             passed=self.run.rounds if round > self.run.rounds and self.run.refit else 0,
             lend=self.lend, weight_cap=self.run.cohort.weight_cap, baseline=self.run.report.baseline and bool(self.lend),
-            twin=self._twin(),
+            twin=self._twin(), about=self.about,
         )  # fmt: skip
 
     def _twin(self) -> Twin | None:
@@ -269,8 +277,8 @@ class _Run:
         Only a simulation has such a grid, and its sites are its own: they check their updates themselves.
         """
         together = getattr(self.grid, "together", None)
-        if together is None or not self.strategy.summable:
-            return
+        if together is None or not self.strategy.summable or guards_of(self.run.guards):
+            return  # under a guard each site answers for itself, and its update is looked at alone
         everybody, sizes = len(by_node), {name: array.nbytes for name, array in state.trunk.items()}
         bytes_of: dict[tuple[str, ...], int] = {}  # most sites lend the same
         for part in together(self._order(round), state.trunk, list(by_node)):
@@ -323,7 +331,9 @@ class _Run:
                 if not answer.silent:
                     answered.add(member.site)
                 if answer.content is None:
-                    raise Refused(f"{member.site}, round {round}: no update. {answer.failure}")
+                    raise Refused(
+                        f"{member.site}, round {round}: no update. {answer.failure.removeprefix(f'{member.site}: ')}"
+                    )
                 arrays, header, metrics = open_records(answer.content)
                 update = admit(member.site, member.contract, orders[answer.node], Arrays(arrays), header, metrics)
             except ContractError as error:
@@ -377,7 +387,7 @@ class _Run:
             site = by_node[answer.node].site
             try:
                 if answer.content is None:
-                    raise Refused(f"{site}, round {round}: no answer. {answer.failure}")
+                    raise Refused(f"{site}, round {round}: no answer. {answer.failure.removeprefix(f'{site}: ')}")
                 arrays, header, metrics = open_records(answer.content)
                 told = admit(site, PROBED, orders[answer.node], Arrays(arrays), header, metrics).metrics
                 if FIT not in told:
@@ -418,7 +428,7 @@ class _Run:
             member = by_node[answer.node]
             try:
                 if answer.content is None:
-                    raise Refused(f"{member.site}: no scorecard. {answer.failure}")
+                    raise Refused(f"{member.site}: no scorecard. {answer.failure.removeprefix(f'{member.site}: ')}")
                 _, header, _ = open_records(answer.content)
                 card = read_header(Scorecard, header, member.site, order.round)
                 allowed = {one.task for one in member.offer.tasks}
@@ -474,6 +484,15 @@ class _Run:
             for one in meta["records"]
         ]
         return state
+
+
+def _account() -> str:
+    """Who runs this, unless run.toml says: the account and the machine."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"[:120]
 
 
 def _by_cohort(cohorts: Mapping[str, int]) -> list[tuple[int, list[str]]]:

@@ -9,6 +9,7 @@ from flwr.app import Context, RecordDict
 
 from trunkline.config import RunConfig, WorldConfig
 from trunkline.errors import ConfigError
+from trunkline.guards import guards_of
 from trunkline.progress import EVENTS
 from trunkline.release import RELEASE
 from trunkline.server.report import read_report, write_report
@@ -44,6 +45,10 @@ def simulate(
             raise ConfigError("strategy 'central' keeps no checkpoints; start it afresh with --overwrite.")
         if newcomers:
             raise ConfigError("strategy 'central' releases no trunk for [newcomers]. Choose another strategy.")
+        if guards_of(run.guards):
+            raise ConfigError(
+                "strategy 'central' sends no update that [guards] could guard: take it out of the run file."
+            )
         if run.search.trials:
             raise ConfigError(
                 "[search] tries runs of a federation, and strategy 'central' is none. Choose another strategy."

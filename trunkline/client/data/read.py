@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from trunkline.client.data.formats import Role, columns_of, kind_of, load
 from trunkline.client.data.notes import Findings, counted, some
-from trunkline.config import SiteConfig
+from trunkline.config import POLICY, SiteConfig
 from trunkline.errors import DataError, nearest
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", "-", "?")  # how exports write "no value", compared without case
 NO_LABEL = ("", "na", "n/a", "nan", "null")  # shorter: "none" and "-" may be the name of a class
 TRUTH = {"true": "1", "false": "0"}
+OURS = ("site.toml", POLICY)  # never data, whatever a pattern matches
 Bad = tuple[str, str, str]  # place, value, what it should have been
 
 
@@ -90,7 +91,7 @@ def find_files(folder: Path, patterns: str | tuple[str, ...], key: str, findings
     found: set[Path] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:
-            here = {path for path in folder.glob(pattern) if path.is_file() and path.name != "site.toml"}
+            here = {path for path in folder.glob(pattern) if path.is_file() and path.name not in OURS}
         except (ValueError, NotImplementedError, IndexError):
             findings.problem(
                 str(folder / "site.toml"),
@@ -100,9 +101,7 @@ def find_files(folder: Path, patterns: str | tuple[str, ...], key: str, findings
             continue
         if not here:
             there = sorted(
-                str(path.relative_to(folder))
-                for path in folder.rglob("*")
-                if path.is_file() and path.name != "site.toml"
+                str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name not in OURS
             )
             findings.problem(
                 str(folder), f"no file matches {pattern!r} (`data.{key}`).",
