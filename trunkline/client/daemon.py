@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trunkline.client.access import open_seal
 from trunkline.config import SiteConfig, read_site
 from trunkline.errors import DeploymentError
 from trunkline.flower import environment
@@ -45,6 +46,7 @@ def start(
     Raises:
         ConfigError: site.toml says something that cannot be meant.
         DeploymentError: another daemon holds `state`, or a file is missing.
+        TrustError: `state` is sealed and cannot be opened, or other accounts can reach it.
     """
     site_dir = site_dir.resolve()
     site = read_site(site_dir)
@@ -53,6 +55,7 @@ def start(
         raise DeploymentError(f"{tls_ca}: no such file. Give the certificate authority of the server, in PEM.")
     if not server.rpartition(":")[2].isdigit():
         raise DeploymentError(f"server {server!r}: expected host:port, such as 10.0.0.5:9140.")
+    open_seal(state, tell)  # said here and now, and not in a log at the first message
     children = children_of(site, site_dir, server, state, tls_ca, client_app)
     tell(f"site {site.name}: asking {server} for work; state in {state}. Ctrl-C ends it.")
     Supervisor(children, state, {"role": "client", "site": site.name, "server": server}).run()
