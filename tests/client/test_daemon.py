@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from trunkline.client import daemon
-from trunkline.errors import ConfigError, DeploymentError
+from trunkline.errors import ConfigError, DeploymentError, TrustError
+from trunkline.sealing import make_seal
 
 
 def test_a_site_folder_that_cannot_be_passed_on_is_refused(tmp_path: Path) -> None:
@@ -29,3 +30,21 @@ def test_a_site_that_has_not_joined_talks_to_nobody_beyond_this_machine(tmp_path
     with pytest.raises(DeploymentError, match=r"has not joined.*trunkline client join 192\.0\.2\.7:9140"):
         daemon.start(tmp_path, server="192.0.2.7:9140")
     assert not (tmp_path / ".trunkline" / "status.json").exists()
+
+
+def test_a_sealed_state_that_cannot_be_opened_is_told_before_anything_starts(tmp_path: Path) -> None:
+    folder, key = tmp_path / "plant", tmp_path / "key"
+    folder.mkdir()
+    (folder / "site.toml").write_text(
+        'name = "p"\n[data]\nfiles = "*.csv"\nchannels = ["a"]\n[tasks.t]\nkind = "regression"\ntarget = "t"\nunit = "mm"\n'
+    )
+    make_seal(folder / ".trunkline", f"file:{key}")
+    before = sorted(folder.rglob("*"))
+    (folder / ".trunkline").chmod(0o755)
+    with pytest.raises(TrustError, match="chmod 700"):
+        daemon.start(folder)
+    (folder / ".trunkline").chmod(0o700)
+    key.unlink()
+    with pytest.raises(TrustError, match="the key file is gone"):
+        daemon.start(folder)
+    assert sorted(folder.rglob("*")) == before

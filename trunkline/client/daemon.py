@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trunkline.client.access import open_seal
 from trunkline.client.identity import Identity
 from trunkline.client.join import read_membership
 from trunkline.client.keeper import Keeper
 from trunkline.config import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower import environment
-from trunkline.sealing import find_seal
 from trunkline.supervise import Child, Supervisor, is_loopback, make_secret, read_status, say, status_table
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def start(
     Raises:
         ConfigError: site.toml says something that cannot be meant.
         DeploymentError: another daemon holds `state`, or the server is elsewhere and this site has not joined.
-        TrustError: an identity is there and cannot be used.
+        TrustError: an identity is there and cannot be used, or `state` is sealed and cannot be opened.
     """
     site_dir = site_dir.resolve()
     site = read_site(site_dir)
@@ -70,6 +70,7 @@ def start(
         )
     if identity.joined:
         _check_membership(site, state)
+    open_seal(state, tell)  # said here and now, and not in a log at the first message
     children = children_of(site, site_dir, server, state, client_app, door)
     tell(f"site {site.name}: asking {server} for work; state in {state}. Ctrl-C ends it.")
     supervisor = Supervisor(children, state, {"role": "client", "site": site.name, "server": server})
@@ -90,7 +91,6 @@ def _check_membership(site: SiteConfig, state: Path) -> None:
         raise TrustError(
             f"{state}: joined as {name!r}, and site.toml says name = {site.name!r}. Change it back, or join again with a code for it."
         )
-    find_seal(state)  # a missing key is told now, not by a part that keeps ending
 
 
 def children_of(

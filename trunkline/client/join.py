@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, Field, ValidationError
 
 import trunkline
+from trunkline.client.at_rest import seal_state
 from trunkline.client.identity import Identity, records_key
 from trunkline.config import read_site
 from trunkline.enrolment import (
@@ -108,8 +109,7 @@ def join(site_dir: Path, state: Path, server: str, code: Code, key: str | None =
     Raises:
         TrustError: the centre cannot be reached, is another, or refuses the code; an identity that was here stays.
     """
-    named = read_site(site_dir).name
-    make_seal(state, key)
+    named = _sealed(site_dir, state, key)
     with _invited(code) as (certificate, secret):
         # nobody is trusted yet: the answer is believed only where it is the authority that the code names
         first = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -140,8 +140,7 @@ def write_request(site_dir: Path, state: Path, code: Code, out: Path, key: str |
 
     The site's new private key waits in the state folder for `accept_admission`.
     """
-    named = read_site(site_dir).name
-    make_seal(state, key)
+    named = _sealed(site_dir, state, key)
     fresh = new_site_key()
     write_atomic(Identity.of(state).folder / PENDING, key_pem(fresh))
     asked = _request(fresh, named, state)
@@ -210,6 +209,16 @@ def hello(state: Path, server: str | None = None) -> tuple[Hello, datetime]:
         return said, datetime.fromisoformat(said.now)
     except ValueError:
         raise TrustError(f"the centre says it is {said.now!r}, which is no time. Update Trunkline there.") from None
+
+
+def _sealed(site_dir: Path, state: Path, key: str | None) -> str:
+    """The site's name; its state is sealed from here on, and what lay there in the clear too."""
+    site = read_site(site_dir)
+    if find_seal(state) is None:
+        seal_state(state, key, tuple(site.tasks))
+    else:
+        make_seal(state, key)  # checks that it is the key in use
+    return site.name
 
 
 def _check_dates(identity: Identity) -> None:
