@@ -1,5 +1,6 @@
 """The gateway lets in whom the book welcomes, for what a SuperNode needs, and says in words why it lets nobody else in."""
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -34,7 +35,9 @@ from tests.server.federation import (
 from trunkline import keys
 from trunkline.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
 from trunkline.errors import DeploymentError
-from trunkline.server.gateway import FLEET, Gateway, Hush, address
+from trunkline.server.gateway import Gateway, address, serve
+from trunkline.server.hush import Hush
+from trunkline.server.routes import FLEET
 from trunkline.server.trust import Replays
 from trunkline.server.wire import Denied
 
@@ -763,6 +766,17 @@ def test_the_command_serves_and_ends_within_three_seconds(
     finally:
         process.kill()
         process.communicate(timeout=WAIT_S)
+
+
+def test_a_defect_in_a_part_of_it_ends_the_whole(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather that the daemon starts another than a port that takes nobody."""
+
+    async def broken(self: Gateway) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Gateway, "_accept", broken)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(asyncio.wait_for(serve(federation.state, ("127.0.0.1", 0), ("127.0.0.1", 1)), WAIT_S))
 
 
 def test_the_command_says_what_is_missing(federation: Federation) -> None:
