@@ -14,7 +14,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 
 from tests.server.federation import PULL, WAIT_S, Behind, Federation, Member, answers, running, superlink, until
-from trunkline.server.gateway import FLEET, FORWARDED
+from trunkline.server.routes import FLEET, FORWARDED
 
 REQUESTS, WORKERS, SEED = 10_000, 8, 20_261_126
 ALLOWED = {name.decode() for name in FORWARDED} | {"host", "content-length"}

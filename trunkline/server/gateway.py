@@ -17,7 +17,6 @@ import signal
 import socket
 import ssl
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,127 +24,19 @@ from http import HTTPStatus
 from pathlib import Path
 
 from trunkline import keys
-from trunkline.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
 from trunkline.errors import DeploymentError, StorageError, TrunklineError
+from trunkline.server.heads import Request, answer_head, parse_request, plain, request_head
+from trunkline.server.hush import Hush
 from trunkline.server.registry import Book, Registry
+from trunkline.server.routes import FORWARDED, RETURNED, Limits, Route, routes
 from trunkline.server.trust import Caller, Peer, Replays, Trust, admit, handshake_words
-from trunkline.server.wire import (
-    START,
-    Denied,
-    Lost,
-    Pool,
-    Request,
-    Wire,
-    answer_head,
-    copy,
-    dial,
-    dial_unix,
-    parse_request,
-    plain,
-    request_head,
-)
+from trunkline.server.wire import START, Denied, Lost, Pool, Wire, copy, dial, dial_unix
 from trunkline.supervise import say
 
 SOCKET = "registrar.sock"
 LONGEST_PATH = 100  # bytes; the system takes 107 for a unix socket
 CERTIFICATE_HEADER = b"x-trunkline-certificate"  # base64 of the DER of the caller's certificate
 PEER_HEADER = b"x-trunkline-peer"  # ip:port
-FLEET = tuple(
-    f"/v1/fleet/{name}"
-    for name in (
-        *("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "get-run"),
-        *("get-fab", "push-object", "pull-object", "confirm-message-received"),
-    )
-)
-# what Flower 1.41's FleetHttpClient and its two interceptors send and its SuperLink reads
-FORWARDED = (
-    *(b"content-type", b"content-encoding", b"accept", b"accept-encoding"),
-    *(b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"),
-    *(b"flwr-package-name", b"flwr-package-version", b"flwr-component-name"),
-)
-RETURNED = (
-    *(b"content-type", b"content-encoding", b"date", b"retry-after", b"www-authenticate"),
-    b"flwr-version-incompatibility-message",
-)
-
-
-@dataclass(frozen=True)
-class Route:
-    """Who may ask for a path, and who answers.
-
-    Args:
-        site, invited: whether a certificate, or an invitation, reaches it.
-        registrar: the registrar answers; otherwise the SuperLink.
-        body: largest one, in bytes. signed: Flower's identity headers are part of it.
-    """
-
-    method: str
-    site: bool
-    invited: bool
-    registrar: bool
-    body: int
-    signed: bool = False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one caller, or all of them, may take up; seconds where it says `_s`."""
-
-    connections: int = 1000
-    per_host: int = 64
-    body: int = 32 << 20  # Flower sends arrays in chunks of 5 MiB
-    head: int = 32 << 10
-    handshake_s: float = 10.0
-    head_s: float = 30.0
-    idle_s: float = 120.0  # between two requests
-    body_s: float = 60.0  # without a byte of a body, either way
-    answer_s: float = 120.0  # for the SuperLink to begin its answer
-    linger_s: float = 2.0
-    sweep_s: float = 10.0  # a revoked site's idle connection is closed at the next sweep
-    quiet_s: float = 1.0  # between two lines of one sort about one peer
-    full_s: float = 60.0  # between two lines about connections that were not taken
-
-
-def routes(limits: Limits) -> dict[str, Route]:
-    """Path -> route; whatever is not a key of it does not exist."""
-    fleet = Route("POST", site=True, invited=False, registrar=False, body=limits.body, signed=True)
-    return {
-        **dict.fromkeys(FLEET, fleet),
-        "/health": Route("GET", site=True, invited=False, registrar=False, body=0),
-        AUTHORITY_PATH: Route("GET", site=True, invited=True, registrar=True, body=0),
-        JOIN_PATH: Route("POST", site=False, invited=True, registrar=True, body=LIMIT),
-        RENEW_PATH: Route("POST", site=True, invited=False, registrar=True, body=LIMIT),
-        HELLO_PATH: Route("GET", site=True, invited=False, registrar=True, body=0),
-    }
-
-
-class Hush:
-    """Lines of a log, where nobody can fill the disk by repeating what is refused."""
-
-    def __init__(self, tell: Callable[[str], None], cap: int = 10_000) -> None:
-        self.tell, self.cap = tell, cap
-        self._said: dict[tuple[str, str], tuple[float, int]] = {}  # (who, kind) -> when, and how often it went unsaid
-
-    def say(self, who: str, kind: str, text: str, pause_s: float) -> None:
-        """A line, unless one of this kind about `who` was said within `pause_s`; then it is counted."""
-        present = time.monotonic()
-        last, unsaid = self._said.get((who, kind), (-pause_s, 0))
-        if present - last < pause_s:
-            self._said[who, kind] = (last, unsaid + 1)
-            return
-        if len(self._said) >= self.cap:
-            self._said.pop(next(iter(self._said)))
-        self._said[who, kind] = (present, 0)
-        self.tell(text + (f" (and {unsaid:,} times more since the last such line)" if unsaid else ""))
-
-    def flush(self, older_s: float) -> None:
-        """Say the counts that no further line would, and forget."""
-        present = time.monotonic()
-        for (who, kind), (last, unsaid) in list(self._said.items()):
-            if present - last >= older_s:
-                del self._said[who, kind]
-                if unsaid:
-                    self.tell(f"{who}: {kind}: {unsaid:,} times more")
 
 
 @dataclass(eq=False)
@@ -216,6 +107,10 @@ class Gateway:
         self._background = [asyncio.create_task(self._accept()), asyncio.create_task(self._sweep())]
         self.tell(f"listens on {self.listen[0]}:{self.port}; the SuperLink is at {self.upstream[0]}:{self.upstream[1]}")
 
+    async def watch(self) -> None:
+        """Returns never; raises what ended a part without which nobody is served."""
+        await asyncio.gather(*self._background)
+
     async def stop(self, grace_s: float = 1.0) -> None:
         """Take no more; calls that are being answered have `grace_s` seconds to end."""
         for task in self._background:
@@ -250,9 +145,8 @@ class Gateway:
                 text = f"{host}: not taken: {most:,} connections are open from {who} already, and no more are taken"
                 self._hush.say(who, "too many connections", text, self.limits.full_s)
                 continue
-            sock.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-            )  # or a small answer waits 40 ms for an acknowledgement
+            with contextlib.suppress(OSError):  # without it a small answer waits 40 ms for an acknowledgement
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._hosts[host] += 1
             task = asyncio.create_task(self._welcome(sock, host, port))
             self._tasks.add(task)
@@ -286,15 +180,17 @@ class Gateway:
             words = handshake_words(error)
             self._hush.say(host, words, f"{host}:{port}: not let in: {words}", self.limits.quiet_s)
             return
-        visit = _Visit(wire, Peer.of(wire.transport.get_extra_info("ssl_object").getpeercert(True), host, port))
-        self._visits.add(visit)
         wire.on_lost = this.cancel  # what is being asked for nobody any more is not asked further
         try:
-            if not wire.gone:
-                await self._converse(visit)
+            visit = _Visit(wire, Peer.of(wire.transport.get_extra_info("ssl_object").getpeercert(True), host, port))
+            self._visits.add(visit)
+            try:
+                if not wire.gone:
+                    await self._converse(visit)
+            finally:
+                self._visits.discard(visit)
         finally:
             wire.on_lost = None
-            self._visits.discard(visit)
             await wire.shut(self.limits.linger_s)
 
     async def _converse(self, visit: _Visit) -> None:
@@ -319,11 +215,10 @@ class Gateway:
                     await wire.linger(limits.linger_s)
                 return
             except Lost as lost:
-                if lost.silent and (
-                    visit.busy or first
-                ):  # a connection that was used and is no longer is nothing to tell
-                    text = f"{visit.peer.name} ({visit.peer.address}): {what}{lost}; the connection is closed"
-                    self._hush.say(visit.peer.host, "silent", text, limits.quiet_s)
+                # a connection that was used, and is let go between two calls, is nothing to tell
+                if lost.wire is not wire or (lost.silent and (visit.busy or first)):
+                    text = f"{visit.peer.name} ({visit.peer.address}): {what}{'' if lost.wire is wire else 'who answers '}{lost}; the connection is closed"
+                    self._hush.say(visit.peer.host, "broken off", text, limits.quiet_s)
                 return
             visit.busy, first, patience = False, False, limits.idle_s
 
@@ -504,8 +399,14 @@ async def serve(state: Path, listen: tuple[str, int], upstream: tuple[str, int])
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await gateway.start()
-    await ended.wait()
+    parts = {asyncio.create_task(ended.wait()), asyncio.create_task(gateway.watch())}
+    done, waiting = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     await gateway.stop()
+    for part in waiting:
+        part.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    for part in done:
+        part.result()  # a defect ends the process, with its traceback: the daemon starts another
 
 
 def main() -> int:

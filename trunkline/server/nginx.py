@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives import hashes
 
 from trunkline import keys
 from trunkline.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
-from trunkline.server.gateway import FORWARDED, PEER_HEADER, SOCKET, Limits, address, routes
+from trunkline.server.gateway import PEER_HEADER, SOCKET, address
 from trunkline.server.registry import Book, Registry
+from trunkline.server.routes import FORWARDED, Limits, routes
 from trunkline.server.trust import JOIN_AGAIN, moment, remembered
 from trunkline.storage import write_atomic
 

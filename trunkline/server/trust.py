@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from trunkline import keys
 from trunkline.errors import DeploymentError, StorageError
+from trunkline.server.heads import plain
 from trunkline.server.registry import REGISTRY, Book, Registry
 from trunkline.server.wire import Denied
 
@@ -138,7 +139,7 @@ class Peer:
             address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
             host=host,
             der=der,
-            name=keys.common_name(certificate) or "no name",
+            name=plain(keys.common_name(certificate), 64) or "no name",
             key=keys.key_id(public),
             header=base64.b64encode(keys.spki(public)),
             until=certificate.not_valid_after_utc,
