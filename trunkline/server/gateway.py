@@ -17,11 +17,13 @@ import signal
 import socket
 import ssl
 import sys
+from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from trunkline import keys
 from trunkline.errors import DeploymentError, StorageError, TrunklineError
@@ -409,6 +411,24 @@ async def serve(state: Path, listen: tuple[str, int], upstream: tuple[str, int])
         part.result()  # a defect ends the process, with its traceback: the daemon starts another
 
 
+def speak_alerts() -> None:
+    """Let a caller whom the handshake turns away read why.
+
+    OpenSSL has written its alert by then, and asyncio (3.11 to 3.14) drops it with the connection: a plant with an expired
+    certificate would see nothing but a closed door. There is no setting for it, so asyncio's own class is replaced, in the
+    gateway's process only; should its insides change, the alert is lost again and nothing else.
+    """
+    own: Any = sslproto.SSLProtocol
+
+    class Speaking(own):  # type: ignore[misc]
+        def _fatal_error(self, exc: BaseException, message: str = "Fatal error on transport") -> None:
+            with contextlib.suppress(Exception):
+                self._process_outgoing()
+            super()._fatal_error(exc, message)
+
+    sslproto.SSLProtocol = Speaking  # type: ignore[misc]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The port of a centre that the outside sees.")
     parser.add_argument("--state", type=Path, required=True)
@@ -418,6 +438,7 @@ def main() -> int:
     with contextlib.suppress(ValueError, OSError):  # two descriptors a connection; the usual 1,024 would be the limit
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    speak_alerts()
     try:
         asyncio.run(serve(options.state.resolve(), address(options.listen), address(options.upstream)))
     except TrunklineError as error:
