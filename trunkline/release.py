@@ -73,9 +73,13 @@ class LabelScale(Frozen):
     std: float = Field(gt=0.0)
 
 
-class Part(Frozen):
-    """What one site had in a run: the rounds in which it was admitted, the digest of its contract, its Trunkline's version."""
+class Membership(Frozen):
+    """What sites had in a run: the rounds in which each was admitted, the digest of its contract, its Trunkline's version.
 
+    Sites that had the same share one: safetensors reads no header over 100 MB, and a simulated crowd is large.
+    """
+
+    sites: tuple[str, ...] = Field(min_length=1)
     rounds: int = Field(ge=0)
     contract: str
     version: str
@@ -101,7 +105,7 @@ class Lineage(Frozen):
 
     Args:
         rounds: that were done, those of a first pass included.
-        parts: site -> its part in them.
+        parts: who had which part in them, by the first site of each.
         versions: of the packages at the centre; protocol: of the wire; site_schema: of site.toml there.
         figures: loss on validation rows -> its mean over sites.
         guards: in the order in which the updates went through them.
@@ -111,7 +115,7 @@ class Lineage(Frozen):
     """
 
     rounds: int
-    parts: dict[str, Part]
+    parts: tuple[Membership, ...]
     versions: dict[str, str]
     protocol: int
     site_schema: int
@@ -120,6 +124,10 @@ class Lineage(Frozen):
     budget: dict[str, float | str] = Field(default={})
     digest: str
     created: str
+
+    def by_site(self) -> dict[str, Membership]:
+        """Site -> the part it had, sites by name."""
+        return dict(sorted(((site, part) for part in self.parts for site in part.sites), key=lambda one: one[0]))
 
 
 class Card(Frozen):

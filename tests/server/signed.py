@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 from trunkline.exchange import Arrays, TrunkSpec
 from trunkline.keys import certificate_pem, new_signing_key
-from trunkline.release import Card, Figure, GuardUsed, Lineage, Part
+from trunkline.release import Card, Figure, GuardUsed, Lineage, Membership
 from trunkline.server.signing import AUTHORITY, issue_release_certificate, write_signer
 
 
@@ -71,10 +71,12 @@ def small(seed: int = 0) -> tuple[Arrays, Card]:
             "trunk.a.bias": random.normal(size=4).astype(np.float32),
         }
     )
-    part = {"contract": "c0" * 32, "version": "1.2.0"}
     lineage = Lineage(
         rounds=7,
-        parts={"plant-1": Part(rounds=7, **part), "plant-2": Part(rounds=6, **part), "plant-3": Part(rounds=7, **part)},
+        parts=(
+            Membership(sites=("plant-1", "plant-3"), rounds=7, contract="c0" * 32, version="1.2.0"),
+            Membership(sites=("plant-2",), rounds=6, contract="c0" * 32, version="1.2.0"),
+        ),
         versions={"trunkline": "1.2.0", "torch": "2.9.0", "numpy": "2.3.0", "flwr": "1.41.0"},
         protocol=2,
         site_schema=1,

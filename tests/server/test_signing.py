@@ -376,9 +376,9 @@ def test_a_run_ends_with_a_signed_release_that_says_what_happened(tmp_path: Path
     lineage = card.lineage
     assert lineage is not None
     assert lineage.rounds == 3
-    assert {site: part.rounds for site, part in lineage.parts.items()} == {"plant-1": 3, "plant-2": 2, "plant-3": 3}
+    assert {site: part.rounds for site, part in lineage.by_site().items()} == {"plant-1": 3, "plant-2": 2, "plant-3": 3}
     asked = {json.loads(content_header(content))["contract"] for kind, _, content in grid.down if kind == "train"}
-    assert {part.contract for part in lineage.parts.values()} == asked
+    assert {part.contract for part in lineage.parts} == asked
     assert lineage.digest == arrays.digest()
     assert (lineage.protocol, lineage.site_schema) == (PROTOCOL, SITE_SCHEMA)
     assert lineage.versions["trunkline"] == __version__
@@ -448,7 +448,7 @@ def test_the_figures_of_a_cohort_stay_home(tmp_path: Path) -> None:
         _, card = read_release(file, MINE.authority)
         assert card.lineage is not None
         assert card.lineage.figures == {}
-        assert set(card.lineage.parts) == set(card.sites)
+        assert tuple(card.lineage.by_site()) == card.sites
     everybody = read_release(tmp_path / "out" / RELEASE, MINE.authority)[1].lineage
     assert everybody is not None
     assert everybody.figures["validation_loss"].sites == 4

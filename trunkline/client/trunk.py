@@ -75,7 +75,7 @@ def _facts(card: Card, verdict: Verdict) -> list[tuple[str, str]]:
             ("rounds", f"{lineage.rounds} done"),
             (
                 "sites",
-                f"{sites}, of which {sum(one.rounds == lineage.rounds for one in lineage.parts.values())} in every round",
+                f"{sites}, of which {sum(len(one.sites) for one in lineage.parts if one.rounds == lineage.rounds)} in every round",
             ),
             ("centre ran", ", ".join(f"{name} {version}" for name, version in lineage.versions.items())),
             ("speaks", f"protocol {lineage.protocol}, site.toml schema {lineage.site_schema}"),
@@ -119,15 +119,16 @@ def _guard(name: str, parameters: dict[str, bool | int | float | str] | dict[str
 
 
 def _parts(lineage: Lineage) -> Table:
+    parts = lineage.by_site()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("site")
     table.add_column("admitted", justify="right")
     table.add_column("contract")
     table.add_column("Trunkline")
-    for site, part in list(lineage.parts.items())[:MOST]:
+    for site, part in list(parts.items())[:MOST]:
         cells = (site, f"{part.rounds} of {lineage.rounds}", part.contract[:16], part.version)
         table.add_row(*(Text(_plain(cell)) for cell in cells))
-    if (rest := len(lineage.parts) - MOST) > 0:
+    if (rest := len(parts) - MOST) > 0:
         table.add_row(Text(f"... and {rest} further", "dim"))
     return table
 

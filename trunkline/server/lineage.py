@@ -7,20 +7,25 @@ from collections.abc import Mapping, Sequence
 
 import trunkline
 from trunkline.exchange import Offer
-from trunkline.release import FEWEST_SITES, Figure, Part
+from trunkline.release import FEWEST_SITES, Figure, Membership
 from trunkline.server.report import RoundRecord
 
 LOSSES = ("validation_loss", "local_validation_loss")
 PACKAGES = ("torch", "numpy", "flwr")  # whose versions can change what a run makes
 
 
-def parts_of(records: Sequence[RoundRecord], offers: Sequence[Offer], contracts: Mapping[str, str]) -> dict[str, Part]:
-    """Site -> its part in the rounds; a site that joined and was never admitted has 0."""
+def parts_of(
+    records: Sequence[RoundRecord], offers: Sequence[Offer], contracts: Mapping[str, str]
+) -> tuple[Membership, ...]:
+    """The sites by the part they had in the rounds; one that joined and was never admitted has 0."""
     admitted = Counter(site for record in records for site in record.sites)
-    return {
-        offer.site: Part(rounds=admitted[offer.site], contract=contracts[offer.site], version=offer.version)
-        for offer in sorted(offers, key=lambda one: one.site)
-    }
+    alike: dict[tuple[int, str, str], list[str]] = {}
+    for offer in sorted(offers, key=lambda one: one.site):
+        alike.setdefault((admitted[offer.site], contracts[offer.site], offer.version), []).append(offer.site)
+    return tuple(
+        Membership(sites=tuple(sites), rounds=rounds, contract=contract, version=version)
+        for (rounds, contract, version), sites in alike.items()
+    )
 
 
 def figures_of(records: Sequence[RoundRecord]) -> dict[str, Figure]:

@@ -12,7 +12,17 @@ from trunkline.config import SITE_SCHEMA, RunConfig
 from trunkline.errors import ContractError
 from trunkline.exchange import PROTOCOL, SCALER_ARRAYS, Arrays, Offer
 from trunkline.keys import now
-from trunkline.release import RELEASE, Card, Figure, GuardUsed, LabelScale, Lineage, Part, PooledScale, write_release
+from trunkline.release import (
+    RELEASE,
+    Card,
+    Figure,
+    GuardUsed,
+    LabelScale,
+    Lineage,
+    Membership,
+    PooledScale,
+    write_release,
+)
 from trunkline.server.lineage import versions
 from trunkline.signature import Sign
 
@@ -137,7 +147,7 @@ def release(
     file: str = RELEASE,
     *,
     rounds: int,
-    parts: Mapping[str, Part],
+    parts: tuple[Membership, ...],
     figures: Mapping[str, Figure],
     guards: tuple[GuardUsed, ...] = (),
     budget: Mapping[str, float | str] | None = None,
@@ -169,7 +179,7 @@ def release(
         scales=merge_scales(offers), labels=merge_labels(offers),
         versions=tuple(sorted({trunkline.__version__, *(offer.version for offer, _ in offers)})),
         lineage=Lineage(
-            rounds=rounds, parts=dict(parts), versions=versions(), protocol=PROTOCOL, site_schema=SITE_SCHEMA,
+            rounds=rounds, parts=parts, versions=versions(), protocol=PROTOCOL, site_schema=SITE_SCHEMA,
             figures=dict(figures), guards=guards, budget=dict(budget or {}), digest=trunk.digest(),
             created=now().isoformat(timespec="seconds"),
         ),
