@@ -2,6 +2,11 @@
 
 import contextlib
 import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.federation import Federation, federation, within
+from tests.federation import Federation, federation, free_port, within
 from trunkline.client.identity import Identity
 from trunkline.client.join import _get
 from trunkline.enrolment import HELLO_PATH, Code, Hello
 from trunkline.errors import TrustError
-from trunkline.flower import app_digest, client_context, run_status, submit
+from trunkline.flower import app_digest, client_context, environment, run_status, submit
 from trunkline.server import audit, daemon
 
 pytestmark = [
@@ -188,3 +193,76 @@ def test_an_expired_certificate_is_told_what_to_do(plants: list[Path], tmp_path:
             _get(made.address, HELLO_PATH, client_context(Identity.of(state).folder), Hello)
         log = made.server / "logs" / "gateway.log"
         within(5.0, "the gateway's log says so", lambda: "expired" in log.read_text())
+
+
+@contextlib.contextmanager
+def redirecting(state: Path) -> Iterator[tuple[str, list[bytes], list[bytes]]]:
+    """A centre that has gone over to somebody: it answers everything with a way to another address of its choice.
+
+    Yields its address, what came to it, and what came to the other address.
+    """
+    asked: list[bytes] = []
+    lured: list[bytes] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(state / "server.crt", state / "server.key")
+    ended = threading.Event()
+
+    def serve(listener: socket.socket, seen: list[bytes], secure: bool, answer: bytes) -> None:
+        listener.settimeout(0.2)
+        while not ended.is_set():
+            with contextlib.suppress(OSError):
+                taken, _ = listener.accept()
+                with context.wrap_socket(taken, server_side=True) if secure else taken as peer:
+                    peer.settimeout(5.0)
+                    seen.append(peer.recv(65536))
+                    peer.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as other:
+        there = f"http://127.0.0.1:{other.getsockname()[1]}/stolen"
+        way = f"HTTP/1.1 307 Temporary Redirect\r\nlocation: {there}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        gone = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        threads = [
+            threading.Thread(target=serve, args=(front, asked, True, way.encode()), daemon=True),
+            threading.Thread(target=serve, args=(other, lured, False, gone), daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield f"127.0.0.1:{front.getsockname()[1]}", asked, lured
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join(6.0)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_plant_follows_no_redirect(plants: list[Path], tmp_path: Path, ours: bool) -> None:
+    """Ours asks the centre and goes nowhere else; Flower's own SuperNode, as the control, goes where it is sent."""
+    made = Federation(tmp_path)
+    state = tmp_path / "plant"
+    code, request, answer = made.invite(plants[0].name), tmp_path / "request", tmp_path / "answer"
+    own = ("client", "join", str(plants[0]), "--code", code, "--state", str(state))
+    made.command(*own, "--request", str(request))
+    made.command("server", "admit", str(request), "--out", str(answer))
+    made.command(*own, "--admission", str(answer))
+    identity = Identity.of(state)
+    with redirecting(made.server) as (address, asked, lured):
+        program = [sys.executable, "-m", "trunkline.flower", "supernode", "--identity", str(identity.folder)]
+        stock = [str(Path(sys.executable).with_name("flower-supernode"))]
+        flags = ["--superlink", address, "--root-certificates", str(identity.authority), "--port", str(free_port())]
+        with (tmp_path / "supernode.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*(program if ours else stock), *flags, "--auth-supernode-private-key", str(identity.node_key)],
+                env=environment(state), stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            try:
+                within(30.0, lambda: f"asked\n{(tmp_path / 'supernode.log').read_text()}", lambda: asked)
+                if ours:
+                    time.sleep(2.0)
+                    assert not lured
+                else:
+                    within(10.0, "the control goes where it is sent", lambda: lured)
+                    assert b"POST /stolen" in lured[0] and b"flwr-signature" in lured[0].lower()
+            finally:
+                process.kill()
+                process.wait(10.0)

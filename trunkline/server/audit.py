@@ -1,6 +1,7 @@
 """The centre's audit log: who enrolled, invited, revoked, ran and released; chained and signed, see `chain`."""
 
 import getpass
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,8 @@ def operator() -> str:
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # an account without a name, as in some containers
-        name = "unknown"
-    return f"{name}@{socket.gethostname()}"
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"[:120]
 
 
 def note(state: Path, what: str, **about: object) -> None:

@@ -4,11 +4,8 @@ Flower's Strategy classes collect every reply before they look at one and end th
 stands on Flower's messages (`Grid.push_messages`, `pull_messages`) instead; docs/decisions.md has the comparison.
 """
 
-import getpass
 import json
 import math
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,11 +19,24 @@ from flwr.serverapp import Grid
 
 from trunkline.config import RunConfig, with_settings
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, StateLost
-from trunkline.exchange import FIT, PROBED, About, Arrays, Order, Scorecard, TaskRow, Twin, Update, seed_of
+from trunkline.exchange import (
+    FIT,
+    PROBED,
+    About,
+    Arrays,
+    GuardSettings,
+    Order,
+    Scorecard,
+    TaskRow,
+    Twin,
+    Update,
+    seed_of,
+)
 from trunkline.flower import open_records, to_records
 from trunkline.guards import guards_of
 from trunkline.models.trunk import first_trunk
-from trunkline.release import COHORT_RELEASE, RELEASE, Figure
+from trunkline.release import COHORT_RELEASE, RELEASE, Figure, GuardUsed
+from trunkline.server.audit import operator
 from trunkline.server.calls import ask
 from trunkline.server.checkpoint import Checkpoint
 from trunkline.server.cohort import Cohort, Member
@@ -110,7 +120,7 @@ class _Run:
         ):  # no part of the model: not the strategy's to say
             self.lend = (*self.lend, "scaler")
         self.about = About(
-            operator=run.operator or _account(), name=run.name, strategy=run.strategy.name, rounds=run.total_rounds,
+            operator=run.operator or operator(), name=run.name, strategy=run.strategy.name, rounds=run.total_rounds,
             guards=run.guards,
         )  # fmt: skip
         self.checkpoint = Checkpoint(out, tell=lambda text: tell({"event": "note", "text": text}))
@@ -180,7 +190,7 @@ class _Run:
         release(
             self.out, trunk, run, self.key, self.lend, [(member.offer, member.once) for member in members], file,
             rounds=state.round, parts=parts_of(self.records, [member.offer for member in members], contracts),
-            figures=figures, sign=self.sign,
+            figures=figures, guards=_used(self.run.guards), sign=self.sign,
         )  # fmt: skip
 
     def _order(self, round: int) -> Order:
@@ -486,13 +496,11 @@ class _Run:
         return state
 
 
-def _account() -> str:
-    """Who runs this, unless run.toml says: the account and the machine."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        name = f"uid {os.getuid()}"
-    return f"{name}@{socket.gethostname()}"[:120]
+def _used(settings: GuardSettings) -> tuple[GuardUsed, ...]:
+    """The guards of a run as the card of its release has them."""
+    if settings.clip_norm is None:
+        return ()
+    return (GuardUsed(name="clip", parameters={"norm": settings.clip_norm}),)
 
 
 def _by_cohort(cohorts: Mapping[str, int]) -> list[tuple[int, list[str]]]:
