@@ -23,6 +23,7 @@ from trunkline.flower import (
     PENDING,
     REFUSED,
     RESTARTED,
+    LoopbackGrid,
     answer,
     error_reply,
     open_records,
@@ -81,6 +82,11 @@ class Plant:
 
     def lines(self) -> list[dict[str, Any]]:
         return [link.body for link in manifest.read_manifest(self.state)[0]]
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_flower() -> None:
+    LoopbackGrid(app, [])  # messages are made in the name of a process, which a grid gives
 
 
 @pytest.fixture
@@ -186,7 +192,7 @@ def test_what_a_run_and_a_policy_name_together_may_leave(plant: Plant, lend: tup
     assert not plant.door.pass_(request, plant.answer(request)).has_error()
     assert [line["kind"] for line in plant.lines()] == ["offer", "update", "scorecard"]
     if "scaler" in lend:
-        assert [one[0] for one in plant.lines()[0]["tensors"]][0] == "scaler.count"
+        assert next(one[0] for one in plant.lines()[0]["tensors"]) == "scaler.count"
 
 
 def test_what_is_asked_twice_may_leave_twice(joined: Plant) -> None:
@@ -529,6 +535,39 @@ def test_what_cannot_be_written_down_does_not_leave(joined: Plant) -> None:
     assert not joined.door.pass_(request, reply).has_error()
 
 
+def test_the_executor_holds_a_reply_until_it_can_be_written_down(
+    joined: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    from trunkline.client import executor as module
+    from trunkline.supervise import make_secret
+
+    monkeypatch.setattr(module, "HOLD_S", 0.05)
+    worker = module.Executor(
+        "127.0.0.1:9", make_secret(tmp_path / "secret"), tmp_path / "journal.json", app, set, door=joined.door
+    )
+    request, reply = joined.trained()
+    path = joined.state / manifest.MANIFEST
+    aside = path.rename(path.with_name("aside"))
+    path.mkdir()
+    out: list[Message | None] = []
+    holding = threading.Thread(target=lambda: out.append(worker._let_out(request, reply)))
+    holding.start()
+    holding.join(0.4)
+    assert holding.is_alive() and not out
+    path.rmdir()
+    aside.rename(path)
+    holding.join(10)
+    (let_out,) = out
+    assert let_out is not None and not let_out.has_error()
+    assert joined.lines()[-1]["kind"] == "update"
+    path.rename(path.with_name("aside"))
+    path.mkdir()
+    worker._stop.set()
+    assert worker._let_out(request, reply) is None, "told to end, it ends, and nothing has left"
+
+
 TAMPERED: dict[str, Callable[[list[bytes]], list[bytes]]] = {
     "a number in a line": lambda lines: [lines[0], lines[1].replace(b'\\"round\\": 1', b'\\"round\\": 2'), *lines[2:]],
     "a line less": lambda lines: [lines[0], *lines[2:]],
@@ -557,7 +596,7 @@ def test_a_manifest_that_was_altered_is_found_out_and_stops_the_door(joined: Pla
 
 def test_a_manifest_signed_by_another_key_is_found_out(joined: Plant) -> None:
     (joined.state / "identity" / "records.key").unlink()
-    with pytest.raises(TamperError, match="not what was written|not written by"):
+    with pytest.raises(TamperError, match=r"not what was written|not written by"):
         manifest.read_manifest(joined.state)
 
 
@@ -568,7 +607,7 @@ def test_where_the_state_is_sealed_nobody_else_reads_the_manifest(plant: Plant, 
     data = (plant.state / manifest.MANIFEST).read_bytes()
     assert b"trunk." not in data and b"hannes" not in data
     assert [line["kind"] for line in plant.lines()] == ["offer", "update"]
-    os.rename(tmp_path / "key", tmp_path / "gone")
+    (tmp_path / "key").rename(tmp_path / "gone")
     with pytest.raises(TrustError):
         manifest.read_manifest(plant.state)
 
