@@ -104,6 +104,7 @@ class Executor:
         self._journal = Journal(journal)
         self._runtime = NodeRuntime(address, secret)
         self._stop = threading.Event()
+        self._app_s = 0.0  # that the ClientApp took for its last answer
         self._current: tuple[NodeTask, str, str, dict[str, Any]] | None = None
         self._answering = threading.Lock()  # whoever holds it answers the current task: the work or the farewell
 
@@ -199,7 +200,8 @@ class Executor:
                 task.finish(not reply.has_error(), reply.error.reason or "" if reply.has_error() else "")
                 self._journal.clear()
             what = f"error {reply.error.code}" if reply.has_error() else "a reply"
-            logger.info("%s: %s after %.2f s", task.envelope.metadata.message_type, what, time.monotonic() - began)
+            asked, whole = task.envelope.metadata.message_type, time.monotonic() - began
+            logger.info("%s: %s after %.2f s, of which the app took %.2f s", asked, what, whole, self._app_s)
         finally:
             self._current = None
             done.set()
@@ -240,7 +242,10 @@ class Executor:
             logger.error("%s", error)
             return task.envelope, error_reply(task.envelope, str(error), CRASHED)
         assert task.context is not None  # pull_input sets it
-        return message, answer(self.app, message, task.context)
+        began = time.monotonic()
+        reply = answer(self.app, message, task.context)
+        self._app_s = time.monotonic() - began
+        return message, reply
 
     def _hand_over(self, task: NodeTask, reply: Message) -> None:
         for pause in PUSH_PAUSES_S:
