@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,12 @@ def data_of(
         order=ends.astype(np.float64), group_names=("all",),
     )  # fmt: skip
     return Resident.of(windows, where), task
+
+
+def on_host(data: Resident) -> Resident:
+    """The same rows as they are kept where they do not fit on the device: in the host's memory, sent batch by batch."""
+    rows = {name: getattr(data, name).cpu() for name in ("values", "categorical", "first", "ends")}
+    return replace(data, **rows, goes=data.values.device)
 
 
 def model_of(spec: TrunkSpec, window: int | None, channels: int, task: Regression, where: torch.device) -> TrunkModel:
@@ -215,6 +222,11 @@ def one_site(where: torch.device, options: argparse.Namespace) -> list[dict[str,
         }
         tasks = {"level": task}
         runs["train_site"] = partial(train_site, models["train_site"], data, tasks, plan, seed=0, done=0, rounds=1)
+        if cuda:
+            models["rows on the host"] = model_of(spec, WINDOW, CHANNELS, task, where)
+            runs["rows on the host"] = partial(
+                train_site, models["rows on the host"], on_host(data), tasks, plan, seed=0, done=0, rounds=1
+            )
         if options.graph and cuda:
             runs["graph"] = graphed(models["graph"], data, task, plan)
         seconds = in_turn(runs, options.repeats, where)
@@ -222,6 +234,16 @@ def one_site(where: torch.device, options: argparse.Namespace) -> list[dict[str,
         print(f"tcn {size}, batch {batch}, {steps} steps{'':6}{'samples/s':>12}{'ms a step':>11}{'to bare':>9}")
         for name, took in middle.items():
             print(f"  {name:31}{steps * batch / took:12.0f}{took / steps * 1e3:11.3f}{middle['bare'] / took:9.3f}")
+        apart = (
+            max(
+                float((models["train_site"].state_dict()[name] - tensor).abs().max())
+                for name, tensor in models["rows on the host"].state_dict().items()
+            )
+            if cuda
+            else 0.0
+        )
+        if cuda:
+            print(f"  rows on the host end {apart:.2e} away from rows on the device, after as many steps")
         seen = {name: profile(runs[name], steps, where) for name in ("bare", "train_site")}
         for name, one in seen.items():
             most = ", ".join(f"{key} {value:.2f}" for key, value in one["most"].items())
