@@ -81,6 +81,9 @@ def ask(
     open_requests = {node: _Request(content) for node, content in requests.items()}
     sent: dict[str, int] = {}
     patient = set(requests) if patient_for is None else patient_for & set(requests)
+    far = (
+        local is None and getattr(grid, "clock", None) is None
+    )  # through a SuperLink: not in this process, nor simulated
     poll, look_at = POLL_FIRST_S, 0.0
     packed: list[Any] = [None, None]  # the last content, and the same as it goes through a SuperLink
     due: Iterator[int] = iter(())
@@ -91,7 +94,7 @@ def ask(
             if (request := open_requests.get(node)) is None:
                 continue
             content = request.content()
-            if local is None:
+            if far:
                 if packed[0] is not content:  # most sites are asked the same
                     packed[:] = [content, pack(content)]
                 content = packed[1]

@@ -244,13 +244,13 @@ def sites_table(state: Path) -> "Table":
     except DeploymentError:
         title = f"sites of {read_federation(state).name} (the server is not running, so nobody is online)"
     table = Table(
-        "site", "state", "since (UTC)", "certificate until", "online", "key", "note", title=title, title_justify="left"
+        "site", "state", "since (UTC)", "valid until", "online", "key", "note", title=title, title_justify="left"
     )
     table.columns[-1].overflow = "fold"
     for row in sites(state):
         on = "yes" if row["node"] in online else "no" if row["state"] == "enrolled" else ""
-        since, until = (row[key][:16].replace("T", " ") for key in ("since", "until"))
-        table.add_row(row["site"], row["state"], since, until, on, row["key"][:16], row["note"])
+        since, until = (row[key][:10] for key in ("since", "until"))
+        table.add_row(row["site"], row["state"], since, until, on, row["key"][:8], row["note"])
     return table
 
 
