@@ -56,6 +56,7 @@ def test_each_element_is_scaled_by_one_factor(delta: Arrays, bound: float) -> No
         if factor == 1.0 and norm < bound:
             assert array.tobytes() == delta[name].tobytes()
         coarse = np.finfo(array.dtype)
+        eps = max(float(np.finfo(one.dtype).eps) for one in delta.values())
         for got, was in zip(array.ravel().tolist(), delta[name].ravel().tolist(), strict=True):
             # the coarsest dtype of the update decides how far below the bound is aimed
             assert abs(got - was * factor) <= abs(was * factor) * 200 * eps + 64 * float(coarse.smallest_subnormal)
