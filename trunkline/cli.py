@@ -619,6 +619,31 @@ def client_manifest(
         manifest.print_manifest(links, signer, Console())
 
 
+@client.command("prove-egress")
+def client_prove_egress(
+    site_dir: SiteDir,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN.toml", help="Whose model and strategy; default: a small run.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the evidence there, JSON.")] = None,
+) -> None:
+    """Show that nothing private leaves: canaries in a copy of the site, a real recorded run, a search. Exit code 1 if any is found."""
+    import json
+
+    from rich.console import Console
+
+    from trunkline.simulations import prove
+    from trunkline.storage import write_atomic
+
+    evidence = prove.prove(site_dir, run, tell=lambda text: typer.echo(f"{text} ..."))
+    prove.print_evidence(evidence, Console())
+    if out is not None:
+        write_atomic(out, json.dumps(evidence, indent=2).encode(), mode=0o644)
+        typer.echo(f"Evidence: {out}")
+    if prove.verdict(evidence):
+        raise typer.Exit(1)
+
+
 def _read_run(path: Path, seed: int | None, strategy: str | None, settings: list[str] | None) -> Any:
     """The run file with the command line laid over it; strategy and options are checked here, before anything starts."""
     from trunkline.config import parse_value, read_run

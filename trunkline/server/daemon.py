@@ -195,7 +195,7 @@ def wait(state: Path, run_id: int, out: Path) -> str:
         logger.info("run %d: %s %s", run_id, last, details)
     if last == "finished:completed":
         return last
-    reason = _last_error(out) or details or f"see {state / 'logs' / 'superexec.log'}"
+    reason = last_error(out) or details or f"see {state / 'logs' / 'superexec.log'}"
     raise DeploymentError(f"run {run_id} ended as {last}: {reason}")
 
 
@@ -274,7 +274,8 @@ def _where(state: Path) -> tuple[str, bytes | None]:
     return str(found["address"]), ca
 
 
-def _last_error(out: Path) -> str:
+def last_error(out: Path) -> str:
+    """What a run wrote to its events before it ended; empty where it ended well."""
     try:
         lines = (out / "events.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
