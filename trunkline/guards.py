@@ -67,7 +67,10 @@ class Clip:
         short = 2.0 * max((float(np.finfo(array.dtype).eps) for array in delta.values()), default=0.0)
         while math.isfinite(found) and found > self.norm:
             factor = max(0.0, 1.0 - short) * (self.norm / found)
-            delta = Arrays({name: (array * factor).astype(array.dtype) for name, array in delta.items()})
+            # in float64: float16 cannot hold the factor of a large update
+            delta = Arrays(
+                {name: (array.astype(np.float64) * factor).astype(array.dtype) for name, array in delta.items()}
+            )
             found = norm_of(delta)
             short *= 2.0  # the smallest numbers of a dtype do not get smaller by a factor near 1
         return delta

@@ -49,19 +49,20 @@ def print_manifest(links: list[Link], signer: str, console: "Console") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("time (UTC)", "run", "round", "what", "tensors", "bytes", "norm", "metrics", "sha256")
+    table = Table("time (UTC)", "run", "round", "what", "tensors", "numbers", "bytes", "norm", "sha256")
+    table.columns[1].overflow = table.columns[3].overflow = "fold"
     for link in links:
         body = link.body
         what = body["kind"] if body["error"] is None else f"error {body['error'][0]}: {body['error'][1]}"
         norm = sum(tensor[4] ** 2 for tensor in body["tensors"]) ** 0.5
         cells = (
-            link.at[:19].replace("T", " "), body["run"], str(body["round"]), what, str(len(body["tensors"])), in_bytes(body["bytes"]),
-            f"{norm:.4g}" if body["tensors"] else "-", ", ".join(f"{name} {value:.4g}" for name, value in body["metrics"].items()) or "-",
-            body["sha256"][:12],
+            link.at[5:19].replace("T", " "), body["run"], str(body["round"]), what, str(len(body["tensors"])),
+            str(len(body["metrics"])), in_bytes(body["bytes"]), f"{norm:.3g}" if body["tensors"] else "-", body["sha256"][:8],
         )  # fmt: skip
         table.add_row(*(Text(plain(cell)) for cell in cells))
     console.print(table)
     to = sorted({link.body["to"] for link in links})
     total = in_bytes(sum(link.body["bytes"] for link in links))
     console.print(Text(f"{total} in {len(links)} replies, to {plain(', '.join(to)) or 'nobody'}"))
+    console.print(Text("--json has every tensor, every number and the header of each reply."))
     console.print(Text(intact(links, signer)))

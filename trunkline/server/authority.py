@@ -437,7 +437,7 @@ def _sign(builder: x509.CertificateBuilder, key: EllipticCurvePrivateKey, issuer
 
 def _authority(key: EllipticCurvePrivateKey, name: str) -> x509.Certificate:
     """Self-signed; it signs certificates and nothing else, and nothing it signed may sign."""
-    subject = _name(f"{name} authority")
+    subject = _name(name)  # releases are told by it
     return (
         _builder(subject, key.public_key(), AUTHORITY_DAYS)
         .issuer_name(subject)
