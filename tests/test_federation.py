@@ -13,7 +13,7 @@ from trunkline.client.identity import Identity
 from trunkline.flower import client_context
 from trunkline.keys import fingerprint, load_certificate, read_certificate
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("federation")]
 RUN = """
 name = "life"
 rounds = 30

@@ -24,7 +24,7 @@ from trunkline.server import audit, daemon
 
 pytestmark = [
     pytest.mark.processes,
-    pytest.mark.xdist_group("processes"),
+    pytest.mark.xdist_group("refusals"),
     pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),  # Flower with pathspec 1.x
 ]
 
