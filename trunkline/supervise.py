@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import getpass
 import ipaddress
 import json
 import logging
@@ -173,6 +174,14 @@ def accepts(address: str, seconds: float = 0.5) -> bool:
             return True
     except OSError:
         return False
+
+
+def account() -> str:
+    """The name of the account this process runs under."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return f"uid {os.getuid()}"
 
 
 def is_loopback(host: str) -> bool:

@@ -3,16 +3,16 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.federation import free_port, within
 from trunkline.errors import DeploymentError
 from trunkline.flower import app_digest, list_nodes, run_status, submit
 from trunkline.supervise import read_status
@@ -53,21 +53,6 @@ rounds = 1
 nodes = 1
 retries = 0
 """
-
-
-def within(seconds: float, what: str, found: Callable[[], Any]) -> Any:
-    """Poll until `found` is truthy; fail by name when it never is."""
-    end = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
-    return value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def daemon(code: str, log: Path) -> "subprocess.Popen[bytes]":

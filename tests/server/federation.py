@@ -25,9 +25,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from trunkline import keys
 from trunkline.enrolment import Code
-from trunkline.server.gateway import SOCKET, Gateway
+from trunkline.server.gateway import Gateway
 from trunkline.server.registry import Book, Enrolled, Invitation, Registry
-from trunkline.server.routes import Limits
+from trunkline.server.routes import SOCKET, Limits
 
 PULL = "/v1/fleet/pull-messages"
 WAIT_S = 10.0

@@ -32,8 +32,9 @@ from trunkline.keys import (
 )
 from trunkline.server import audit, authority
 from trunkline.server.authority import Authority
-from trunkline.server.registrar import CERTIFICATE, CERTIFICATE_PEM, build
+from trunkline.server.registrar import build
 from trunkline.server.registry import Registry
+from trunkline.server.routes import CERTIFICATE, CERTIFICATE_PEM
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ At round 0 the order says what the run is and the site's offer what it would tak
 policy but nobody to ask: nothing is written there, and "ask" is a yes.
 """
 
-import getpass
-import os
 from pathlib import Path
 
 from trunkline.client.contracts import Consent, Verdict, bytes_round, in_bytes, known, read, write
@@ -15,6 +13,7 @@ from trunkline.config import PolicyConfig
 from trunkline.errors import ContractError, Declined, Pending
 from trunkline.exchange import FIT, Conditions, Offer, Order, changed_terms
 from trunkline.keys import now
+from trunkline.supervise import account
 
 BY_POLICY = "policy"
 
@@ -160,14 +159,6 @@ def decide(state: Path, run: str, verdict: Verdict, by: str = "") -> Consent:
     )
     write(state, decided)
     return decided
-
-
-def account() -> str:
-    """The name of the account this process runs under."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        return f"uid {os.getuid()}"
 
 
 def check_size(policy: PolicyConfig, size: int) -> str:

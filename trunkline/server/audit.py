@@ -1,7 +1,5 @@
 """The centre's audit log: who enrolled, invited, revoked, ran and released; chained and signed, see `chain`."""
 
-import getpass
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from trunkline.chain import Chain, Link
 from trunkline.errors import TamperError, TrustError
 from trunkline.keys import key_id, load_key, now
 from trunkline.sealing import find_seal
+from trunkline.supervise import account
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,11 +21,7 @@ AUDIT = "audit.jsonl"
 
 def operator() -> str:
     """Who acts here: account@host."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # an account without a name, as in some containers
-        name = f"uid {os.getuid()}"
-    return f"{name}@{socket.gethostname()}"[:120]
+    return f"{account()}@{socket.gethostname()}"[:120]
 
 
 def note(state: Path, what: str, **about: object) -> None:

@@ -20,7 +20,7 @@ from trunkline.errors import DeploymentError
 from trunkline.flower import environment, list_nodes, list_runs, run_status, submit
 from trunkline.server import audit, launcher
 from trunkline.server.authority import Authority, is_federation, read_federation, sites, warnings
-from trunkline.server.registrar import socket_path
+from trunkline.server.routes import socket_path
 from trunkline.supervise import (
     Child,
     Supervisor,

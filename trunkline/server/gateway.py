@@ -30,15 +30,10 @@ from trunkline.errors import DeploymentError, StorageError, TrunklineError
 from trunkline.server.heads import Request, answer_head, parse_request, plain, request_head
 from trunkline.server.hush import Hush
 from trunkline.server.registry import Book, Registry
-from trunkline.server.routes import FORWARDED, RETURNED, Limits, Route, routes
+from trunkline.server.routes import CERTIFICATE, FORWARDED, PEER, RETURNED, Limits, Route, routes, socket_path
 from trunkline.server.trust import Caller, Peer, Replays, Trust, admit, handshake_words
 from trunkline.server.wire import START, Denied, Lost, Pool, Wire, copy, dial, dial_unix
 from trunkline.supervise import say
-
-SOCKET = "registrar.sock"
-LONGEST_PATH = 100  # bytes; the system takes 107 for a unix socket
-CERTIFICATE_HEADER = b"x-trunkline-certificate"  # base64 of the DER of the caller's certificate
-PEER_HEADER = b"x-trunkline-peer"  # ip:port
 
 
 @dataclass(eq=False)
@@ -71,12 +66,7 @@ class Gateway:
     tap: Callable[[str, bytes], None] | None = None
 
     def __post_init__(self) -> None:
-        self._socket_path = str(self.state / SOCKET)
-        if len(self._socket_path.encode()) > LONGEST_PATH:
-            raise DeploymentError(
-                f"{self._socket_path}: too long for a unix socket ({len(self._socket_path.encode())} bytes, at most {LONGEST_PATH}). "
-                "Move the state folder to a shorter path."
-            )
+        self._socket_path = str(socket_path(self.state))
         self._routes = routes(self.limits)
         self._registry = Registry(self.state)
         self._trust = Trust(self.state, self._registry, self.tell)
@@ -231,8 +221,8 @@ class Gateway:
         if route.registrar:
             headers += [
                 (b"host", b"registrar"),
-                (CERTIFICATE_HEADER, base64.b64encode(visit.peer.der)),
-                (PEER_HEADER, visit.peer.address.encode()),
+                (CERTIFICATE.encode(), base64.b64encode(visit.peer.der)),
+                (PEER.encode(), visit.peer.address.encode()),
             ]
         else:
             headers.append((b"host", f"{self.upstream[0]}:{self.upstream[1]}".encode()))

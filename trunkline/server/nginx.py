@@ -15,15 +15,14 @@ from cryptography.hazmat.primitives import hashes
 
 from trunkline import keys
 from trunkline.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
-from trunkline.server.gateway import PEER_HEADER, SOCKET, address
+from trunkline.server.gateway import address
 from trunkline.server.registry import Book, Registry
-from trunkline.server.routes import FORWARDED, Limits, routes
+from trunkline.server.routes import CERTIFICATE, CERTIFICATE_PEM, FORWARDED, PEER, SOCKET, Limits, routes
 from trunkline.server.trust import JOIN_AGAIN, moment, remembered
 from trunkline.storage import write_atomic
 
 TRUSTED = "trusted.pem"
 FOLDER = "nginx"  # for its pid and what it sets aside
-PEM_HEADER = "x-trunkline-certificate-pem"  # the caller's certificate as escaped PEM: nginx cannot write base64 of DER
 UNFIT = re.compile(r"[^\w .,:;()/+@-]")  # nginx would read `$`, quotes and braces of a reason as its own
 
 
@@ -167,9 +166,9 @@ http {{
 {identity}
       proxy_set_header Connection "";
       proxy_set_header Host registrar;
-      proxy_set_header x-trunkline-certificate "";
-      proxy_set_header {PEM_HEADER} $ssl_client_escaped_cert;
-      proxy_set_header {PEER_HEADER.decode()} "$remote_addr:$remote_port";
+      proxy_set_header {CERTIFICATE} "";
+      proxy_set_header {CERTIFICATE_PEM} $ssl_client_escaped_cert;
+      proxy_set_header {PEER} "$remote_addr:$remote_port";
       proxy_pass http://registrar;
     }}
     location @absent {{ return 503 "the registrar does not answer; joining and renewing wait until it does. Try again.\\n"; }}

@@ -48,10 +48,8 @@ from trunkline.keys import certificate_pem, due, key_id, now, read_certificate
 from trunkline.server import audit
 from trunkline.server.authority import Authority, turned_away
 from trunkline.server.registry import Book, Enrolled
+from trunkline.server.routes import CERTIFICATE, CERTIFICATE_PEM, PEER, socket_path
 
-SOCKET = "registrar.sock"
-SOCKET_LIMIT = 100  # bytes of its path: the system allows 107
-CERTIFICATE, CERTIFICATE_PEM, PEER = "x-trunkline-certificate", "x-trunkline-certificate-pem", "x-trunkline-peer"
 STEP_S = 1.0  # between looks at the register: a revoked site is known to Flower within this
 DUE_S = 60.0  # between looks at the server's certificate
 
@@ -226,18 +224,6 @@ async def _in_step(authority: Authority, address: str, ca: bytes) -> AsyncIterat
     finally:
         stop.set()
         await asyncio.to_thread(thread.join, 2.0)
-
-
-def socket_path(state: Path) -> Path:
-    """Where the registrar listens.
-
-    Raises:
-        DeploymentError: the folder's path is too long for a Unix socket.
-    """
-    path = state / SOCKET
-    if len(os.fsencode(path)) > SOCKET_LIMIT:
-        raise DeploymentError(f"{path}: too long for a Unix socket ({SOCKET_LIMIT} bytes). Choose a shorter --state.")
-    return path
 
 
 def main() -> None:

@@ -1,9 +1,18 @@
 """What may be asked of a centre from outside, by whom, and how much of it."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from trunkline.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
+from trunkline.errors import DeploymentError
 
+SOCKET = "registrar.sock"  # in the centre's state folder
+SOCKET_LIMIT = 100  # bytes of its path: the system allows 107
+# what the registrar is told of a caller by whoever verified him; the gateway and nginx drop these headers from outside
+CERTIFICATE = "x-trunkline-certificate"  # base64 of the DER of his certificate
+CERTIFICATE_PEM = "x-trunkline-certificate-pem"  # the same as escaped PEM: nginx cannot write base64 of DER
+PEER = "x-trunkline-peer"  # ip:port
 FLEET = tuple(
     f"/v1/fleet/{name}"
     for name in (
@@ -21,6 +30,20 @@ RETURNED = (
     *(b"content-type", b"content-encoding", b"date", b"retry-after", b"www-authenticate"),
     b"flwr-version-incompatibility-message",
 )
+
+
+def socket_path(state: Path) -> Path:
+    """Where the registrar listens.
+
+    Raises:
+        DeploymentError: the folder's path is too long for a Unix socket.
+    """
+    path = state / SOCKET
+    if (size := len(os.fsencode(path))) > SOCKET_LIMIT:
+        raise DeploymentError(
+            f"{path}: too long for a unix socket ({size} bytes, at most {SOCKET_LIMIT}). Move the state folder to a shorter path."
+        )
+    return path
 
 
 @dataclass(frozen=True)
