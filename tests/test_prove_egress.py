@@ -25,7 +25,8 @@ from trunkline.client import contracts
 from trunkline.client.manifest import read_manifest
 from trunkline.config import parse_run, read_site
 from trunkline.server.report import read_report
-from trunkline.simulations import prove
+from trunkline.simulations import needles as private
+from trunkline.simulations import prove, stage
 from trunkline.simulations.canary import canary_value, entries_of, open_copy, patterns, plant_in_data, plant_in_vault
 from trunkline.simulations.haystack import Haystack, Runs
 from trunkline.simulations.recorder import Recorder
@@ -337,12 +338,12 @@ def test_four_plants_in_one_recorded_run_let_nothing_private_out(plants: list[Pa
             time.sleep(0.005)
 
     with ExitStack() as running:
-        port = running.enter_context(prove.centre(tmp_path))
+        port = running.enter_context(stage.centre(tmp_path))
         for folder in folders:
             recorders[folder] = running.enter_context(Recorder(port))
-            running.enter_context(prove.plant(folder, states[folder], recorders[folder].port))
+            running.enter_context(stage.plant(folder, states[folder], recorders[folder].port))
         threading.Thread(target=plant_weights, daemon=True).start()
-        out = prove.run_through(tmp_path, port, run)
+        out = stage.run_through(tmp_path, port, run)
     assert [len(one["sites"]) for one in read_report(out)["rounds"]] == [4, 4]
     for folder in folders:
         kept = next(contracts.every(states[folder]))
@@ -351,14 +352,14 @@ def test_four_plants_in_one_recorded_run_let_nothing_private_out(plants: list[Pa
         site = open_copy(folder, tmp_path / "scratch")
         haystack = Haystack(recorders[folder].up)
         needles = [
-            *prove.canaries_of(planted[folder]),
-            prove.weights_of(weights[folder]),
-            prove.names_of(folder, site, kept.model_dump_json()),
-            *prove.private_tensors(entries, kept.order),
-            *prove.data_of(folder, site, lent_scaler=False),
+            *private.canaries_of(planted[folder]),
+            private.weights_of(weights[folder]),
+            private.names_of(folder, site, kept.model_dump_json()),
+            *private.private_tensors(entries, kept.order),
+            *private.data_of(folder, site, lent_scaler=False),
         ]
         assert len(needles) >= 11
-        for one in prove.look_for(needles, haystack):
+        for one in private.look_for(needles, haystack):
             assert one.searched > 0, (folder.name, one)
             assert one.found == 0, (folder.name, one)
         lent = Runs()
