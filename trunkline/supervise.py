@@ -245,6 +245,11 @@ class Supervisor:
         """Ask `run` to end; also the handler of SIGTERM and SIGINT."""
         self._stop.set()
 
+    @property
+    def starts(self) -> int:
+        """How often a child was started, of all together: grows when one has ended."""
+        return sum(one.starts for one in self._running)
+
     def wake(self) -> None:
         """Start at once what waits after a failure: something it may have failed for has changed."""
         for one in self._running:

@@ -93,7 +93,8 @@ def test_a_certificate_is_renewed_when_a_third_of_its_life_is_left(
     plant.until(lambda: bool(plant.said))
     assert read_certificate(own) == before
     real = trunkline.keys.now
-    monkeypatch.setattr(trunkline.keys, "now", lambda: real() + timedelta(days=250))
+    for module in (trunkline.keys, authority):
+        monkeypatch.setattr(module, "now", lambda: real() + timedelta(days=250))
     plant.until(lambda: read_certificate(own) != before)
     after = read_certificate(own)
     assert after.public_key() == before.public_key() and after.not_valid_after_utc > before.not_valid_after_utc
@@ -113,6 +114,11 @@ def test_a_certificate_that_cannot_be_renewed_is_warned_of_ahead_of_time(
     assert any("cannot be reached" in one for one in plant.said)
 
 
-def test_a_revoked_site_is_told_so(plant: Plant) -> None:
+def test_a_revoked_site_is_told_so_as_soon_as_something_goes_wrong(plant: Plant) -> None:
+    plant.keeper.ask_s = 1000.0
+    plant.until(lambda: bool(plant.said))
     authority.revoke(plant.centre.state, "p", "sold")
+    plant.keeper.tick()
+    assert not any("was revoked" in one for one in plant.said)
+    plant.keeper.hurry()
     plant.until(lambda: any("was revoked" in one for one in plant.said))

@@ -78,8 +78,16 @@ def start(
     if identity.joined:
         keeper = Keeper(state, server, lambda text: tell(f"site {site.name}: {text}"), supervisor.wake)
 
+    starts = len(children)
+
     def tick() -> None:
-        if keeper is not None and keeper.tick():
+        nonlocal starts
+        if keeper is None:
+            return
+        if supervisor.starts > starts:  # a SuperNode that is turned away ends, and says nothing
+            starts = supervisor.starts
+            keeper.hurry()
+        if keeper.tick():
             supervisor.info |= keeper.found
             supervisor.write_status()
 

@@ -73,6 +73,10 @@ class Keeper:
             self._thread.start()
         return False
 
+    def hurry(self) -> None:
+        """Something has just gone wrong that the centre may have the reason for: look at the next tick."""
+        self._due = 0.0
+
     def _look(self) -> None:
         warnings: list[str] = []
         identity = Identity.of(self.state)
