@@ -334,3 +334,12 @@ def test_a_version_put_under_another_round_run_or_name_does_not_open(tmp_path: P
     (tmp_path / "x").rename(tmp_path / "y")
     with pytest.raises(StorageError, match="moved"):
         read_private(tmp_path / "y", SEAL, "y")
+
+
+def test_a_process_that_seals_nothing_gets_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trunkline.sealing import make_seal, without_key
+
+    monkeypatch.setenv("PLANT_KEY", base64.b64encode(bytes(range(32))).decode())
+    assert without_key({"PLANT_KEY": "k", "A": "b"}, tmp_path) == {"PLANT_KEY": "k", "A": "b"}, "nothing is sealed here"
+    make_seal(tmp_path, "env:PLANT_KEY")
+    assert without_key({"PLANT_KEY": "k", "A": "b"}, tmp_path) == {"A": "b"}

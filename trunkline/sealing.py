@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,13 @@ def _decrypted(key: bytes, data: bytes, about: str) -> bytes | None:
         return AESGCM(key).decrypt(nonce, body, head + about.encode())
     except (InvalidTag, ValueError):
         return None
+
+
+def without_key(environment: Mapping[str, str], state: Path) -> dict[str, str]:
+    """An environment for a process that seals nothing: where the key comes from the environment, it is not in this one."""
+    found = find_seal(state)
+    kind, _, name = found.source.partition(":") if found is not None else ("", "", "")
+    return {key: value for key, value in environment.items() if kind != "env" or key != name}
 
 
 def default_source(state: Path) -> str:

@@ -30,11 +30,12 @@ from trunkline.keys import (
     read_certificate,
     spki,
 )
-from trunkline.server import audit, authority
+from trunkline.server import audit, authority, registrar
 from trunkline.server.authority import Authority
 from trunkline.server.registrar import build
 from trunkline.server.registry import Registry
 from trunkline.server.routes import CERTIFICATE, CERTIFICATE_PEM
+from trunkline.storage import write_atomic
 
 
 @pytest.fixture
@@ -64,6 +65,52 @@ def test_what_is_made_is_sealed_and_made_once(centre: Authority, tmp_path: Path)
     (tmp_path / "key").unlink()
     with pytest.raises(TrustError, match=r"key file is gone.*nothing was changed"):
         Authority.open(centre.state)
+
+
+def test_a_making_that_was_cut_short_is_made_anew_and_a_lost_file_makes_no_new_federation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "s"
+    with monkeypatch.context() as patch:
+
+        def full(path: Path, data: bytes, mode: int = 0o600) -> None:
+            if path.name == "federation.json":  # it is written last
+                raise StorageError("the disk is full")
+            write_atomic(path, data, mode)
+
+        patch.setattr(authority, "write_atomic", full)
+        with pytest.raises(StorageError):
+            authority.init(state, "north", (), key=f"file:{tmp_path / 'key'}")
+    made = authority.init(state, "north", ())
+    assert Authority.open(state).certificate == made
+    (state / "federation.json").unlink()
+    with pytest.raises(TrustError, match="is here already"):
+        authority.init(state, "north", ())
+
+
+def test_a_superlink_that_has_forgotten_a_site_is_told_of_it_again(
+    centre: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _ = centre.invite("press-07", 1.0)
+    centre.admit(asking(), key_of(code), "test")
+    nodes: dict[int, bytes] = {}
+
+    def register(address: str, public: bytes, name: str, *, ca: bytes) -> int:
+        number = 7 + len(nodes)
+        nodes[number] = public
+        return number
+
+    listed = [{"node": 7, "status": "offline"}]
+    monkeypatch.setattr(registrar, "register_node", register)
+    monkeypatch.setattr(registrar, "list_nodes", lambda address, *, ca: listed)
+    registrar.reconcile(centre, "", b"")
+    registrar.forget_unknown(centre, "", b"")
+    assert centre.registry.read().nodes() == {7: "press-07"}
+    listed.clear()
+    registrar.forget_unknown(centre, "", b"")
+    assert centre.registry.read().nodes() == {}
+    registrar.reconcile(centre, "", b"")
+    assert centre.registry.read().nodes() == {8: "press-07"}
 
 
 def test_the_authority_signs_and_what_it_signs_may_not(centre: Authority) -> None:

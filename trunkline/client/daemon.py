@@ -18,6 +18,7 @@ from trunkline.client.keeper import Keeper
 from trunkline.config import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower import environment
+from trunkline.sealing import without_key
 from trunkline.supervise import Child, Supervisor, is_loopback, make_secret, read_status, say, status_table
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def children_of(
     ]
     env = environment(state)
     return [
-        Child("supernode", node, env, state / "logs" / "supernode.log"),
+        Child("supernode", node, without_key(env, state), state / "logs" / "supernode.log"),
         Child("executor", worker, env, state / "logs" / "executor.log"),
     ]
 

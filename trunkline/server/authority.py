@@ -88,7 +88,7 @@ def init(
     Raises:
         TrustError: there is one already: nothing is ever made over it.
     """
-    if is_federation(state) or (state / "authority.key").exists():
+    if is_federation(state) or _was_whole(state):
         raise TrustError(
             f"{state}: a federation is here already ({FEDERATION}). Choose another --state; nothing was changed."
         )
@@ -115,6 +115,11 @@ def init(
     write_atomic(state / FEDERATION, federation.model_dump_json(indent=1).encode())
     audit.note(state, "init", federation=name, authority=fingerprint(authority), hosts=list(hosts))
     return authority
+
+
+def _was_whole(state: Path) -> bool:
+    """Whether what is here was a federation once, and not one whose making was cut short."""
+    return (state / audit.AUDIT).exists()  # begun when all else was there
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import trunkline
 from trunkline.errors import DeploymentError
 from trunkline.flower import environment, list_nodes, list_runs, run_status, submit
+from trunkline.sealing import without_key
 from trunkline.server import audit, launcher
 from trunkline.server.authority import Authority, is_federation, read_federation, sites, warnings
 from trunkline.server.routes import socket_path
@@ -104,7 +105,13 @@ def _gated(state: Path, local: str, outside: str) -> list[Child]:
     return [
         *_flower(state, local, [*flags, "--enable-supernode-auth"], ["--root-certificates", own]),
         Child("registrar", registrar, env, logs / "registrar.log"),
-        Child("gateway", [*gateway, "--listen", outside, "--upstream", local], env, logs / "gateway.log", needs=local),
+        Child(
+            "gateway",
+            [*gateway, "--listen", outside, "--upstream", local],
+            without_key(env, state),
+            logs / "gateway.log",
+            needs=local,
+        ),
     ]
 
 
@@ -120,7 +127,7 @@ def _flower(state: Path, local: str, flags: list[str], dial: list[str]) -> list[
     env = environment(state)
     ours = {**env, "PATH": os.pathsep.join((str(launcher.install(state)), env["PATH"]))}
     return [
-        Child("superlink", link, env, state / "logs" / "superlink.log"),
+        Child("superlink", link, without_key(env, state), state / "logs" / "superlink.log"),
         Child("superexec", starter, ours, state / "logs" / "superexec.log", needs=local),
     ]
 

@@ -43,7 +43,7 @@ from trunkline.enrolment import (
     RenewRequest,
 )
 from trunkline.errors import DeploymentError, TrunklineError, TrustError
-from trunkline.flower import register_node, unregister_node
+from trunkline.flower import list_nodes, register_node, unregister_node
 from trunkline.keys import certificate_pem, due, key_id, now, read_certificate
 from trunkline.server import audit
 from trunkline.server.authority import Authority, turned_away
@@ -183,6 +183,15 @@ def reconcile(authority: Authority, address: str, ca: bytes) -> None:
             logger.warning("%s is shut out: %s", entry.site, entry.reason)
 
 
+def forget_unknown(authority: Authority, address: str, ca: bytes) -> None:
+    """Take up who the SuperLink has forgotten (its database was lost, or an older one restored): the next step registers him."""
+    known = {node["node"] for node in list_nodes(address, ca=ca) if node["status"] != "unregistered"}
+    for entry in authority.registry.read().enrolled:
+        if entry.node is not None and entry.node not in known:
+            _set_node(authority, entry, None)
+            logger.warning("the SuperLink does not know %s any more", entry.site)
+
+
 def _set_node(authority: Authority, entry: Enrolled, node: int | None) -> None:
     def put(book: Book) -> Book:
         return book.model_copy(
@@ -208,6 +217,7 @@ async def _in_step(authority: Authority, address: str, ca: bytes) -> AsyncIterat
                 since_due += STEP_S
                 if since_due >= DUE_S:
                     since_due = 0.0
+                    forget_unknown(authority, address, ca)
                     if due(read_certificate(authority.state / "server.crt")):
                         authority.rotate_server("it was due")
                         logger.info("the server has a new certificate")
