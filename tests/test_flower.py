@@ -4,7 +4,9 @@ import contextlib
 import gc
 import io
 import json
+import time
 import tracemalloc
+import types
 import weakref
 import zipfile
 from pathlib import Path
@@ -13,7 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
+from flwr.common.serde import message_to_proto
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as drawn
@@ -24,6 +30,7 @@ from trunkline.flower import (
     HEADER_LIMIT,
     PACK_SMALL,
     LoopbackGrid,
+    Replies,
     app_bytes,
     app_digest,
     error_site,
@@ -31,6 +38,7 @@ from trunkline.flower import (
     open_records,
     pack,
     reason_of,
+    stamp,
     to_records,
 )
 
@@ -264,3 +272,79 @@ def test_the_thin_app_ships_no_code_and_lets_a_run_be_named() -> None:
         "serverapp": "trunkline.server.app:app",
         "clientapp": "trunkline.client.app:app",
     }
+
+
+class Link:
+    """The SuperLink's side of a grid: replies with the objects of theirs that have come so far.
+
+    Args:
+        replies: id of a question -> its reply. What is in `here` is there; what is in `lost` never comes any more.
+    """
+
+    node = Node(node_id=1)
+
+    def __init__(self, replies: dict[str, Message]) -> None:
+        self.replies, self.asked, self.confirmed = replies, [], []  # type: ignore[var-annotated]
+        self.contents = {
+            asked: {one: obj.deflate() for one, obj in get_all_nested_objects(reply).items()}
+            for asked, reply in replies.items()
+        }
+        self.here = {one for objects in self.contents.values() for one in objects}
+        self.lost: set[str] = set()
+        self._runtime_client, self.run = self, types.SimpleNamespace(run_id=1)
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802 - Flower's names
+        self.asked += list(request.message_ids)
+        found = [self.replies[one] for one in request.message_ids if one in self.replies]
+        protos = [message_to_proto(remove_content_from_message(one)) for one in found]
+        return types.SimpleNamespace(messages_list=protos, message_object_trees=[get_object_tree(one) for one in found])
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802
+        every = {one: data for objects in self.contents.values() for one, data in objects.items()}
+        there = request.object_id in self.here
+        content = every[request.object_id] if there else b""
+        known = request.object_id not in self.lost
+        return types.SimpleNamespace(object_found=known, object_available=there, object_content=content)
+
+    def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802
+        self.confirmed.append(request.message_object_id)
+
+
+def replied(value: float, asked: str, node: int) -> Message:
+    LoopbackGrid(ClientApp(), [{}])  # Flower's task identity
+    question = Message(to_records({}, "{}"), node, "train")
+    stamp(question, asked)
+    reply = Message(pack(to_records({"w": np.full(3, value, np.float32)}, "{}")), reply_to=question)
+    stamp(reply, reply.object_id)
+    return reply
+
+
+def test_a_reply_that_is_half_there_holds_nobody_up() -> None:
+    link = Link({"q1": replied(1.0, "q1", 2), "q2": replied(2.0, "q2", 3), "q3": replied(3.0, "q3", 4)})
+    replies = Replies(link)
+    own = {
+        one: set(objects) - set(link.contents["q1" if one != "q1" else "q2"]) for one, objects in link.contents.items()
+    }
+    late = next(iter(own["q1"] - {link.replies["q1"].object_id}))
+    gone = next(iter(own["q3"] - {link.replies["q3"].object_id}))
+    link.here -= {late, gone}
+
+    def values(found: Any) -> dict[str, Any]:
+        return {
+            one.metadata.reply_to_message_id: one.error.code
+            if one.has_error()
+            else open_records(one.content)[0]["w"][0]
+            for one in found
+        }
+
+    began = time.monotonic()
+    assert values(replies.pull(["q1", "q2", "q3"])) == {"q2": 2.0}, "who is whole is not held up"
+    assert values(replies.pull(["q1", "q3"])) == {}
+    assert time.monotonic() - began < 2.0
+    link.here.add(late)
+    link.lost.add(gone)
+    assert values(replies.pull(["q1", "q3"])) == {"q1": 1.0, "q3": 3}, (
+        "3: its objects never came, so the site is asked again"
+    )
+    assert link.asked == ["q1", "q2", "q3"], "a SuperLink tells of each reply once"
+    assert link.confirmed == [link.replies[one].metadata.message_id for one in ("q2", "q1")]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
-from trunkline.flower import RESTARTED, LocalGrid, error_site, pack
+from trunkline.flower import RESTARTED, LocalGrid, Replies, error_site, pack
 
 # Flower's own codes for a node that went away or a message that was lost: the site did nothing wrong, so it is asked again
 # (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died)
@@ -84,6 +84,7 @@ def ask(
     far = (
         local is None and getattr(grid, "clock", None) is None
     )  # through a SuperLink: not in this process, nor simulated
+    replies = Replies(grid) if far else None
     poll, look_at = POLL_FIRST_S, 0.0
     packed: list[Any] = [None, None]  # the last content, and the same as it goes through a SuperLink
     due: Iterator[int] = iter(())
@@ -128,7 +129,7 @@ def ask(
             for message in outgoing(lambda: True):
                 sent |= {message_id: taken[-1] for message_id in grid.push_messages([message]) if message_id}
         heard = False
-        for message in _pull(grid, sent, open_requests):
+        for message in _pull(grid, sent, open_requests, replies):
             answered = sent.pop(message.metadata.reply_to_message_id, None)
             if answered is None or answered not in open_requests:
                 continue
@@ -157,7 +158,9 @@ def ask(
             yield Answer(node, None, f"no reply within {deadline_s:g} s", silent=True)
 
 
-def _pull(grid: Grid, sent: dict[str, int], open_requests: dict[int, _Request]) -> Iterator[Message]:
+def _pull(
+    grid: Grid, sent: dict[str, int], open_requests: dict[int, _Request], replies: Replies | None
+) -> Iterator[Message]:
     """The replies that are there, never more of them at once in memory than a few."""
     if isinstance(grid, LocalGrid):
         came = list(grid.pull_messages(sent.keys()))
@@ -165,5 +168,8 @@ def _pull(grid: Grid, sent: dict[str, int], open_requests: dict[int, _Request]) 
             yield came.pop(0)
         return
     waiting = [message_id for message_id, node in sent.items() if node in open_requests]
+    if replies is not None:
+        yield from replies.pull(waiting, BATCH)
+        return
     for start in range(0, len(waiting), BATCH):
         yield from grid.pull_messages(waiting[start : start + BATCH])
