@@ -540,7 +540,7 @@ class Replies:
         pull = make_pull_object_fn_protobuf(client.PullObject, node, run)
         self._begun = {asked: one for asked, one in self._begun.items() if asked in set(message_ids)}
         new = [asked for asked in message_ids if asked not in self._begun]
-        for start in range(0, max(1, len(message_ids)), at_once):
+        for start in range(0, max(1, len(new)), at_once):  # once also where there is nothing new to ask for
             if ids := new[start : start + at_once]:
                 found = client.PullMessages(PullAppMessagesRequest(message_ids=ids))
                 for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):

@@ -95,16 +95,6 @@ class Nginx:
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Federation:
-    return Federation(tmp_path)
-
-
-@pytest.fixture
-def behind() -> Behind:
-    return Behind()
-
-
-@pytest.fixture
 def nginx(federation: Federation, behind: Behind) -> Iterator[Nginx]:
     """Not started yet: the book is written first."""
     with superlink(federation, behind) as upstream, socket.socket() as one:

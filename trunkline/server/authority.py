@@ -42,7 +42,7 @@ from trunkline.keys import (
 )
 from trunkline.sealing import find_seal, make_seal
 from trunkline.server import audit
-from trunkline.server.registry import Book, Enrolled, Invitation, Registry
+from trunkline.server.registry import Book, Enrolled, Invitation, Registry, turned_away
 from trunkline.server.signing import issue_release_certificate
 from trunkline.storage import write_atomic
 
@@ -363,14 +363,6 @@ def revoke(state: Path, site: str, reason: str) -> Enrolled:
     Registry(state).write(put)
     audit.note(state, "revoke", site=site, reason=reason)
     return found[0]
-
-
-def turned_away(entry: Enrolled | None) -> str:
-    """Why a key is not let in, for whoever is outside."""
-    if entry is None:
-        return "this certificate's key is not enrolled here. Ask the operator for an invitation."
-    why = f" ({entry.reason})" if entry.reason else ""
-    return f"{entry.site}: this certificate was revoked on {entry.revoked}{why}. Ask the operator for a new invitation."
 
 
 def warnings(state: Path) -> list[str]:

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives import hashes
 from trunkline import keys
 from trunkline.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
 from trunkline.server.gateway import address
-from trunkline.server.registry import Book, Registry
+from trunkline.server.registry import JOIN_AGAIN, Book, Registry, turned_away
 from trunkline.server.routes import CERTIFICATE, CERTIFICATE_PEM, FORWARDED, PEER, SOCKET, Limits, routes
-from trunkline.server.trust import JOIN_AGAIN, moment, remembered
+from trunkline.server.trust import remembered
 from trunkline.storage import write_atomic
 
 TRUSTED = "trusted.pem"
@@ -218,9 +218,7 @@ def _callers(book: Book) -> tuple[str, str, str]:
         mark = _sha1(one.certificate, one.site)
         who[mark] = "revoked" if one.revoked else "site"
         if one.revoked:
-            why = f" ({UNFIT.sub(' ', one.reason)})" if one.reason else ""
-            day = f"{moment(one.revoked):%Y-%m-%d %H:%M UTC}"
-            words[mark] = f"{one.site}: this certificate was revoked on {day}{why}. {JOIN_AGAIN}"
+            words[mark] = turned_away(one.model_copy(update={"reason": UNFIT.sub(" ", one.reason)}))
         else:
             owned[mark] = base64.b64encode(one.spki.encode()).decode()
     for code in book.invitations:

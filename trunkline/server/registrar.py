@@ -46,8 +46,8 @@ from trunkline.errors import DeploymentError, TrunklineError, TrustError
 from trunkline.flower import list_nodes, register_node, unregister_node
 from trunkline.keys import certificate_pem, due, key_id, now, read_certificate
 from trunkline.server import audit
-from trunkline.server.authority import Authority, turned_away
-from trunkline.server.registry import Book, Enrolled
+from trunkline.server.authority import Authority
+from trunkline.server.registry import Book, Enrolled, turned_away
 from trunkline.server.routes import CERTIFICATE, CERTIFICATE_PEM, PEER, socket_path
 
 STEP_S = 1.0  # between looks at the register: a revoked site is known to Flower within this

@@ -89,6 +89,23 @@ class Book(Frozen):
         return {one.node: one.site for one in self.enrolled if one.node is not None and not one.revoked}
 
 
+JOIN_AGAIN = "Ask the operator for a new invitation (`trunkline server invite`) and join with `trunkline client join`."
+
+
+def turned_away(entry: Enrolled | None, name: str = "") -> str:
+    """Why a key is not let in, for whoever is outside.
+
+    Args:
+        entry: its revoked enrolment; None: it has none. name: what its certificate calls it.
+    """
+    if entry is None:
+        return f"{name + ': ' if name else ''}this certificate's key is not enrolled here. {JOIN_AGAIN}"
+    why = f" ({entry.reason})" if entry.reason else ""
+    return (
+        f"{entry.site}: this certificate was revoked on {entry.revoked[:16].replace('T', ' ')} UTC{why}. {JOIN_AGAIN}"
+    )
+
+
 class Registry:
     """The file, read again whenever it has changed."""
 

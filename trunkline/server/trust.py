@@ -16,13 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from trunkline import keys
 from trunkline.errors import DeploymentError, StorageError
 from trunkline.server.heads import plain
-from trunkline.server.registry import REGISTRY, Book, Registry
+from trunkline.server.registry import JOIN_AGAIN, REGISTRY, Book, Registry, turned_away
 from trunkline.server.wire import Denied
 
 REMEMBERED = timedelta(days=90)  # so long a used or expired code still reaches the registrar, which says what is wrong
 REPLAY_S = 330.0  # Flower takes a signed timestamp from 5 s ahead until 305 s later; with some seconds of margin
 SIGNATURES = 20_000  # of one site within that time: 60 calls a second, and 3 MB
-JOIN_AGAIN = "Ask the operator for a new invitation (`trunkline server invite`) and join with `trunkline client join`."
 
 
 def remembered(book: Book) -> str:
@@ -165,14 +164,9 @@ def admit(book: Book, peer: Peer) -> Caller:
         invitation = book.invitation(peer.key)
         if invitation is not None:
             return Caller(invitation.site, invited=True)
-        raise Denied(401, f"{peer.name}: this certificate's key is not enrolled here. {JOIN_AGAIN}", "not enrolled")
+        raise Denied(401, turned_away(None, peer.name), "not enrolled")
     if found.revoked:
-        why = f" ({found.reason})" if found.reason else ""
-        raise Denied(
-            401,
-            f"{found.site}: this certificate was revoked on {_day(moment(found.revoked))}{why}. {JOIN_AGAIN}",
-            "revoked",
-        )
+        raise Denied(401, turned_away(found), "revoked")
     if keys.now() >= peer.until:
         raise Denied(401, f"{found.site}: this certificate expired on {_day(peer.until)}. {JOIN_AGAIN}", "expired")
     return Caller(found.site, invited=False)
