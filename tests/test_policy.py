@@ -12,6 +12,8 @@ from flwr.app import Message
 
 from tests.loopback import QUICK, WatchedGrid, arrays_in, events_of, federate, refusals_of
 from trunkline.client import consent, contracts
+from trunkline.client.at_rest import seal_state
+from trunkline.client.rekeying import rekey
 from trunkline.client.rounds import answer_evaluate, answer_offer, answer_train
 from trunkline.client.site import Site, open_site
 from trunkline.config import parse_run, read_site
@@ -19,7 +21,7 @@ from trunkline.errors import ConfigError, ContractError, Declined, Pending
 from trunkline.exchange import About, Conditions, GuardSettings, LocalPlan, Order, TrunkSpec, metric_names
 from trunkline.flower import open_records
 from trunkline.models.trunk import first_trunk
-from trunkline.sealing import is_sealed, make_seal
+from trunkline.sealing import is_sealed, make_seal, sealed_by
 from trunkline.server.report import read_report
 
 SPEC = TrunkSpec(width=16)
@@ -235,19 +237,24 @@ def test_a_run_waits_for_a_persons_yes_and_says_once_for_whom(
 ) -> None:
     folders = with_policy(plants[:2], tmp_path, 'decide = "ask"')
     state = tmp_path / "out" / "state" / folders[0].name
+    grid = WatchedGrid(folders, tmp_path / "out", None, True)
 
     def agree() -> None:
         end = time.monotonic() + 20
-        while (found := the_contract(state)) is None and time.monotonic() < end:
-            time.sleep(0.02)
-        time.sleep(0.4)  # it is asked a few times before it says yes
+        while len([1 for kind, node, _ in grid.down if kind == "query" and node == 2]) < 3 and time.monotonic() < end:
+            time.sleep(0.02)  # it is asked a few times before it says yes
+        found = the_contract(state)
         assert found is not None
         consent.decide(state, found.run, "accepted", "Anna")
 
     person = threading.Thread(target=agree)
     person.start()
-    grid = federate(
-        folders, tmp_path / "out", plant=True, cohort={"min_sites": 2, "deadline_s": 20.0, "gather_s": 20.0}
+    federate(
+        folders,
+        tmp_path / "out",
+        grid=grid,
+        plant=True,
+        cohort={"min_sites": 2, "deadline_s": 20.0, "gather_s": 20.0},
     )
     person.join(timeout=20)
     assert len([1 for kind, node, _ in grid.down if kind == "query" and node == 2]) > 2
@@ -399,6 +406,20 @@ def test_where_the_state_is_sealed_the_contract_is_too(plant: Site, tmp_path: Pa
     data = (plant.state / "contracts" / "quick-1.json").read_bytes()
     assert is_sealed(data) and b"hannes" not in data
     assert contracts.known(plant.state, "quick-1").verdict == "accepted"
+
+
+def test_a_contract_goes_with_the_state_when_it_is_sealed_and_when_its_key_changes(plant: Site, tmp_path: Path) -> None:
+    answer_offer(plant, order_of(0))
+    path = plant.state / "contracts" / "quick-1.json"
+    assert not is_sealed(path.read_bytes())
+    first = seal_state(plant.state, f"file:{tmp_path / 'key'}")
+    assert is_sealed(path.read_bytes()), "what lay there in the clear is sealed with the rest"
+    assert contracts.known(plant.state, "quick-1").verdict == "accepted"
+    told: list[str] = []
+    second = rekey(plant.state, forget=True, tell=told.append)
+    assert second.name != first.name and sealed_by(path.read_bytes()) == second.name, told
+    assert contracts.known(plant.state, "quick-1").verdict == "accepted"
+    assert not any("Left as it is" in text for text in told), told
 
 
 def test_a_contract_says_in_words_what_the_run_would_take(plant: Site) -> None:

@@ -10,7 +10,7 @@ from trunkline.errors import ContractError, StorageError
 from trunkline.exchange import ArraySpec, Contract, Frozen, Inputs, Order, TaskCard, terms_digest
 from trunkline.guards import names
 from trunkline.sealing import Seal, find_seal
-from trunkline.storage import write_atomic
+from trunkline.storage import read_private, write_private
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,18 +79,17 @@ def read(state: Path, run: str, seal: Seal | None = None) -> Consent | None:
     """What is on disk of a run; None where nothing is.
 
     Raises:
-        StorageError: the file is damaged, or sealed with another key.
+        StorageError: the file is damaged. TrustError: it is sealed with another key, or plain where it should be sealed.
     """
     path = _path(state, run)
     try:
-        data = path.read_bytes()
+        data = read_private(path, seal or find_seal(state), _about(run))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror}).") from None
-    seal = seal or find_seal(state)
     try:
-        found = Consent.model_validate_json(seal.open(data, f"contract {run}", str(path)) if seal else data)
+        found = Consent.model_validate_json(data)
         _ = found.order
     except (ValidationError, ValueError) as error:
         raise StorageError(
@@ -118,9 +117,8 @@ def known(state: Path, run: str) -> Consent:
 
 def write(state: Path, consent: Consent) -> None:
     """Raises StorageError when it cannot be kept; what was there is intact."""
-    seal = find_seal(state)
     data = consent.model_dump_json(indent=2).encode()
-    write_atomic(_path(state, consent.run), seal.close(data, f"contract {consent.run}") if seal else data)
+    write_private(_path(state, consent.run), data, find_seal(state), _about(consent.run))
 
 
 def every(state: Path) -> Iterator[Consent]:
@@ -134,7 +132,12 @@ def every(state: Path) -> Iterator[Consent]:
 def _path(state: Path, run: str) -> Path:
     if "/" in run or run.startswith("."):  # of a command line; a wire type has checked those that come over the wire
         raise ContractError(f"{run!r}: not the name of a run.")
-    return state / "contracts" / f"{run}.json"
+    return state / _about(run)
+
+
+def _about(run: str) -> str:
+    """Its place below the state, which is what it is sealed as."""
+    return f"contracts/{run}.json"
 
 
 def in_bytes(count: int) -> str:
