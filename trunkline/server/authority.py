@@ -43,7 +43,7 @@ from trunkline.keys import (
 from trunkline.sealing import find_seal, make_seal
 from trunkline.server import audit
 from trunkline.server.registry import Book, Enrolled, Invitation, Registry, turned_away
-from trunkline.server.signing import issue_release_certificate
+from trunkline.server.signing import issue_release_certificate, write_signer
 from trunkline.storage import write_atomic
 
 SLACK = timedelta(minutes=5)  # certificates hold from a little before now: a plant's clock may be behind
@@ -103,9 +103,7 @@ def init(
     write_atomic(state / "authority.key", seal.close(key_pem(root), "authority.key"))
     write_atomic(state / "authority.crt", certificate_pem(authority), mode=0o644)
     signing = new_signing_key()
-    write_atomic(state / "release.key", seal.close(key_pem(signing), "release.key"))
-    release = issue_release_certificate(root, authority, signing.public_key(), AUTHORITY_DAYS)
-    write_atomic(state / "release.crt", certificate_pem(release), mode=0o644)
+    write_signer(state, signing, issue_release_certificate(root, authority, signing.public_key(), AUTHORITY_DAYS))
     write_atomic(state / "audit.key", seal.close(key_pem(new_signing_key()), "audit.key"))
     _loopback(state)
     Registry(state).make()

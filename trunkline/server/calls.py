@@ -81,9 +81,8 @@ def ask(
     open_requests = {node: _Request(content) for node, content in requests.items()}
     sent: dict[str, int] = {}
     patient = set(requests) if patient_for is None else patient_for & set(requests)
-    far = (
-        local is None and getattr(grid, "clock", None) is None
-    )  # through a SuperLink: not in this process, nor simulated
+    # through a SuperLink: neither in this process nor on a simulated clock
+    far = local is None and getattr(grid, "clock", None) is None
     replies = Replies(grid) if far else None
     poll, look_at = POLL_FIRST_S, 0.0
     packed: list[Any] = [None, None]  # the last content, and the same as it goes through a SuperLink
