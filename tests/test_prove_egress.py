@@ -340,7 +340,7 @@ def test_four_plants_in_one_recorded_run_let_nothing_private_out(plants: list[Pa
             recorders[folder] = running.enter_context(Recorder(port))
             running.enter_context(stage.plant(folder, states[folder], recorders[folder].port))
         threading.Thread(target=plant_weights, daemon=True).start()
-        out = stage.run_through(tmp_path, port, run)
+        out = stage.run_through(tmp_path, run)
     assert [len(one["sites"]) for one in read_report(out)["rounds"]] == [4, 4]
     for folder in folders:
         kept = next(contracts.every(states[folder]))

@@ -366,14 +366,28 @@ def server_run(
     import trunkline.server.daemon as daemon
     from trunkline.server.report import read_report
 
-    run_id = daemon.run(state, run.model_dump_json(), folder, resume=resume)
-    typer.echo(f"Submitted as run {run_id}; its folder is {folder}.")
+    entry = daemon.run(state, run.model_dump_json(), folder, resume=resume)
+    typer.echo(f"Run {entry.key}; its folder is {folder}.")
+    if entry.state == "wanted":
+        typer.echo(f"It is not submitted yet and begins by itself. {entry.note}".strip())
     _watched(
         folder,
-        lambda: daemon.wait(state, run_id, folder),
+        lambda: daemon.wait(state, entry.key, folder),
         stopped="no longer watching. The run goes on; `trunkline server status` shows it.",
     )
     _show(read_report(folder), folder)
+
+
+@server.command("stop")
+def server_stop(
+    name: Annotated[str, typer.Argument(help="The run's name (the newest one) or key, as `server status` shows it.")],
+    state: ServerState = Path("trunkline-server"),
+) -> None:
+    """End a run for good; without this it goes on until it is done, whatever happens to the server. `run --resume` goes on."""
+    import trunkline.server.daemon as daemon
+
+    entry = daemon.stop(state, name)
+    typer.echo(f"Run {entry.key} is being stopped; its checkpoints stay in {entry.out}.")
 
 
 @server.command("status")

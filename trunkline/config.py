@@ -338,6 +338,11 @@ class CohortConfig(Frozen):
     resend_s: float = Field(
         default=60.0, gt=0.0, description="silence after which a site is asked again; doubles each time"
     )
+    outage_s: float = Field(
+        default=86_400.0,
+        ge=0.0,
+        description="longest a run that has begun waits for enough sites, or room on its disk, to come back",
+    )
     weight_cap: int = Field(default=100_000, ge=1, description="training windows above which a site weighs no more")
 
 

@@ -85,7 +85,7 @@ try:
         RuntimeVersionHttpInterceptor,
         SuperExecAuthHttpInterceptor,
     )
-    from flwr.supercore.run import Run
+    from flwr.supercore.run import Run, RunNotRunningException
     from flwr.supercore.runtime import RuntimeHttpClient
     from flwr.supercore.task_identity import TaskIdentity
     from flwr.supernode.runtime.run_clientapp import push_message
@@ -107,6 +107,8 @@ APP_LIMIT = 1 << 20  # bytes an app may unpack to while it is hashed; the thin a
 PACK_SMALL = 4 << 20  # bytes up to which arrays travel as one object; Flower's own chunks have 5 MiB
 ALIGNED = 64  # bytes: where arrays begin in a pack, as numpy's file format has its own data
 Scalar = str | int | float
+# what a grid raises once its SuperLink has forgotten the run, or is another; one that is only away is waited for inside
+LINK_LOST = (httpx.HTTPError, RunNotRunningException)
 
 logger = logging.getLogger(__name__)
 

@@ -145,6 +145,12 @@ class Progress:
             self._told.add(("", text))
             self._say(text, style="yellow")
 
+    def _on_waiting(self, event: Event, before: Event) -> None:
+        self._on_note(event, before)
+
+    def _on_recovered(self, event: Event, before: Event) -> None:
+        self._on_note(event, before)
+
     # --- what is shown -------------------------------------------------------------------------------------------
 
     def _refused(self, site: object, cause: object, at: object) -> None:

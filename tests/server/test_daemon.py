@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from trunkline.errors import DeploymentError
-from trunkline.server import daemon
+from trunkline.server import conductor, daemon
+from trunkline.server.ledger import Ledger
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "centre.example"])
@@ -37,44 +38,40 @@ def test_without_a_daemon_nothing_is_submitted(tmp_path: Path) -> None:
 
 def test_a_run_is_told_the_state_folder_whose_key_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, object]] = []
+    monkeypatch.setattr(conductor, "submit", lambda address, app, overrides, ca: told.append(overrides) or 7)
     monkeypatch.setattr(daemon, "_where", lambda state: ("127.0.0.1:1", None))
-    monkeypatch.setattr(daemon, "submit", lambda address, app, overrides, ca: told.append(overrides) or 7)
     monkeypatch.chdir(tmp_path)
-    assert daemon.run(Path("centre"), "{}", Path("out")) == 7
+    (tmp_path / "centre").mkdir()
+    entry = daemon.run(Path("centre"), '{"name": "r"}', Path("out"), patience_s=0.0)
+    conductor.Conductor(tmp_path / "centre", "127.0.0.1:1", None, daemon.APP).look()
+    assert Ledger(tmp_path / "centre").get(entry.key).number == 7
     assert told[0]["state"] == str(tmp_path / "centre")  # the ServerApp has another working directory
+    assert (told[0]["resume"], told[0]["out"]) == (0, str(tmp_path / "out"))
     app = tomllib.loads((daemon.APP / "pyproject.toml").read_text())
     assert set(told[0]) == set(app["tool"]["flwr"]["app"]["config"])
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, *found: tuple[str, str] | DeploymentError) -> None:
-    monkeypatch.setattr(daemon, "_where", lambda state: ("127.0.0.1:1", None))
-    script = list(found)
-
-    def status(address: str, run_id: int, *, ca: bytes | None) -> tuple[str, str]:
-        one = script.pop(0)
-        if isinstance(one, DeploymentError):
-            raise one
-        return one
-
-    monkeypatch.setattr(daemon, "run_status", status)
-    monkeypatch.setattr(daemon, "POLL_S", 0.0)
+def test_a_run_that_failed_says_why_in_its_own_words(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    entry = ledger.add("r", "{}", tmp_path / "out", resume=False)
+    ledger.change(entry.key, state="failed", note="2 of 5 sites answered")
+    with pytest.raises(DeploymentError, match="failed: 2 of 5 sites answered"):
+        daemon.wait(tmp_path, entry.key, tmp_path / "out")
 
 
-def test_a_run_that_failed_says_why_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched(monkeypatch, ("running", ""), ("finished:failed", "exit code 1"))
-    events = [{"event": "round"}, {"event": "error", "text": "2 of 5 sites answered"}]
-    (tmp_path / "events.jsonl").write_text("\n".join([*map(json.dumps, events), '{"event": "er']))
-    with pytest.raises(DeploymentError, match="run 7 ended as finished:failed: 2 of 5 sites answered"):
-        daemon.wait(tmp_path, 7, tmp_path)
-
-
-def test_a_superlink_that_restarts_is_waited_for_and_one_that_stays_away_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gone = DeploymentError("127.0.0.1:1: asking for a run failed")
-    watched(monkeypatch, ("running", ""), gone, ("running", ""), ("finished:completed", ""))
-    seen = list(daemon.follow(tmp_path, 7, silence_s=60.0, poll_s=0.0))
-    assert seen == [("running", ""), ("finished:completed", "")], "each change once"
-    watched(monkeypatch, ("running", ""), gone, gone)
-    with pytest.raises(DeploymentError, match="asking for a run failed"):
-        list(daemon.follow(tmp_path, 7, silence_s=0.0, poll_s=0.01))
+def test_a_server_that_is_down_is_waited_for_and_one_that_stays_away_is_not(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    entry = ledger.add("r", "{}", tmp_path / "out", resume=False)
+    (tmp_path / "status.json").write_text(json.dumps({"role": "server", "children": []}))
+    with pytest.raises(DeploymentError, match="goes on by itself once one does"):
+        list(daemon.follow(tmp_path, entry.key, silence_s=0.0, poll_s=0.01))
+    seen = []
+    for one in daemon.follow(tmp_path, entry.key, silence_s=60.0, poll_s=0.0):
+        seen.append(one.state)
+        steps: dict[str, dict[str, object]] = {
+            "wanted": {"state": "running", "number": 3},
+            "running": {"state": "completed"},
+        }
+        if one.state in steps:
+            ledger.change(entry.key, **steps[one.state])
+    assert seen == ["wanted", "running", "completed"]

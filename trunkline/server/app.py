@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import time
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +13,17 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from trunkline.config import RunConfig, parse_run, read_run
-from trunkline.errors import ConfigError, TrunklineError
+from trunkline.errors import ConfigError, StorageError, TrunklineError
+from trunkline.flower import LINK_LOST
 from trunkline.progress import EVENTS
 from trunkline.release import RELEASE
 from trunkline.server import audit
 from trunkline.server.authority import is_federation
+from trunkline.server.calls import is_far
+from trunkline.server.ledger import Hold, write_outcome
 from trunkline.server.registry import Registry
 from trunkline.server.report import write_report
+from trunkline.server.room import Lines, Room
 from trunkline.server.rounds import run_rounds
 from trunkline.server.signing import find_signer
 from trunkline.signature import Sign
@@ -44,36 +49,55 @@ def main(grid: Grid, context: Context) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = str(config.get("state", ""))
     stamp = getattr(grid, "stamp", dict)  # a simulated world says when it was on its own clock
-    with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
+    far = is_far(grid)
+    hold = Hold(out, context.run_id) if far else None
+    events = Lines(out / EVENTS)
 
-        def tell(event: Mapping[str, Any]) -> None:
-            events.write(json.dumps(stamp(event)) + "\n")
+    def tell(event: Mapping[str, Any]) -> None:
+        told = stamp(event)
+        events.write(json.dumps({"at": time.time(), **told} if far else told))
 
-        try:
-            report = run_rounds(
-                grid,
-                run,
-                out,
-                resume=bool(config.get("resume", 0)),
-                tell=tell,
-                roster=_roster(state),
-                sign=_signer(state, tell),
-            )
-            write_report(report, out)
-            _audit(state, "run finished", run, rounds=run.total_rounds, trunk=_digest_of(out / RELEASE))
-            tell({"event": "done", "out": str(out)})
-        except TrunklineError as error:
-            tell({"event": "error", "text": str(error)})
-            _audit(state, "run stopped", run, because=str(error)[:500])
-            raise
-        except Exception as error:
-            tell(
-                {
-                    "event": "error",
-                    "text": f"{type(error).__name__}: {error}. This is a defect of Trunkline; the server's log has the traceback.",
-                }
-            )
-            raise
+    def note(text: str) -> None:
+        tell({"event": "note", "text": text})
+
+    room = Room(out, note, run.cohort.outage_s if far else 0.0)
+
+    def over(text: str = "") -> None:
+        """Leave word that the run has ended by itself; without it, it is taken up again."""
+        if hold is not None:
+            room(lambda: write_outcome(out, context.run_id, text))
+
+    try:
+        resume = bool(config.get("resume", 0))
+        report = run_rounds(
+            grid, run, out, resume=resume, tell=tell, roster=_roster(state), sign=_signer(state, tell)
+        )  # fmt: skip
+        room(lambda: write_report(report, out))
+        _audit(state, "run finished", run, rounds=run.total_rounds, trunk=_digest_of(out / RELEASE))
+        tell({"event": "done", "out": str(out)})
+        over()
+    except LINK_LOST as error:
+        note(
+            f"The SuperLink let go of this run ({type(error).__name__}); the daemon takes it up again from its last checkpoint."
+        )
+        raise
+    except TrunklineError as error:
+        tell({"event": "error", "text": str(error)})
+        _audit(state, "run stopped", run, because=str(error)[:500])
+        over(str(error))
+        raise
+    except Exception as error:
+        tell(
+            {
+                "event": "error",
+                "text": f"{type(error).__name__}: {error}. This is a defect of Trunkline; the server's log has the traceback.",
+            }
+        )
+        raise
+    finally:
+        events.close()
+        if hold is not None:
+            hold.release()
 
 
 def _audit(state: str, what: str, run: RunConfig, **about: object) -> None:
@@ -94,7 +118,20 @@ def _roster(state: str) -> Callable[[], Mapping[int, str]] | None:
     if not (state and is_federation(Path(state))):
         return None
     registry = Registry(Path(state))
-    return lambda: registry.read().nodes()
+    known: dict[int, str] = {}
+
+    def nodes() -> Mapping[int, str]:
+        """Who was enrolled when the register could last be read: that it cannot be just now lets nobody in and throws nobody out."""
+        try:
+            found = registry.read().nodes()
+        except StorageError as error:
+            logger.error("%s", error)
+            return dict(known)
+        known.clear()
+        known.update(found)
+        return found
+
+    return nodes
 
 
 def _signer(state: str, tell: Callable[[Mapping[str, Any]], None]) -> Sign | None:

@@ -14,6 +14,7 @@ from trunkline.flower import RESTARTED, LocalGrid, Replies, error_site, pack
 # (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died)
 LOST = frozenset({RESTARTED, 3, 4, 5, 8})
 POLL_FIRST_S, POLL_MOST_S = 0.002, 0.25
+LATE_S = 2.0  # between looks for answers that nobody waits for any more
 BATCH = 16  # replies fetched at once: each may hold a whole trunk, so this bounds memory
 
 
@@ -36,6 +37,11 @@ def now(grid: Grid) -> float:
     return time.monotonic() if own is None else own.monotonic()
 
 
+def is_far(grid: Grid) -> bool:
+    """Whether sites are reached through a SuperLink: neither in this process nor on a simulated clock."""
+    return not isinstance(grid, LocalGrid) and getattr(grid, "clock", None) is None
+
+
 @dataclass(frozen=True)
 class Answer:
     """What came of one request: the content of a reply, or the reason why there is none."""
@@ -45,6 +51,8 @@ class Answer:
     failure: str = ""
     silent: bool = False  # the deadline passed; the node may still be at work
     code: int = 0  # of an error reply
+    tries: int = 1  # questions it took; more than one: it, or a message, was lost in between
+    lost: str = ""  # what came in place of the first answer
 
 
 @dataclass
@@ -52,6 +60,40 @@ class _Request:
     content: Callable[[], RecordDict]
     tries: int = 0
     again_at: float = 0.0
+    lost: str = ""
+
+
+class Late:
+    """Questions that were asked once too often: whose answers may still come, and are taken off the SuperLink and dropped.
+
+    Left there they would lie in its database for ever. None of them can enter a sum: `ask` hands on one answer a question,
+    and `intake.admit` one of its own round.
+
+    Args:
+        tell: called with node and round for every answer that was dropped.
+    """
+
+    MOST = 4096  # of the newest that are looked for
+
+    def __init__(self, tell: Callable[[int, int], None] = lambda node, round: None) -> None:
+        self.tell = tell
+        self._open: dict[str, tuple[int, int]] = {}
+
+    def expect(self, message_id: str, node: int, round: int) -> None:
+        self._open[message_id] = (node, round)
+        while len(self._open) > self.MOST:
+            del self._open[next(iter(self._open))]
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._open)
+
+    def take(self, message: Message) -> bool:
+        """Whether `message` answers one of these."""
+        known = self._open.pop(message.metadata.reply_to_message_id, None)
+        if known is not None and not message.has_error():
+            self.tell(*known)
+        return known is not None
 
 
 def ask(
@@ -64,6 +106,7 @@ def ask(
     resend_s: float,
     patient_for: set[int] | None = None,
     gone: Callable[[int], str] = lambda node: "",
+    late: Late | None = None,
 ) -> Iterator[Answer]:
     """Send one message a node and yield the answers as they come, each node once.
 
@@ -75,14 +118,16 @@ def ask(
         deadline_s: seconds after which the remaining nodes are given up; in a simulation since the last answer.
         patient_for: nodes worth waiting for; the others are heard only while these are not all in. Default: all.
         gone: why a node will never answer (its site was revoked, say), or nothing; such a node is given up at once.
+        late: remembers, from one call to the next, the questions whose answers nobody waits for.
     """
     local = grid if isinstance(grid, LocalGrid) else None
     end = now(grid) + deadline_s
     open_requests = {node: _Request(content) for node, content in requests.items()}
     sent: dict[str, int] = {}
     patient = set(requests) if patient_for is None else patient_for & set(requests)
-    # through a SuperLink: neither in this process nor on a simulated clock
-    far = local is None and getattr(grid, "clock", None) is None
+    far = is_far(grid)
+    late = late if late is not None else Late()
+    late_at = 0.0
     replies = Replies(grid) if far else None
     poll, look_at = POLL_FIRST_S, 0.0
     packed: list[Any] = [None, None]  # the last content, and the same as it goes through a SuperLink
@@ -128,7 +173,12 @@ def ask(
             for message in outgoing(lambda: True):
                 sent |= {message_id: taken[-1] for message_id in grid.push_messages([message]) if message_id}
         heard = False
-        for message in _pull(grid, sent, open_requests, replies):
+        beside: list[str] = []
+        if far and now(grid) >= late_at:
+            late_at, beside = now(grid) + LATE_S, late.ids
+        for message in _pull(grid, sent, open_requests, replies, beside):
+            if late.take(message):
+                continue
             answered = sent.pop(message.metadata.reply_to_message_id, None)
             if answered is None or answered not in open_requests:
                 continue
@@ -137,28 +187,44 @@ def ask(
                 # there a message waits for a worker, not for a plant: how busy this machine is must not decide who is in
                 end = now(grid) + deadline_s
             error = error_site(message)
+            request = open_requests[answered]
             if error is not None and error[1] in LOST:
-                open_requests[answered].again_at = now(grid) + min(1.0, resend_s)
+                request.again_at = now(grid) + min(1.0, resend_s)
+                request.lost = request.lost or error[2] or f"Flower's error {error[1]}"
                 continue
             del open_requests[answered]
             patient.discard(answered)
-            yield (
-                Answer(answered, None, error[2], code=error[1])
-                if error is not None
-                else Answer(answered, message.content)
+            again = [one for one, node in sent.items() if node == answered] if far and request.tries > 1 else []
+            for message_id in again:
+                late.expect(message_id, answered, round)
+                del sent[message_id]
+            yield Answer(
+                answered,
+                message.content if error is None else None,
+                error[2] if error is not None else "",
+                code=error[1] if error is not None else 0,
+                tries=request.tries,
+                lost=request.lost,
             )
             del message  # it may hold a trunk, and what comes next may be another
         poll = POLL_FIRST_S if heard else min(poll * 2, POLL_MOST_S)
         if open_requests and patient and not heard and not (local is not None and local.waits):
             at = now(grid)
             pause(grid, poll, min([end, *(one.again_at for one in open_requests.values() if one.again_at > at)]) - at)
-    for node in open_requests:
+    for message_id, node in sent.items() if far else ():
+        late.expect(message_id, node, round)
+    for node, request in open_requests.items():
         if node in patient:
-            yield Answer(node, None, f"no reply within {deadline_s:g} s", silent=True)
+            why = f" ({request.lost})" if request.lost else ""
+            yield Answer(node, None, f"no reply within {deadline_s:g} s{why}", silent=True, tries=request.tries)
 
 
 def _pull(
-    grid: Grid, sent: dict[str, int], open_requests: dict[int, _Request], replies: Replies | None
+    grid: Grid,
+    sent: dict[str, int],
+    open_requests: dict[int, _Request],
+    replies: Replies | None,
+    beside: list[str],
 ) -> Iterator[Message]:
     """The replies that are there, never more of them at once in memory than a few."""
     if isinstance(grid, LocalGrid):
@@ -168,7 +234,7 @@ def _pull(
         return
     waiting = [message_id for message_id, node in sent.items() if node in open_requests]
     if replies is not None:
-        yield from replies.pull(waiting, BATCH)
+        yield from replies.pull([*waiting, *beside], BATCH)
         return
     for start in range(0, len(waiting), BATCH):
         yield from grid.pull_messages(waiting[start : start + BATCH])

@@ -1,8 +1,10 @@
 """State <-> file. A resumed run equals an undisturbed one: everything a round depends on is in here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from trunkline.exchange import Arrays
 from trunkline.storage import Shelf
@@ -20,11 +22,16 @@ class Checkpoint:
     def __init__(self, out: Path, tell: Callable[[str], None] = lambda text: None) -> None:
         self.shelf = Shelf(out / "checkpoint", keep=3, tell=tell)
 
-    def save(self, state: State, meta: dict[str, Any]) -> None:
-        """Raises StorageError (a full disk, say); the checkpoint before it stays."""
+    def save(self, state: State, meta: dict[str, Any], beside: Mapping[str, NDArray[Any]] = {}) -> None:
+        """Raises StorageError (a full disk, say); the checkpoint before it stays.
+
+        Args:
+            beside: further arrays, by names of their own; `load` puts them into the meta as "beside".
+        """
         tensors = {f"trunk/{name}": array for name, array in state.trunk.items()}
         for moment, arrays in state.moments.items():
             tensors |= {f"moment/{moment}/{name}": array for name, array in arrays.items()}
+        tensors |= {f"beside/{name}": array for name, array in beside.items()}
         # names in order: safetensors sorts, and share() has an order of its own that digests depend on
         names = {
             "trunk": list(state.trunk),
@@ -45,4 +52,5 @@ class Checkpoint:
             for moment, order in names["moments"].items()
         }
         notes: Any = meta.get("notes", {})
-        return State(trunk, moments, round, notes), dict(meta)
+        beside = {name.removeprefix("beside/"): array for name, array in tensors.items() if name.startswith("beside/")}
+        return State(trunk, moments, round, notes), {**meta, "beside": beside}

@@ -1,5 +1,6 @@
 """Who takes part: offers from sites, the contract made of them, and the name behind each node."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from trunkline.config import CohortConfig
 from trunkline.errors import ContractError, QuorumError, Refused
@@ -19,7 +21,10 @@ from trunkline.server.intake import read_header
 from trunkline.server.release import check_statistics
 
 GREET_S = 0.5  # pause between looks for new nodes while the cohort gathers
+GREET_MOST_S = 120.0  # longest one look waits for answers: a site reads its data before its first
+GREET_AGAIN_S = 30.0  # longest one look waits for answers when a run is taken up again
 CONSENT_S = 5.0  # pause between questions to a site whose plant has not decided yet
+SILENT_S = 60.0  # pause before a node is greeted again that did not answer
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Cohort:
         end = now(self.grid) + self.config.gather_s
         told: tuple[int, ...] = ()
         while True:
-            self.greet(deadline_s=max(0.0, end - now(self.grid)))
+            self.greet(deadline_s=min(GREET_MOST_S, max(0.0, end - now(self.grid))))
             missing = [site for site in self.config.sites if site not in self.members]
             if len(self.members) >= self.config.min_sites and not missing:
                 return
@@ -105,6 +110,66 @@ class Cohort:
                         "wanted": max(self.config.min_sites, len(self.config.sites)),
                     }
                 )
+            pause(self.grid, GREET_S, end - now(self.grid))
+
+    def keep(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """The members as plain values, and their arrays by `SITE/first/NAME` and `SITE/once/NAME`: for a checkpoint."""
+        about = {
+            site: {
+                "node": member.node,
+                "offer": member.offer.model_dump(mode="json"),
+                "first": list(member.first),
+                "once": list(member.once),
+            }
+            for site, member in sorted(self.members.items())
+        }
+        arrays = {
+            f"{site}/{part}/{name}": array
+            for site, member in self.members.items()
+            for part, of in (("first", member.first), ("once", member.once))
+            for name, array in of.items()
+        }
+        return about, arrays
+
+    def restore(self, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Members as `keep` gave them: a site that is away when a run is taken up again is a member still."""
+        for site, kept in about.items():
+            offer = Offer.model_validate(kept["offer"])
+            self.members[site] = Member(
+                site,
+                int(kept["node"]),
+                offer,
+                _contract(offer),
+                *(Arrays({name: arrays[f"{site}/{part}/{name}"] for name in kept[part]}) for part in ("first", "once")),
+            )
+            for spec in offer.arrays:
+                self.specs.setdefault(spec.name, spec)
+
+    def gather_again(self) -> None:
+        """Wait until enough of the restored members have been heard of; the others are waited for in their rounds.
+
+        Raises:
+            QuorumError: they were not within `outage_s`.
+        """
+        known = len(self.members)
+        needed = max(1, math.ceil(known * self.config.quorum))
+        end = now(self.grid) + self.config.outage_s
+        told = False
+        while True:
+            self.greet(deadline_s=min(GREET_AGAIN_S, max(0.0, end - now(self.grid))))
+            back = [site for site, member in self.members.items() if member.node in self._greeted]
+            if len(back) >= needed:
+                return
+            away = ", ".join(sorted(set(self.members) - set(back)))
+            if now(self.grid) >= end or getattr(self.grid, "complete", False):
+                raise QuorumError(
+                    f"{len(back)} of {known} sites are back, {needed} are needed (quorum {self.config.quorum:g}); missing: {away}. "
+                    "Start or mend them and run again with --resume."
+                )
+            if not told:
+                told = True
+                text = f"Taken up again with {len(back)} of {known} sites, {needed} are needed; missing: {away}. It goes on when they are back."
+                self.tell({"event": "waiting", "text": text})
             pause(self.grid, GREET_S, end - now(self.grid))
 
     def greet(self, deadline_s: float) -> None:
@@ -129,6 +194,9 @@ class Cohort:
         for answer in ask(self.grid, "query", requests, round=0, deadline_s=deadline_s, resend_s=self.config.resend_s):
             if answer.code == PENDING:
                 self._wait_for(answer)
+                continue
+            if answer.silent and not getattr(self.grid, "complete", False):  # hung, or cut off: it is asked again later
+                self._pending[answer.node] = now(self.grid) + SILENT_S
                 continue
             self._greeted.add(answer.node)
             self._pending.pop(answer.node, None)
@@ -187,7 +255,7 @@ class Cohort:
                 f"it offered itself for run {offer.run!r}; this is {self.greeting.run!r}. Restart its daemon."
             )
         known = self.members.get(offer.site)
-        if known is not None and known.node in set(self.grid.get_node_ids()):
+        if known is not None and known.node != node and known.node in set(self.grid.get_node_ids()):
             raise Refused(
                 f"another node that is online already calls itself {offer.site!r}. Give each site.toml its own `name`."
             )
@@ -211,8 +279,7 @@ class Cohort:
                     else "its sensors or classes differ: lend the trunk only"
                 )
                 raise Refused(f"`{spec.name}` has shape {spec.shape}; this run has {wanted.shape} ({remedy}).")
-        metrics = tuple(name for name in metric_names(offer.tasks) if name in offer.metrics)
-        contract = Contract(arrays=offer.arrays, metrics=metrics)
+        contract = _contract(offer)
         beyond = {spec.name: spec for spec in (*offer.arrays, *offer.once) if spec not in self.trunk}
         Contract(arrays=tuple(beyond.values()), metrics=()).check(arrays, {})
         once = arrays.only({spec.name: spec for spec in offer.once})
@@ -250,6 +317,12 @@ class Cohort:
             for name, array in self.members[site].first.items():
                 arrays.setdefault(name, array)
         return Arrays(arrays)
+
+
+def _contract(offer: Offer) -> Contract:
+    """What a site with this offer may send in a round."""
+    metrics = tuple(name for name in metric_names(offer.tasks) if name in offer.metrics)
+    return Contract(arrays=offer.arrays, metrics=metrics)
 
 
 def _told_by(answer: Answer) -> tuple[str, str]:

@@ -4,10 +4,12 @@ Whoever reaches a SuperLink's port may submit a run to it (Flower 1.41 authentic
 loopback always, and the gateway is all that the outside sees.
 """
 
+import contextlib
 import json
 import logging
 import os
 import socket
+import sqlite3
 import sys
 import time
 import tomllib
@@ -17,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import trunkline
 from trunkline.errors import DeploymentError
-from trunkline.flower import environment, list_nodes, list_runs, run_status, submit
+from trunkline.flower import environment, list_nodes, list_runs
 from trunkline.sealing import without_key
 from trunkline.server import audit, launcher
 from trunkline.server.authority import Authority, is_federation, read_federation, sites, warnings
+from trunkline.server.conductor import Conductor
+from trunkline.server.ledger import Entry, Ledger
 from trunkline.server.routes import socket_path
 from trunkline.supervise import (
     Child,
@@ -39,7 +43,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 POLL_S = 1.0
-SILENCE_S = 120.0  # a SuperLink that restarts is back within 20 s, so this much silence is more than a restart
+SILENCE_S = 900.0  # longest that whoever follows a run waits for a server that is down
+BEGIN_S = 30.0  # for the daemon to take up a run
 APP = Path(trunkline.__file__).parent / "app"
 
 logger = logging.getLogger(__name__)
@@ -71,11 +76,16 @@ def start(state: Path, host: str = "127.0.0.1", port: int = 9140, tell: Callable
     children = _gated(state, local, outside) if gated else _open(state, local)
     ca = state / "loopback.crt" if gated else None
     info = {"role": "server", "address": local, "listens": outside, "ca": str(ca) if ca else ""}
+    mend_database(state / "superlink.db", tell)
+    conductor = Conductor(state, local, ca, APP, tell)
     waiting = [time.monotonic() + 60.0]
 
+    def tick() -> None:
+        conductor.tick()
+        if waiting:
+            announce()
+
     def announce() -> None:
-        if not waiting:
-            return
         if accepts(local) and accepts(outside):
             waiting.clear()
             tell(f"ready: the centre listens on {outside}; state in {state}. Ctrl-C ends it.")
@@ -85,7 +95,7 @@ def start(state: Path, host: str = "127.0.0.1", port: int = 9140, tell: Callable
             waiting.clear()
             tell(f"nobody listens on {outside} yet; it is tried again. See {state / 'logs'}.")
 
-    Supervisor(children, state, info).run(announce)
+    Supervisor(children, state, info).run(tick)
 
 
 def _open(state: Path, local: str) -> list[Child]:
@@ -132,31 +142,69 @@ def _flower(state: Path, local: str, flags: list[str], dial: list[str]) -> list[
     ]
 
 
-def run(state: Path, run_toml: str, out: Path, *, resume: bool = False) -> int:
-    """Submit a run to the daemon of `state`; its run id.
+def mend_database(path: Path, tell: Callable[[str], None] = say) -> None:
+    """Set a damaged database of the SuperLink aside: the sites' keys and the runs are in files of our own, and a new one is made."""
+    if not path.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=5.0)) as database:
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if found == "ok":
+            return
+        why = str(found)
+    except sqlite3.OperationalError as error:  # locked, or the disk: nothing is said of what is in it
+        logger.warning("%s: %s", path, error)
+        return
+    except sqlite3.DatabaseError as error:
+        why = str(error)
+    aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+    for ending in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + ending).rename(aside.with_name(aside.name + ending))
+    tell(
+        f"{path}: damaged ({why[:200]}); it is set aside as {aside.name} and made anew. Sites connect again, runs go on."
+    )
+
+
+def run(state: Path, run_toml: str, out: Path, *, resume: bool = False, patience_s: float = BEGIN_S) -> Entry:
+    """Hand a run to the daemon of `state`, which sees to it that it ends; as it stands once it is submitted.
 
     Args:
-        run_toml: the text of a run.toml, or the same as JSON.
+        run_toml: a run.toml as JSON, or its text.
         out: absolute folder on this machine for checkpoints, events and the report.
         resume: go on from the newest checkpoint in `out`.
+        patience_s: how long to wait for the submission; the run is written down and begins later otherwise.
 
     Raises:
-        DeploymentError: no daemon runs on `state`, or it refuses the run.
+        DeploymentError: no daemon runs on `state`, or an unfinished run works in `out`.
     """
-    address, ca = _where(state)
-    overrides: dict[str, str | int | float] = {
-        "run-toml": run_toml,
-        "out": str(out.resolve()),
-        "resume": int(resume),
-        "state": str(state.resolve()),
-    }
-    number = submit(address, APP, overrides, ca=ca)
-    audit.note(state, "run", run=_name_of(run_toml), number=number, out=str(out.resolve()), resume=resume)
-    return number
+    _where(state)
+    ledger = Ledger(state.resolve())
+    entry = ledger.add(_name_of(run_toml) or "run", run_toml, out.resolve(), resume=resume)
+    audit.note(state, "run", run=entry.name, key=entry.key, out=entry.out, resume=resume)
+    end = time.monotonic() + patience_s
+    while entry.state == "wanted" and time.monotonic() < end:
+        time.sleep(0.1)
+        entry = ledger.get(entry.key)
+    return entry
+
+
+def stop(state: Path, name: str) -> Entry:
+    """Ask the daemon to end a run (by key, or the newest of that name); its state stays on disk.
+
+    Raises:
+        DeploymentError: there is no such run, or it has ended.
+    """
+    ledger = Ledger(state.resolve())
+    entry = ledger.find(name)
+    if not entry.open:
+        raise DeploymentError(f"run {entry.key} has ended already: {entry.state} since {entry.since}.")
+    audit.note(state, "stop run", run=entry.name, key=entry.key)
+    return ledger.change(entry.key, stop=True)
 
 
 def _name_of(text: str) -> str:
-    """The `name` in the text of a run.toml, or the same as JSON; for the log, so never an error."""
+    """The `name` in the text of a run.toml, or the same as JSON; of what cannot be read, nothing."""
     try:
         found = json.loads(text) if text.startswith("{") else tomllib.loads(text)
         return str(found.get("name", ""))
@@ -164,46 +212,47 @@ def _name_of(text: str) -> str:
         return ""
 
 
-def follow(state: Path, run_id: int, silence_s: float = SILENCE_S, poll_s: float = POLL_S) -> Iterator[tuple[str, str]]:
-    """Status and details of a run each time they change, until it has finished.
+def follow(state: Path, key: str, silence_s: float = SILENCE_S, poll_s: float = POLL_S) -> Iterator[Entry]:
+    """The entry of a run each time its state or note changes, until it has ended.
 
-    A run may take days, so there is no bound on the whole; there is one on how long the SuperLink may stay silent.
+    A run may take days, so there is no bound on the whole; there is one on how long no server runs.
 
     Raises:
-        DeploymentError: the SuperLink has not answered for `silence_s` seconds, or does not know the run.
+        DeploymentError: no server has run on `state` for `silence_s` seconds. The run goes on once one does.
     """
-    address, ca = _where(state)
-    before = ("", "")
+    state = state.resolve()
+    ledger = Ledger(state)
+    before: tuple[str, str] | None = None
     heard = time.monotonic()
-    while not before[0].startswith("finished"):
-        try:
-            now = run_status(address, run_id, ca=ca)
-        except DeploymentError as error:
-            if time.monotonic() - heard > silence_s or "no run" in str(error):
-                raise
-            logger.warning("%s", error)
-        else:
+    while True:
+        entry = ledger.get(key)
+        if (entry.state, entry.note) != before:
+            before = entry.state, entry.note
+            yield entry
+        if not entry.open:
+            return
+        if read_status(state)["running"]:
             heard = time.monotonic()
-            if now != before:
-                before = now
-                yield now
-        if not before[0].startswith("finished"):
-            time.sleep(poll_s)
+        elif time.monotonic() - heard > silence_s:
+            raise DeploymentError(
+                f"no server has run on {state} for {silence_s:.0f} s. The run {key} goes on by itself once one does: "
+                f"`trunkline server start --state {state}`."
+            )
+        time.sleep(poll_s)
 
 
-def wait(state: Path, run_id: int, out: Path) -> str:
+def wait(state: Path, key: str, out: Path) -> str:
     """Return when the run has completed.
 
     Raises:
-        DeploymentError: it ended otherwise; the text is what the run wrote to its events, or where to look.
+        DeploymentError: it ended otherwise; the text is what the run said last, or where to look.
     """
-    last, details = "unknown", ""
-    for last, details in follow(state, run_id):
-        logger.info("run %d: %s %s", run_id, last, details)
-    if last == "finished:completed":
-        return last
-    reason = last_error(out) or details or f"see {state / 'logs' / 'superexec.log'}"
-    raise DeploymentError(f"run {run_id} ended as {last}: {reason}")
+    for entry in follow(state, key):
+        logger.info("run %s: %s %s", key, entry.state, entry.note)
+    if entry.state == "completed":
+        return entry.state
+    reason = entry.note or last_error(out) or f"see {state / 'logs' / 'superexec.log'}"
+    raise DeploymentError(f"run {key} {entry.state}: {reason}")
 
 
 def status(state: Path) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class RoundRecord:
         bytes_up: of all replies together; bytes_down: of all messages to sites together.
         train_loss: weighted mean over `sites`; None when no site reported one.
         metrics: site -> metric name -> this round's value (`exchange.metric_names`): the learning curves.
+        admitted: site -> digest of the update that was counted; only at the centre of a deployment, and in no report.
     """
 
     round: int
@@ -78,6 +79,7 @@ class RoundRecord:
     bytes_down: int
     train_loss: float | None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    admitted: dict[str, str] = field(default_factory=dict)
 
 
 def build_report(

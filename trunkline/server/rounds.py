@@ -6,6 +6,7 @@ stands on Flower's messages (`Grid.push_messages`, `pull_messages`) instead; doc
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from pydantic import ValidationError
 
 from trunkline.config import RunConfig, with_settings
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, StateLost
@@ -32,24 +34,29 @@ from trunkline.exchange import (
     Update,
     seed_of,
 )
-from trunkline.flower import open_records, to_records
+from trunkline.flower import LoopbackGrid, open_records, to_records
 from trunkline.guards import guards_of
 from trunkline.models.trunk import first_trunk
 from trunkline.release import COHORT_RELEASE, RELEASE, Figure, GuardUsed
 from trunkline.server.audit import operator
-from trunkline.server.calls import ask
+from trunkline.server.calls import Answer, Late, ask, is_far, now, pause
 from trunkline.server.checkpoint import Checkpoint
 from trunkline.server.cohort import Cohort, Member
 from trunkline.server.intake import admit, read_header
+from trunkline.server.journal import Came, Journal, question_of, update_digest
 from trunkline.server.lineage import figures_of, parts_of
 from trunkline.server.release import release
 from trunkline.server.report import Refusal, RoundRecord, build_report
+from trunkline.server.room import Room
 from trunkline.signature import Sign
+from trunkline.storage import write_atomic
 from trunkline.strategies import State, Strategy, build_strategy
 from trunkline.strategies.strategy import Streamed
 
 Tell = Callable[[dict[str, Any]], None]
 Roster = Callable[[], Mapping[int, str]]
+AGAIN_S = 1.0  # between two attempts at a round that too few sites answered
+KEY = "run.json"  # in a run's folder: the name the sites know it by
 CHECKPOINT_S = 20.0  # between two checkpoints while the sites of a simulation are in memory
 
 
@@ -87,6 +94,7 @@ class _Tally:
     sites: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    admitted: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -123,8 +131,16 @@ class _Run:
             operator=run.operator or operator(), name=run.name, strategy=run.strategy.name, rounds=run.total_rounds,
             guards=run.guards,
         )  # fmt: skip
-        self.checkpoint = Checkpoint(out, tell=lambda text: tell({"event": "note", "text": text}))
+        self.checkpoint = Checkpoint(out, tell=self._note)
+        self.named = key
         self.key = key or f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.far = is_far(
+            grid
+        )  # sites in this process or on a simulated clock do not come back later, nor does the disk
+        self.journal = Journal(out, self._note) if self.far or isinstance(grid, LoopbackGrid) else None
+        self.room = Room(out, self._note, run.cohort.outage_s if self.far else 0.0)
+        self.late = Late(self._came_late)
+        self.asking: dict[int, str] = {}  # node -> site, of everybody that was ever asked
         self.records: list[RoundRecord] = []
         self.saved = 0.0  # when the last checkpoint was written
         self.silent: set[str] = set()  # missed the last round: asked, but no longer waited for
@@ -133,10 +149,16 @@ class _Run:
 
     def execute(self, resume: bool, score: bool) -> dict[str, Any]:
         started = time.monotonic()
-        state = self._restore() if resume else None
+        found = self._restore() if resume else None
+        state = found[0] if found else None
+        self._name(anew=not resume)
         trunk = first_trunk(self.spec, self.run.seed) if "trunk" in self.lend else Arrays()
         self.cohort = Cohort(self.grid, self.run.cohort, self._order(0), trunk, self.tell, self.roster)
-        self.cohort.gather()
+        if found and found[1].get("cohort"):
+            self.cohort.restore(found[1]["cohort"], found[1]["beside"])
+            self.cohort.gather_again()
+        else:
+            self.cohort.gather()
         resumed_at = state.round if state else None
         if state is None:
             state = self.strategy.start(self.cohort.first_arrays(trunk))
@@ -154,8 +176,9 @@ class _Run:
                 state = self._round(state)
                 self._save(state, started)
             except StateLost as lost:
-                back = self._restore()
-                assert back is not None  # one was saved before the first round
+                found = self._restore()
+                assert found is not None  # one was saved before the first round
+                back = found[0]
                 self.tell(
                     {"event": "note", "text": f"{lost} Going back to round {back.round}, the last that is on disk."}
                 )
@@ -163,14 +186,40 @@ class _Run:
         if not score:
             seconds = self.seconds + time.monotonic() - started
             return build_report(run=self.run, rows=[], rounds=self.records, trunk_parameters=size, seconds=seconds)
-        self._release(state)
+        self.room(lambda: self._release(state))
         rows = self._evaluate(state)
         seconds = self.seconds + time.monotonic() - started
         self.tell({"event": "end", "seconds": seconds})
         report = build_report(run=self.run, rows=rows, rounds=self.records, trunk_parameters=size, seconds=seconds)
         if (cohorts := state.notes.get("cohorts")) is not None:
             report["cohorts"] = cohorts  # site -> number of its trunk
+        if self.journal is not None:
+            self.journal.clear()
         return report
+
+    def _note(self, text: str) -> None:
+        self.tell({"event": "note", "text": text})
+
+    def _came_late(self, node: int, round: int) -> None:
+        site = self.asking.get(node, f"node {node}")
+        text = f"{site}, round {round}: a second answer came, to a question that was asked again. It was not counted."
+        self.tell({"event": "late", "site": site, "round": round, "text": text})
+
+    def _name(self, *, anew: bool) -> None:
+        """The run's key, on disk before anybody is asked: the sites know the run by it, and a centre that is killed before its
+        first checkpoint must not come back as another run."""
+        if self.named or not self.far:
+            return
+        path = self.out / KEY
+        if not anew:
+            try:
+                self.key = str(json.loads(path.read_bytes())["key"])
+                return
+            except (OSError, ValueError, KeyError, TypeError):
+                pass  # none, or damaged: the checkpoint has it too, if there is one
+        else:
+            self.key = f"{self.key}-{secrets.token_hex(2)}"  # two runs of one name may begin in the same second
+        self.room(lambda: write_atomic(path, json.dumps({"key": self.key}).encode()))
 
     def _release(self, state: State) -> None:
         """The trunk of all sites, and each cohort's with what its own sites lend and are."""
@@ -208,6 +257,35 @@ class _Run:
         return Twin(trunk=self.strategy.trunk(alone.trunk), plan=alone.training)
 
     def _round(self, state: State) -> State:
+        """The state after one round. Where sites may come back, a round that too few answered is begun again until enough have.
+
+        Raises:
+            QuorumError: too few, and nobody will come back or `outage_s` is over.
+        """
+        began, told = now(self.grid), False
+        while True:
+            try:
+                after = self._one_round(state)
+            except QuorumError as error:
+                waited = now(self.grid) - began
+                if not self.far or waited >= self.run.cohort.outage_s:
+                    raise
+                if not told:
+                    told = True
+                    text = (
+                        f"{str(error).split(' The run stopped')[0]} The round is begun again until they are back, for "
+                        f"{self.run.cohort.outage_s / 3600:.3g} hours; what was admitted stays."
+                    )
+                    self.tell({"event": "waiting", "round": state.round + 1, "text": text})
+                pause(self.grid, AGAIN_S, AGAIN_S)
+            else:
+                if told:
+                    self._note(
+                        f"Round {after.round}: enough sites are back after {now(self.grid) - began:.0f} s; the run goes on."
+                    )
+                return after
+
+    def _one_round(self, state: State) -> State:
         started = time.monotonic()
         round = state.round + 1
         self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
@@ -234,6 +312,7 @@ class _Run:
             bytes_down=tally.bytes_down,
             train_loss=mean.metrics.get("train_loss"),
             metrics={site: tally.metrics[site] for site in sorted(tally.metrics)},
+            admitted=dict(sorted(tally.admitted.items())),
         )
         self.records.append(record)
         self.tell(
@@ -328,45 +407,99 @@ class _Run:
         serve = partial(self.strategy.serve, state)
         orders, requests = self._ask_for(serve, self._order(round), by_node)
         silent, self.silent = self.silent, set()
-        patient = {node for node, member in by_node.items() if member.site not in silent} or set(by_node)
+        patient = {node for node, member in by_node.items() if member.site not in silent}
         tally.bytes_down += sum(serve(member.site).only(member.lends).nbytes for member in by_node.values())
         answered: set[str] = set(tally.sites)
+        questions = self._questions(serve, orders, by_node)
+        for node, came in self._kept(round, by_node, questions):
+            member = by_node.pop(node)
+            answered.add(member.site)
+            if (update := self._admit(member, orders[node], came, tally, everybody)) is not None:
+                yield update
+        self.asking |= {node: member.site for node, member in by_node.items()}
         for answer in ask(
-            self.grid, "train", requests, round=round, deadline_s=self.run.cohort.deadline_s,
-            resend_s=self.run.cohort.resend_s, patient_for=patient, gone=self.cohort.gone,
+            self.grid, "train", {node: requests[node] for node in by_node}, round=round, deadline_s=self.run.cohort.deadline_s,
+            resend_s=self.run.cohort.resend_s, patient_for=patient & set(by_node) or set(by_node), gone=self.cohort.gone, late=self.late,
         ):  # fmt: skip
             member = by_node[answer.node]
-            cause = None
-            try:
-                if not answer.silent:
-                    answered.add(member.site)
+            if not answer.silent:
+                answered.add(member.site)
+            if answer.tries > 1 and not answer.silent:
+                why = answer.lost or f"no answer within {self.run.cohort.resend_s:g} s"
+                text = f"{member.site}, round {round}: asked {answer.tries} times until it answered ({why})."
+                self.tell({"event": "recovered", "site": member.site, "round": round, "text": text})
+            question = questions.get(answer.node)
+            update = self._admit(member, orders[answer.node], answer, tally, everybody, question)
+            if update is not None:
+                yield update
+        self.silent = {site for site in members if site not in answered}
+
+    def _questions(
+        self, serve: Callable[[str], Arrays], orders: dict[int, Order], by_node: dict[int, Member]
+    ) -> dict[int, str]:
+        """node -> digest of what it is asked; empty where nothing is journalled."""
+        if self.journal is None:
+            return {}
+        made: dict[tuple[int, str], str] = {}  # most sites are asked the same
+        found = {}
+        for node, member in by_node.items():
+            served = serve(member.site)
+            if (like := (id(served), member.digest)) not in made:
+                made[like] = question_of(orders[node], served.only(member.lends))
+            found[node] = made[like]
+        return found
+
+    def _kept(self, round: int, by_node: dict[int, Member], questions: dict[int, str]) -> Iterator[tuple[int, Came]]:
+        """What the sites have answered already, before the centre was started again."""
+        if self.journal is None:
+            return
+        for node, member in list(by_node.items()):
+            if (came := self.journal.find(round, member.site, questions[node])) is not None:
+                yield node, came
+
+    def _admit(
+        self,
+        member: Member,
+        order: Order,
+        answer: Answer | Came,
+        tally: _Tally,
+        everybody: int,
+        question: str | None = None,
+    ) -> Update | None:
+        """The update of an answer, on disk before it counts; None, and told, when it is set aside.
+
+        Args:
+            question: its digest, where the answer is to be journalled.
+        """
+        round, cause, update = order.round, None, None
+        try:
+            if isinstance(answer, Answer):
                 if answer.content is None:
                     raise Refused(
                         f"{member.site}, round {round}: no update. {answer.failure.removeprefix(f'{member.site}: ')}"
                     )
-                arrays, header, metrics = open_records(answer.content)
-                update = admit(member.site, member.contract, orders[answer.node], Arrays(arrays), header, metrics)
-            except ContractError as error:
-                cause = str(error)
-                if not isinstance(error, Refused):
-                    cause = f"{member.site}, round {round}: reply set aside. {cause}."
-                tally.refused.append(Refusal(site=member.site, cause=cause))
+                came: Came = open_records(answer.content)
             else:
-                tally.sites.append(member.site)
-                tally.bytes_up += update.delta.nbytes
-                tally.metrics[member.site] = dict(update.metrics)
-                yield update
-            self.tell(
-                {
-                    "event": "reply",
-                    "round": round,
-                    "site": member.site,
-                    "refused": cause,
-                    "in": len(tally.sites),
-                    "of": everybody,
-                }
-            )
-        self.silent = {site for site in members if site not in answered}
+                came = answer
+            arrays, header, metrics = came
+            update = admit(member.site, member.contract, order, Arrays(arrays), header, metrics)
+        except ContractError as error:
+            cause = str(error)
+            if not isinstance(error, Refused):
+                cause = f"{member.site}, round {round}: reply set aside. {cause}."
+            tally.refused.append(Refusal(site=member.site, cause=cause))
+        else:
+            if self.journal is not None:
+                tally.admitted[member.site] = update_digest(came)
+                if question is not None:
+                    self.journal.keep(round, member.site, question, came)
+            tally.sites.append(member.site)
+            tally.bytes_up += update.delta.nbytes
+            tally.metrics[member.site] = dict(update.metrics)
+        self.tell(
+            {"event": "reply", "round": round, "site": member.site, "refused": cause, "in": len(tally.sites), "of": everybody}
+        )  # fmt: skip
+        return update
 
     def _probe(self, state: State, members: dict[str, Member], tally: _Tally) -> State:
         """Ask the sites of this round how each of the strategy's probes fits them; who does not answer for all has no vote.
@@ -422,9 +555,41 @@ class _Run:
         """The rows of every site's Scorecard for the trunk it is served; a site that sends none, or another's, costs itself."""
         self._put_away()
         by_node = {member.node: member for member in self.cohort.members.values()}
-
-        _, requests = self._ask_for(partial(self.strategy.serve, state), order, by_node)
+        everybody, began, told = len(by_node), now(self.grid), False
         rows: list[tuple[str, TaskRow]] = []
+        done = 0
+        while by_node:
+            answered = self._some_cards(state, order, by_node, rows, done, everybody)
+            done += len(answered)
+            for node in answered:
+                del by_node[node]
+            enough = max(1, math.ceil(self.run.cohort.quorum * everybody))
+            if not self.far or done >= enough or now(self.grid) - began >= self.run.cohort.outage_s:
+                break
+            if not told:
+                told = True
+                away = ", ".join(sorted(member.site for member in by_node.values()))
+                text = f"Scores of {done} of {everybody} sites are in, {enough} are needed; missing: {away}. They are asked until they are back."
+                self.tell({"event": "waiting", "round": order.round, "text": text})
+            self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
+            left = {member.site for member in by_node.values()}  # a site may have come back as another node
+            by_node = {member.node: member for member in self.cohort.members.values() if member.site in left}
+        for member in by_node.values():
+            self._note(f"{member.site}: no scorecard. It was away when the sites were scored.")
+        return rows
+
+    def _some_cards(
+        self,
+        state: State,
+        order: Order,
+        by_node: dict[int, Member],
+        rows: list[tuple[str, TaskRow]],
+        done: int,
+        everybody: int,
+    ) -> list[int]:
+        """Ask once; the nodes that answered or never will. Their rows are added to `rows`."""
+        _, requests = self._ask_for(partial(self.strategy.serve, state), order, by_node)
+        self.asking |= {node: member.site for node, member in by_node.items()}
         answers = ask(
             self.grid,
             "evaluate",
@@ -433,9 +598,14 @@ class _Run:
             deadline_s=self.run.cohort.deadline_s,
             resend_s=self.run.cohort.resend_s,
             gone=self.cohort.gone,
+            late=self.late,
         )
-        for done, answer in enumerate(answers, start=1):
+        heard: list[int] = []
+        for answer in answers:
             member = by_node[answer.node]
+            if answer.silent and self.far:
+                continue
+            heard.append(answer.node)
             try:
                 if answer.content is None:
                     raise Refused(f"{member.site}: no scorecard. {answer.failure.removeprefix(f'{member.site}: ')}")
@@ -450,8 +620,8 @@ class _Run:
             except ContractError as error:
                 self.tell({"event": "note", "text": str(error)})
             if not order.decide:
-                self.tell({"event": "evaluate", "in": done, "of": len(by_node)})
-        return rows
+                self.tell({"event": "evaluate", "in": done + len(heard), "of": everybody})
+        return heard
 
     def _put_away(self) -> None:
         """Have sites that a grid keeps in memory between rounds write their state to their vaults."""
@@ -465,27 +635,30 @@ class _Run:
             return
         self._put_away()
         self.saved = time.monotonic()
+        cohort, beside = self.cohort.keep() if self.far or self.journal is not None else ({}, {})
         meta = {
             "key": self.key,
+            "cohort": cohort,
             "config": self.digest,
             "records": [asdict(one) for one in self.records],
             "silent": sorted(self.silent),
             "seconds": self.seconds + time.monotonic() - started,
         }
-        self.checkpoint.save(state, meta)
+        self.room(lambda: self.checkpoint.save(state, meta, beside))
 
-    def _restore(self) -> State | None:
+    def _restore(self) -> tuple[State, dict[str, Any]] | None:
         found = self.checkpoint.load()
         if found is None:
             return None
         state, meta = found
         if meta["config"] != self.digest:
-            was, now = json.loads(meta["config"]), json.loads(self.digest)
-            changed = ", ".join(key for key in now if was.get(key) != now[key])
-            raise ConfigError(
-                f"{self.checkpoint.shelf.folder}: this run was started with another run.toml (different: {changed}). "
-                "Resume with the settings it was started with, or give another --out."
-            )
+            was, is_ = _as_today(json.loads(meta["config"])), json.loads(self.digest)
+            changed = ", ".join(key for key in is_ if was.get(key) != is_[key])
+            if changed:
+                raise ConfigError(
+                    f"{self.checkpoint.shelf.folder}: this run was started with another run.toml (different: {changed}). "
+                    "Resume with the settings it was started with, or give another --out."
+                )
         self.key = meta["key"]
         self.silent = set(meta.get("silent", ()))
         self.seconds = meta["seconds"]
@@ -493,7 +666,15 @@ class _Run:
             RoundRecord(**{**one, "refused": [Refusal(**refusal) for refusal in one["refused"]]})
             for one in meta["records"]
         ]
-        return state
+        return state, meta
+
+
+def _as_today(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an older checkpoint, with what has come since at its default."""
+    try:
+        return dict(RunConfig.model_validate(config).model_dump(mode="json"))
+    except ValidationError:
+        return config
 
 
 def _used(settings: GuardSettings) -> tuple[GuardUsed, ...]:

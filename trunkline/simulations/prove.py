@@ -68,7 +68,7 @@ def prove(
             with watch:
                 planting.start()
                 tell(f"a real centre and the plant's daemon train {run.rounds} rounds, recorded")
-                run_through(root, port, run)
+                run_through(root, run)
             planting.join(1.0)
         tell("searching what was recorded")
         return {

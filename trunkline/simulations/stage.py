@@ -11,8 +11,8 @@ from pathlib import Path
 
 from trunkline.config import RunConfig
 from trunkline.errors import DeploymentError
-from trunkline.flower import run_status
 from trunkline.server import daemon as centre_daemon
+from trunkline.server.ledger import Ledger
 from trunkline.supervise import accepts
 
 READY_S, RUN_S, END_S = 60.0, 240.0, 20.0  # how long parts may take to be ready, to run, and to end
@@ -58,21 +58,24 @@ def plant(
     return process(code, state.parent / f"{state.name}.log")
 
 
-def run_through(root: Path, port: int, run: RunConfig) -> Path:
+def run_through(root: Path, run: RunConfig) -> Path:
     """Submit `run` to the centre of `root` and wait for its end; its folder.
 
     Raises:
         DeploymentError: it ended otherwise, or not in time.
     """
     out = root / "out"
-    number = centre_daemon.run(root / "server", run.model_dump_json(), out)
+    entry = centre_daemon.run(root / "server", run.model_dump_json(), out)
     end = time.monotonic() + RUN_S
-    while not (last := run_status(f"127.0.0.1:{port}", number))[0].startswith("finished"):
+    ledger = Ledger(root / "server")
+    while (entry := ledger.get(entry.key)).open:
         if time.monotonic() > end:
-            raise DeploymentError(f"the run did not end within {RUN_S:.0f} s: {last[0]}. {_tail(root / 'server.log')}")
+            raise DeploymentError(
+                f"the run did not end within {RUN_S:.0f} s: {entry.state}. {_tail(root / 'server.log')}"
+            )
         time.sleep(0.2)
-    if last[0] != "finished:completed":
-        raise DeploymentError(f"the run ended as {last[0]}: {centre_daemon.last_error(out) or last[1]}")
+    if entry.state != "completed":
+        raise DeploymentError(f"the run ended as {entry.state}: {centre_daemon.last_error(out) or entry.note}")
     return out
 
 

@@ -1,0 +1,99 @@
+"""What the centre does when its disk is full: it waits, says so once, and goes on when there is room again."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from trunkline.errors import StorageError
+
+AGAIN_S = 2.0  # between attempts to write
+BACKLOG = 10_000  # events kept in memory while they cannot be written
+Result = TypeVar("Result")
+
+
+class Room:
+    """Call it with something that writes; it is tried again until it succeeds.
+
+    Args:
+        folder: where it is written, for the words.
+        tell: takes a sentence when the waiting begins and when it is over.
+        seconds: how long to wait for room; 0: not at all.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str], None], seconds: float) -> None:
+        self.folder = folder
+        self.tell = tell
+        self.seconds = seconds
+
+    def __call__(self, do: Callable[[], Result]) -> Result:
+        """Raises StorageError when there was no room for `seconds`."""
+        began = time.monotonic()
+        told = False
+        while True:
+            try:
+                result = do()
+            except StorageError as error:
+                if time.monotonic() - began >= self.seconds:
+                    raise
+                if not told:
+                    told = True
+                    self.tell(
+                        f"The run stands still: {error} {free(self.folder)} It is tried again every {AGAIN_S:g} s."
+                    )
+                time.sleep(AGAIN_S)
+            else:
+                if told:
+                    self.tell(
+                        f"The run goes on: {self.folder} can be written again, after {time.monotonic() - began:.0f} s."
+                    )
+                return result
+
+
+def free(folder: Path) -> str:
+    """How much room there is, as a sentence; empty where nobody knows."""
+    try:
+        found = shutil.disk_usage(folder)
+    except OSError:
+        return ""
+    return f"{found.free / 1e6:,.1f} of {found.total / 1e6:,.0f} MB are free there."
+
+
+class Lines:
+    """Appends lines to a file that somebody watches; on a full disk they wait in memory, in order.
+
+    A line that a kill cut short is ended first, so that the next one is a line of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[bytes] = []
+        self._file: IO[Any] | None = None
+
+    def write(self, line: str) -> None:
+        self._waiting.append(line.encode() + b"\n")
+        del self._waiting[:-BACKLOG]
+        try:
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)
+                if self._cut_short():
+                    self._waiting.insert(0, b"\n")
+            while self._waiting:
+                done = self._file.write(self._waiting[0]) or 0
+                if done < len(self._waiting[0]):  # the disk was full in the middle of it
+                    self._waiting[0] = self._waiting[0][done:]
+                    return
+                del self._waiting[0]
+        except OSError:
+            pass  # nothing of a run depends on what is told about it
+
+    def _cut_short(self) -> bool:
+        with self.path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 1))
+            return size > 0 and file.read(1) != b"\n"
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
