@@ -11,6 +11,8 @@ from flwr.app import Message
 from tests.loopback import WatchedGrid, events_of, federate, trunk_of
 from trunkline.errors import ConfigError
 from trunkline.flower import open_records
+from trunkline.server.checkpoint import Checkpoint
+from trunkline.server.journal import Journal
 from trunkline.server.report import read_report
 
 pytestmark = pytest.mark.xdist_group("resume")  # one worker: the undisturbed runs are made once
@@ -134,3 +136,68 @@ def test_a_site_given_another_trunk_says_so(plants: list[Path], tmp_path: Path) 
     with pytest.raises(ContractError, match=r"should have shape .*same trunk"):
         answer_train(site, order, first_trunk(TrunkSpec(width=32), 1))
     assert not (tmp_path / "vault").exists()
+
+
+def asked(grid: WatchedGrid, round: int) -> list[int]:
+    return [
+        node
+        for kind, node, content in grid.down
+        if kind == "train" and json.loads(open_records(content)[1])["round"] == round
+    ]
+
+
+def test_an_update_that_was_received_is_not_asked_for_again(
+    plants: list[Path], tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    with pytest.raises(PowerCut):
+        federate(plants, tmp_path / "cut", tamper=cut_at(2, 4), **FEDREP)
+    again = federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"), **FEDREP)
+    assert asked(again, 2) == [4, 5]  # 2 and 3 had answered
+    assert asked(again, 3) == [2, 3, 4, 5]
+    assert trunk_of(tmp_path / "cut").digest() == trunk_of(undisturbed("fedrep")).digest()
+    assert not (tmp_path / "cut" / "journal").exists()
+    rounds = [read_report(one)["rounds"] for one in (tmp_path / "cut", undisturbed("fedrep"))]
+    for record in [*rounds[0], *rounds[1]]:
+        record.pop("seconds")
+    assert rounds[0] == rounds[1]
+
+
+@pytest.mark.parametrize("harm", ["cut short", "another question", "a flipped bit"])
+def test_what_the_journal_holds_counts_only_as_the_answer_to_this_very_question(
+    plants: list[Path], tmp_path: Path, undisturbed: Callable[[str], Path], harm: str
+) -> None:
+    with pytest.raises(PowerCut):
+        federate(plants, tmp_path / "cut", tamper=cut_at(2, 4), **FEDREP)
+    (kept,) = (tmp_path / "cut" / "journal" / plants[0].name).iterdir()
+    data = bytearray(kept.read_bytes())
+    if harm == "another question":  # the reply of the round before, put where this one's should be
+        journal = Journal(tmp_path / "cut")
+        shelf = journal._shelf(plants[0].name)
+        tensors, meta = shelf.get(2)
+        shelf.put(2, tensors, {**meta, "question": "0" * 64})
+    else:
+        data[-9] ^= 1
+        kept.write_bytes(data[:-7] if harm == "cut short" else data)
+    again = federate(plants, tmp_path / "cut", resume=True, grid=WatchedGrid(plants, tmp_path / "cut"), **FEDREP)
+    assert asked(again, 2) == [2, 4, 5]
+    assert trunk_of(tmp_path / "cut").digest() == trunk_of(undisturbed("fedrep")).digest()
+
+
+def test_a_site_that_is_away_when_a_run_is_taken_up_again_is_a_member_still_and_what_it_sent_counts(
+    plants: list[Path], tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    class Without(WatchedGrid):
+        def get_node_ids(self) -> list[int]:
+            return [node for node in super().get_node_ids() if node != 2]
+
+    settings = {**FEDREP, "cohort": {"min_sites": 4, "quorum": 0.5, "deadline_s": 3.0, "gather_s": 20.0}}
+    with pytest.raises(PowerCut):
+        federate(plants, tmp_path / "away", tamper=cut_at(3, 4), **settings)
+    federate(plants, tmp_path / "away", resume=True, grid=Without(plants, tmp_path / "away"), **settings)
+    assert trunk_of(tmp_path / "away").digest() == trunk_of(undisturbed("fedrep")).digest()
+    assert plants[0].name in read_report(tmp_path / "away")["rounds"][2]["sites"]
+    found = Checkpoint(tmp_path / "away").load()
+    assert found is not None
+    counted = [one["admitted"] for one in found[1]["records"]]
+    assert [sorted(one) for one in counted] == [sorted(path.name for path in plants)] * 3
+    assert len({digest for one in counted for digest in one.values()}) == 12
