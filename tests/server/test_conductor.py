@@ -1,7 +1,9 @@
 """A run goes on until it has ended by itself, whatever became of what carried it."""
 
+import contextlib
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from trunkline.errors import DeploymentError
-from trunkline.server import conductor
+from trunkline.server import conductor, daemon
 from trunkline.server.ledger import HOLD, OUTCOME, Hold, Ledger, held_by, read_outcome, write_outcome
 from trunkline.storage import Shelf
 
@@ -208,3 +210,22 @@ def test_a_damaged_list_or_outcome_is_named_and_nothing_is_made_of_it(centre: Ce
     with pytest.raises(DeploymentError, match="no run"):
         centre.ledger.get(centre.key)
     assert json.loads(json.dumps([one.key for one in centre.ledger.entries()])) == []
+
+
+def test_a_damaged_database_is_set_aside_and_a_sound_one_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "superlink.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("create table t (x)")
+        database.executemany("insert into t values (?)", [(str(n) * 50,) for n in range(500)])
+        database.commit()
+    said: list[str] = []
+    daemon.mend_database(path, said.append)
+    assert path.exists() and not said
+    data = bytearray(path.read_bytes())
+    data[4096:9000] = os.urandom(4904)
+    path.write_bytes(data)
+    daemon.mend_database(path, said.append)
+    assert not path.exists()
+    assert len(said) == 1 and "set aside as superlink.db.damaged-" in said[0]
+    (aside,) = tmp_path.glob("superlink.db.damaged-*")
+    assert aside.read_bytes() == bytes(data)
