@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import io
 import json
 import time
@@ -19,7 +20,11 @@ from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import RunNotRunningException
+from flwr.supernode.nodestate import NodeStateFactory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as drawn
@@ -40,6 +45,7 @@ from trunkline.flower import (
     reason_of,
     stamp,
     to_records,
+    whole_or_nothing,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower with pathspec 1.x
@@ -348,3 +354,39 @@ def test_a_reply_that_is_half_there_holds_nobody_up() -> None:
     )
     assert link.asked == ["q1", "q2", "q3"], "a SuperLink tells of each reply once"
     assert link.confirmed == [link.replies[one].metadata.message_id for one in ("q2", "q1")]
+
+
+def test_a_message_whose_run_ended_while_it_came_leaves_nothing_that_holds_the_next_one_up() -> None:
+    """Found by a drill: the worker took the task that was left and asked for its content for hours."""
+    store = ObjectStoreFactory().store()
+    state = NodeStateFactory(ObjectStoreFactory()).state()
+    state.set_node_id(2)
+    state.store_run(types.SimpleNamespace(run_id=1, primary_task_type=TaskType.SERVER_APP, fab_hash="f"))  # type: ignore[arg-type]
+    LoopbackGrid(ClientApp(), [{}])  # Flower's task identity
+    question = Message(to_records({"w": np.ones(3, np.float32)}, "{}"), 2, "train")
+    question.metadata.__dict__["_run_id"] = 1
+    stamp(question, question.object_id)
+    ended: list[bool] = [True]
+
+    def content(run: int, name: str) -> bytes:
+        if ended:
+            raise RunNotRunningException
+        return get_all_nested_objects(question)[name].deflate()
+
+    loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
+
+    def pull() -> int | None:
+        return whole_or_nothing(loop._pull_and_store_message)(
+            state=state, object_store=store, node_config={}, get_run=None, get_fab=None, trusted_entities=None,
+            receive=lambda: (remove_content_from_message(question), get_object_tree(question)),
+            pull_object=content, confirm_message_received=lambda run, name: None,
+        )  # fmt: skip
+
+    assert pull() is None
+    assert [task.status.status for task in state.get_tasks()] == ["finished"]
+    assert not state.get_messages_legacy(), "an envelope without content would be given to the next task"
+    ended.clear()
+    assert pull() == 1, "and the same message, asked again, comes whole"
+    (waiting,) = state.get_tasks(statuses=["pending"])
+    assert waiting.run_id == 1
+    assert [one.metadata.message_id for one in state.get_messages_legacy()] == [question.metadata.message_id]

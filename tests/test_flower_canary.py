@@ -16,6 +16,7 @@ import trunkline
 SOURCE = Path(trunkline.__file__).parent / "flower.py"
 PATCHED = [  # set or called from outside by `supernode_main`, so no import statement names them
     ("flwr.supernode.start_client_internal", "time"),
+    ("flwr.supernode.start_client_internal", "_pull_and_store_message"),
     ("flwr.supernode.fleet_http_connection", "generate_key_pairs"),
     ("flwr.supernode.fleet_http_connection", "FleetHttpClient"),
     ("flwr.supernode.fleet_http_client", "FleetHttpClient._unary_unary"),

@@ -882,7 +882,7 @@ def supernode_main(key_file: Path | None = None, identity: Path | None = None) -
 
     It polls every 0.2 s within a minute of a message and every 3 s otherwise, where stock Flower waits 3 s always. A
     restart after a kill signs off its former self at once: stock Flower would leave that one "online" for a minute, and a
-    round would wait for it. And it never follows a redirect: where a plant's answers go is not the centre's to say.
+    round would wait for it. A message that came by half is forgotten (`whole_or_nothing`). And it never follows a redirect: where a plant's answers go is not the centre's to say.
 
     Args:
         key_file: where it keeps what it takes to sign a former session off.
@@ -904,11 +904,39 @@ def supernode_main(key_file: Path | None = None, identity: Path | None = None) -
         time.sleep(seconds)
 
     loop.time = types.SimpleNamespace(sleep=sleep, time=time.time)  # type: ignore[attr-defined]
+    loop._pull_and_store_message = whole_or_nothing(loop._pull_and_store_message)  # type: ignore[attr-defined]
     if identity is not None:
         _be(identity, key_file)
     elif key_file is not None:
         _remember_node(key_file)
     flower_supernode()
+
+
+def whole_or_nothing(pull: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Flower's own `_pull_and_store_message`, which leaves nothing behind of a message whose run ended while it came.
+
+    Flower 1.41 keeps the task and the empty envelope then. A worker that takes the task asks for a content that never
+    comes, and for hours nothing of any other run is answered.
+    """
+
+    def pulled(*, state: Any, object_store: Any, receive: Callable[[], Any], **others: Any) -> int | None:
+        came: list[Any] = []
+
+        def receiving() -> Any:
+            if (received := receive()) is not None:
+                came.append(received[0].metadata)
+            return received
+
+        run = pull(state=state, object_store=object_store, receive=receiving, **others)
+        if run is None and came:
+            state.delete_messages(message_ids=[came[0].message_id])
+            object_store.delete(came[0].message_id)
+            for task in state.get_tasks(run_ids=[came[0].run_id]):
+                why = "the run ended while this message came"
+                state.finish_task(task.task_id, SubStatus.FAILED, why)  # one that has finished stays as it is
+        return run
+
+    return pulled
 
 
 def _straight(client: Any) -> None:

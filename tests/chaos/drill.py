@@ -1,8 +1,8 @@
 """Drills: whole runs of a real federation with faults drawn from a seed, each held against the undisturbed run.
 
-    python -m tests.chaos.drill --runs 30 --seed 0       a line a run, then a table by kind of fault
-    python -m tests.chaos.drill --runs 30 --seed 0 --only 17
-    python -m tests.chaos.drill --outages                the centre, then every plant at once, away for 5, 60 and 300 s
+python -m tests.chaos.drill --runs 30 --seed 0       a line a run, then a table by kind of fault
+python -m tests.chaos.drill --runs 30 --seed 0 --only 17
+python -m tests.chaos.drill --outages                the centre, then every plant at once, away for 5, 60 and 300 s
 """
 
 import argparse
@@ -190,7 +190,9 @@ def table(drills: Sequence[Drill]) -> str:
             put[name] += 1
             failed[name] += bool(one.problems)
     width = max(map(len, put), default=0)
-    return "\n".join(f"{name:<{width}}  {put[name]:3d} put in, {failed[name]:2d} in runs that failed" for name in sorted(put))
+    return "\n".join(
+        f"{name:<{width}}  {put[name]:3d} put in, {failed[name]:2d} in runs that failed" for name in sorted(put)
+    )
 
 
 def main() -> int:
@@ -200,12 +202,18 @@ def main() -> int:
     parser.add_argument("--only", type=int, action="append", help="of these runs, by number from 0; may be repeated")
     parser.add_argument("--kinds", default="", help="only kinds whose name begins with one of these, with commas")
     parser.add_argument("--without", default="", help="no kinds whose name begins with one of these, with commas")
-    parser.add_argument("--outages", nargs="*", type=float, metavar="S", help="outages of so many seconds instead; default 5 60 300")
+    parser.add_argument(
+        "--outages", nargs="*", type=float, metavar="S", help="outages of so many seconds instead; default 5 60 300"
+    )
     options = parser.parse_args()
     from trunkline.simulations.factories import write_sites
 
     only, without = (tuple(filter(None, text.split(","))) for text in (options.kinds, options.without))
-    kinds = tuple(one for one in KINDS if (not only or one.name.startswith(only)) and not (without and one.name.startswith(without)))
+    kinds = tuple(
+        one
+        for one in KINDS
+        if (not only or one.name.startswith(only)) and not (without and one.name.startswith(without))
+    )
     with tempfile.TemporaryDirectory(prefix="drill-") as folder:
         root = Path(folder)
         plants = sorted(write_sites("synthetic", root / "sites", groups=12))
@@ -229,7 +237,9 @@ def main() -> int:
                 print(table(drills))
     failed = sum(bool(one.problems) for one in drills)
     same = sum(one.same for one in drills)
-    print(f"{len(drills)} runs: {same} with the same bytes, {len(drills) - same - failed} with other sites in a round, {failed} failed")
+    print(
+        f"{len(drills)} runs: {same} with the same bytes, {len(drills) - same - failed} with other sites in a round, {failed} failed"
+    )
     return 1 if failed else 0
 
 

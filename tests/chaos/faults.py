@@ -47,9 +47,7 @@ class Fault:
     def __str__(self) -> str:
         what = f"{self.kind} {self.part}".strip()
         amount = f" by {self.amount:g}" if self.amount else ""
-        return (
-            f"{what} at {self.victim}{amount}, round {self.round} {self.stage} +{self.after_s:.2f} s, for {self.seconds:.1f} s"
-        )
+        return f"{what} at {self.victim}{amount}, round {self.round} {self.stage} +{self.after_s:.2f} s, for {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,9 @@ KINDS = (
 )
 
 
-def draw(seed: int, runs: int, plants: list[str], kinds: tuple[Kind, ...] = KINDS, fewest: int = 3) -> list[list[Fault]]:
+def draw(
+    seed: int, runs: int, plants: list[str], kinds: tuple[Kind, ...] = KINDS, fewest: int = 3
+) -> list[list[Fault]]:
     """The faults of each of `runs` runs, by their moment: 3 to 6 a run, and no kind again before all have been drawn."""
     rng = random.Random(seed)
     deck: list[Kind] = []
@@ -213,7 +213,9 @@ def _damage(world: World, fault: Fault, out: Path) -> tuple[str, Callable[[], No
     world.kill(fault.victim, fault.seconds)
     state = world.state_of(fault.victim)
     if fault.part == "vault":
-        path = max(state.glob("vault/*/round-*.safetensors"), key=lambda one: one.stat().st_mtime_ns, default=state / "vault")
+        path = max(
+            state.glob("vault/*/round-*.safetensors"), key=lambda one: one.stat().st_mtime_ns, default=state / "vault"
+        )
     elif fault.part == "checkpoint":
         path = max((out / "checkpoint").glob("round-*.safetensors"), default=out / "checkpoint")
     elif fault.part == "events.jsonl":

@@ -46,7 +46,9 @@ def outcome_of(world: World, out: Path) -> Outcome:
         assert newest is not None, f"{site}: its vault has nothing of run {meta['key']}"
         heads[site] = _digest(newest.private)
     rounds = [(one["round"], tuple(one["sites"])) for one in meta["records"]]
-    return Outcome(state.round, state.trunk.digest(), heads, rounds, _timeless(json.loads((out / "report.json").read_text())))
+    return Outcome(
+        state.round, state.trunk.digest(), heads, rounds, _timeless(json.loads((out / "report.json").read_text()))
+    )
 
 
 def differences(expected: Outcome, found: Outcome) -> list[str]:
@@ -94,7 +96,13 @@ def _unlike(expected: Any, found: Any, where: str = "") -> list[str]:
     """Where two values of JSON differ."""
     if isinstance(expected, dict) and isinstance(found, dict):
         keys = sorted({*expected, *found})
-        return [line for key in keys for line in _unlike(expected.get(key), found.get(key), f"{where}.{key}".strip("."))]
+        return [
+            line for key in keys for line in _unlike(expected.get(key), found.get(key), f"{where}.{key}".strip("."))
+        ]
     if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        return [line for at, pair in enumerate(zip(expected, found, strict=True)) for line in _unlike(*pair, f"{where}[{at}]")]
+        return [
+            line
+            for at, pair in enumerate(zip(expected, found, strict=True))
+            for line in _unlike(*pair, f"{where}[{at}]")
+        ]
     return [] if expected == found else [f"{where} is {str(found)[:120]}, not {str(expected)[:120]}"]

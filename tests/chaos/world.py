@@ -108,7 +108,9 @@ class World(Federation):
 
     def problems(self) -> list[str]:
         """What is not as it should be with nothing wrong any more."""
-        found = [f"{name}: its daemon is down" for name in (*self.plants, CENTRE) if self.running[name].poll() is not None]
+        found = [
+            f"{name}: its daemon is down" for name in (*self.plants, CENTRE) if self.running[name].poll() is not None
+        ]
         found += [f"{name}: not online" for name in sorted(set(self.plants) - self.online())]
         return found
 
