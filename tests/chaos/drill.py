@@ -7,9 +7,11 @@ python -m tests.chaos.drill --outages                the centre, then every plan
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +20,12 @@ from pathlib import Path
 from tests.chaos.faults import KINDS, ROUNDS, STAGES, Fault, Injector, draw
 from tests.chaos.outcome import Outcome, differences, outcome_of, same_sites
 from tests.chaos.world import CENTRE, World, world
+from trunkline.config import parse_run
 
 POLL_S = 0.05
-LONGEST_S = 180.0  # a run; undisturbed it takes some 15
+LONGEST_S = 180.0  # that faults may add to a run; undisturbed it takes some 20
+USUAL = 6.0  # and as often the time of the undisturbed run, for a machine that is busy with something else
+SETTLE_S = 150.0  # until everything runs again after a run
 QUIET_S = 30.0  # after a run has told an error: does anybody take it up again?
 RUN = f"""
 name = "drill"
@@ -112,38 +117,41 @@ class Drill:
 
 def drill(made: World, name: str, faults: Sequence[Fault], expected: Outcome | None) -> Drill:
     """One run with these faults, to its end and until all is well again."""
-    made.settle(90.0)
     out = made.server / "runs" / name
     done = Drill(name, list(faults))
+    longest = (
+        LONGEST_S + USUAL * (expected.seconds if expected else 0.0) + max((one.seconds for one in faults), default=0.0)
+    )
     began = time.monotonic()
-    made.run(RUN, out)
+    follower = made.run(RUN, out)
     told, injector = Told(out), Injector(made, list(faults), out)
     while not done.problems:
         made.tend()
         told.look()
         injector.tick(told.reached)
         spent = time.monotonic() - began
-        if told.last == "done" and not injector.active:
+        if told.last == "done" and not injector.busy:
             break
         if told.last == "error" and time.monotonic() - told.grew > QUIET_S:
             done.problems.append(f"it ended with an error, and nobody took it up: {told.text}")
-        elif spent > LONGEST_S:
+        elif spent > longest:
             done.problems.append(f"it had not ended after {spent:.0f} s, in round {told.reached[0]}")
         time.sleep(POLL_S)
     injector.end()
     done.seconds, done.log = time.monotonic() - began, injector.done
-    if done.problems:
-        made.stop_runs()
     try:
-        made.settle(90.0)
+        if done.problems:
+            made.stop_run()
+        made.settle(SETTLE_S)
         if not done.problems:
-            done.outcome = outcome_of(made, out)
-            if expected is not None:
-                done.problems += differences(expected, done.outcome)
-                done.same = same_sites(expected, done.outcome)
+            done.outcome = outcome_of(made, out, parse_run(tomllib.loads(RUN), "RUN"), done.seconds)
+            done.problems += differences(expected or done.outcome, done.outcome)
+            done.same = same_sites(expected or done.outcome, done.outcome)
+            if (code := follower.wait(20.0)) != 0:
+                done.problems.append(f"`server run` ended with {code}: {made.log(name)[-300:]}")
     except Exception as error:
         done.problems.append(f"{type(error).__name__}: {error}")
-    follower = made.running.pop(name)
+    del made.running[name]
     if follower.poll() is None:
         follower.terminate()
         follower.wait(10.0)
@@ -206,6 +214,7 @@ def main() -> int:
         "--outages", nargs="*", type=float, metavar="S", help="outages of so many seconds instead; default 5 60 300"
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or daemons and mounts would be left behind
     from trunkline.simulations.factories import write_sites
 
     only, without = (tuple(filter(None, text.split(","))) for text in (options.kinds, options.without))

@@ -301,6 +301,11 @@ class Injector:
             return now >= (fault.round, 1) and any(one.stat().st_mtime > self._since for one in state.glob(name))
         return now >= fault.moment
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is in, or is about to be."""
+        return bool(self.active or self.ripe)
+
     def end(self) -> None:
         for one in self.active:
             one.undo()

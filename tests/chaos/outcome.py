@@ -12,7 +12,11 @@ import numpy as np
 from tests.chaos.world import World
 from trunkline.client.access import open_seal
 from trunkline.client.vault import Vault
+from trunkline.config import RunConfig
+from trunkline.errors import StorageError
+from trunkline.exchange import Arrays, Update
 from trunkline.server.checkpoint import Checkpoint
+from trunkline.strategies import State, build_strategy
 
 CLOCK = ("seconds",)  # keys of report.json that are readings of a clock
 
@@ -26,6 +30,8 @@ class Outcome:
         trunk: digest of that checkpoint's arrays; heads: site -> digest of everything private of its newest vault entry.
         rounds: by round, the sites whose updates were counted.
         report: without what a clock told.
+        miscounted: of the last rounds, those whose trunk is not the one before it with each site's update added once.
+        seconds: from the command to the end.
     """
 
     round: int
@@ -33,9 +39,11 @@ class Outcome:
     heads: dict[str, str]
     rounds: list[tuple[int, tuple[str, ...]]]
     report: Any
+    miscounted: list[str]
+    seconds: float
 
 
-def outcome_of(world: World, out: Path) -> Outcome:
+def outcome_of(world: World, out: Path, run: RunConfig, seconds: float) -> Outcome:
     """Raises StorageError where a checkpoint or a vault cannot be read."""
     found = Checkpoint(out).load()
     assert found is not None, f"{out}: no checkpoint"
@@ -46,14 +54,55 @@ def outcome_of(world: World, out: Path) -> Outcome:
         assert newest is not None, f"{site}: its vault has nothing of run {meta['key']}"
         heads[site] = _digest(newest.private)
     rounds = [(one["round"], tuple(one["sites"])) for one in meta["records"]]
-    return Outcome(
-        state.round, state.trunk.digest(), heads, rounds, _timeless(json.loads((out / "report.json").read_text()))
-    )
+    miscounted = [
+        text for record in meta["records"][-2:] if (text := _miscounted(world, out, run, meta["key"], record))
+    ]
+    report = _timeless(json.loads((out / "report.json").read_text()))
+    return Outcome(state.round, state.trunk.digest(), heads, rounds, report, miscounted, seconds)
+
+
+def _miscounted(world: World, out: Path, run: RunConfig, key: str, record: Mapping[str, Any]) -> str:
+    """What is wrong with the trunk of a round: it is made again here, of what the sites' own vaults say that they sent."""
+    number = record["round"]
+    if set(record.get("admitted", record["sites"])) != set(record["sites"]):
+        return f"round {number}: admitted {sorted(record['admitted'])}, counted {record['sites']}"
+    checkpoint = Checkpoint(out)
+    try:
+        before, after = (_trunk(checkpoint, one) for one in (number - 1, number))
+        updates = []
+        for site in record["sites"]:
+            folder = world.states[site]
+            tensors, meta = Vault(folder, key, seal=open_seal(folder)).shelf.get(number)
+            entry = Vault._entry(tensors, meta)
+            updates.append(
+                Update(
+                    site=site,
+                    run=key,
+                    round=number,
+                    delta=entry.delta,
+                    weight=entry.weight,
+                    metrics=dict(entry.metrics),
+                )
+            )
+    except StorageError:
+        return ""  # one of the files was damaged by the drill, or is older than what is kept
+    strategy = build_strategy(run.strategy.name, run.strategy.options, run.training)
+    made, _ = strategy.advance(State(before, {}, number - 1, {}), iter(updates))
+    if made.trunk.digest() != after.digest():
+        return f"round {number}: the trunk is not the one before it and each of {', '.join(record['sites'])} once"
+    return ""
+
+
+def _trunk(checkpoint: Checkpoint, round: int) -> Arrays:
+    tensors, meta = checkpoint.shelf.get(round)
+    names: Any = meta["names"]
+    return Arrays({name: tensors[f"trunk/{name}"] for name in names["trunk"]})
 
 
 def differences(expected: Outcome, found: Outcome) -> list[str]:
     """What a disturbed run left that the undisturbed one did not. Where other sites took part, only what holds all the same."""
-    problems = []
+    problems: list[str] = []
+    problems += found.miscounted
     numbers = [number for number, _ in found.rounds]
     if numbers != [number for number, _ in expected.rounds] or found.round != expected.round:
         problems.append(f"its rounds are {numbers}, its checkpoint is of round {found.round}")

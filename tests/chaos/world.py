@@ -1,5 +1,6 @@
 """A real federation on one machine whose plants and centre stand for machines of their own: line, disk and clock each."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from tests.chaos.machine import GO_ON, KILL, Clock, Disk, command_of, family, send
 from tests.chaos.proxy import Proxy
 from tests.federation import Federation, within
+from trunkline.errors import TrunklineError
 from trunkline.server import daemon
 
 CENTRE = "server"  # the name of its daemon, beside those of the plants
@@ -138,19 +140,10 @@ class World(Federation):
             tails.append("\n".join([f"--- {path.relative_to(self.root)}", *text]))
         return "\n".join(tails)
 
-    def stop_runs(self) -> None:
-        """End what still runs there, so that the next drill has the plants to itself."""
-        from trunkline.errors import TrunklineError
-        from trunkline.flower import stop_run
-
-        try:
-            found = daemon.status(self.server)
-            address, ca = found["address"], Path(found["ca"]).read_bytes()
-            for one in found["runs"]:
-                if not one["status"].startswith("finished"):
-                    stop_run(address, one["run"], ca=ca)
-        except TrunklineError:
-            pass
+    def stop_run(self) -> None:
+        """End the newest run for good, so that the next drill has the plants to itself."""
+        with contextlib.suppress(TrunklineError):
+            daemon.stop(self.server, "drill")
 
     def end(self) -> None:
         for name, process in self.running.items():
