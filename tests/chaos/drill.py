@@ -27,9 +27,9 @@ LONGEST_S = 180.0  # that faults may add to a run; undisturbed it takes some 20
 USUAL = 6.0  # and as often the time of the undisturbed run, for a machine that is busy with something else
 SETTLE_S = 150.0  # until everything runs again after a run
 QUIET_S = 30.0  # after a run has told an error: does anybody take it up again?
-RUN = f"""
+RUN = """
 name = "drill"
-rounds = {ROUNDS}
+rounds = {rounds}
 seed = 11
 [trunk]
 width = 16
@@ -52,7 +52,8 @@ baseline = false
 class Told:
     """What a run has told so far, read as it grows. Lines torn by a kill are passed over, as every reader of it has to."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, rounds: int) -> None:
+        self.rounds = rounds
         self.path = out / "events.jsonl"
         self.reached = (0, 0)  # round, and stage by its place in STAGES
         self.last = ""  # the newest event that ends a run: done or error
@@ -92,8 +93,8 @@ class Told:
             "round_end": (round, STAGES.index("checkpoint")),
         }
         self.reached = max(self.reached, after.get(str(kind), (0, 0)))
-        if kind == "round_end" and round == ROUNDS:
-            self.reached = (ROUNDS + 1, 0)
+        if kind == "round_end" and round == self.rounds:
+            self.reached = (self.rounds + 1, 0)
 
 
 @dataclass
@@ -115,16 +116,17 @@ class Drill:
         return "same bytes" if self.same else "other sites in a round; each update counted once"
 
 
-def drill(made: World, name: str, faults: Sequence[Fault], expected: Outcome | None) -> Drill:
+def drill(made: World, name: str, faults: Sequence[Fault], expected: Outcome | None, rounds: int = ROUNDS) -> Drill:
     """One run with these faults, to its end and until all is well again."""
+    toml = RUN.format(rounds=rounds)
     out = made.server / "runs" / name
     done = Drill(name, list(faults))
     longest = (
         LONGEST_S + USUAL * (expected.seconds if expected else 0.0) + max((one.seconds for one in faults), default=0.0)
     )
     began = time.monotonic()
-    follower = made.run(RUN, out)
-    told, injector = Told(out), Injector(made, list(faults), out)
+    follower = made.run(toml, out)
+    told, injector = Told(out, rounds), Injector(made, list(faults), out)
     while not done.problems:
         made.tend()
         told.look()
@@ -144,7 +146,7 @@ def drill(made: World, name: str, faults: Sequence[Fault], expected: Outcome | N
             made.stop_run()
         made.settle(SETTLE_S)
         if not done.problems:
-            done.outcome = outcome_of(made, out, parse_run(tomllib.loads(RUN), "RUN"), done.seconds)
+            done.outcome = outcome_of(made, out, parse_run(tomllib.loads(toml), "RUN"), done.seconds)
             done.problems += differences(expected or done.outcome, done.outcome)
             done.same = same_sites(expected or done.outcome, done.outcome)
             if (code := follower.wait(20.0)) != 0:
@@ -158,11 +160,11 @@ def drill(made: World, name: str, faults: Sequence[Fault], expected: Outcome | N
     return done
 
 
-def undisturbed(made: World) -> Outcome:
+def undisturbed(made: World, rounds: int = ROUNDS) -> Outcome:
     """The run without a fault, which all others are held against."""
-    done = drill(made, "undisturbed", [], None)
+    done = drill(made, "undisturbed", [], None, rounds)
     assert done.outcome is not None, "\n".join([*done.problems, made.log_tails()])
-    wanted = [(round, tuple(sorted(made.plants))) for round in range(1, ROUNDS + 1)]
+    wanted = [(round, tuple(sorted(made.plants))) for round in range(1, rounds + 1)]
     assert done.outcome.rounds == wanted, done.outcome.rounds
     return done.outcome
 
@@ -235,7 +237,7 @@ def main() -> int:
                 drills = outages(made, expected, options.outages or (5.0, 60.0, 300.0))
             else:
                 drills = []
-                for number, faults in enumerate(draw(options.seed, options.runs, sorted(made.plants), kinds)):
+                for number, faults in enumerate(draw(options.seed, options.runs, sorted(made.plants), kinds=kinds)):
                     if options.only and number not in options.only:
                         continue
                     drills.append(one := drill(made, f"run-{number}", faults, expected))

@@ -10,7 +10,7 @@ from tests.chaos.machine import GO_ON, KILL, STOP, damage, send
 from tests.chaos.proxy import Proxy
 from tests.chaos.world import CENTRE, World
 
-ROUNDS = 10
+ROUNDS = 10  # of a run
 STAGES = ("before", "training", "uploading", "checkpoint")  # of a round, in their order
 PARTS = ("serverapp", "superexec", "superlink", "gateway", "registrar")  # of the centre
 SKEW_S = (-200, 3)  # how far a plant's clock may be wrong unnoticed: Flower takes 305 s behind and 5 s ahead
@@ -98,31 +98,31 @@ KINDS = (
 
 
 def draw(
-    seed: int, runs: int, plants: list[str], kinds: tuple[Kind, ...] = KINDS, fewest: int = 3
+    seed: int, runs: int, plants: list[str], rounds: int = ROUNDS, kinds: tuple[Kind, ...] = KINDS, most: int = 6
 ) -> list[list[Fault]]:
-    """The faults of each of `runs` runs, by their moment: 3 to 6 a run, and no kind again before all have been drawn."""
+    """The faults of each of `runs` runs, by their moment: 3 to `most` a run, and no kind again before all have been drawn."""
     rng = random.Random(seed)
     deck: list[Kind] = []
     drawn = []
     for _ in range(runs):
         faults = []
-        for _ in range(rng.randint(fewest, 6)):
+        for _ in range(rng.randint(3, most)):
             if not deck:
                 deck = list(kinds)
                 rng.shuffle(deck)
-            faults.append(_fault(rng, deck.pop(), plants))
+            faults.append(_fault(rng, deck.pop(), plants, rounds))
         drawn.append(sorted(faults, key=lambda one: (one.moment, one.after_s)))
     return drawn
 
 
-def _fault(rng: random.Random, kind: Kind, plants: list[str]) -> Fault:
-    round = rng.randint(0, ROUNDS + 1)
+def _fault(rng: random.Random, kind: Kind, plants: list[str], rounds: int) -> Fault:
+    round = rng.randint(0, rounds + 1)
     stage = rng.choice(kind.stages)
-    if round in (0, ROUNDS + 1) and kind.stages == STAGES:
+    if round in (0, rounds + 1) and kind.stages == STAGES:
         stage = "before"  # nothing else of these can be seen from outside
     if kind.part == "vault":
-        round, stage = min(max(round, 1), ROUNDS), rng.choice(_BUSY)
-    round = min(max(round, 1), ROUNDS) if stage != "before" else round
+        round, stage = min(max(round, 1), rounds), rng.choice(_BUSY)
+    round = min(max(round, 1), rounds) if stage != "before" else round
     amount = rng.uniform(*kind.amounts)
     if kind.kind == "clock":
         amount = float(int(amount)) or 1.0

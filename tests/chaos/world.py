@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from tests.chaos.machine import GO_ON, KILL, Clock, Disk, command_of, family, send
 from tests.chaos.proxy import Proxy
@@ -41,10 +42,11 @@ class World(Federation):
         self.starts: dict[str, int] = {}
         self.proxy: Proxy | None = None
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._patch = pytest.MonkeyPatch()
         try:
             super().__init__(root)
             # what reads a plant's sealed state here has to find its key where the plant put it
-            os.environ["XDG_CONFIG_HOME"] = self.environment["XDG_CONFIG_HOME"]
+            self._patch.setenv("XDG_CONFIG_HOME", self.environment["XDG_CONFIG_HOME"])
             self.start()
             self.proxy = Proxy(self.port, list(self.plants))
             centre = self.address
@@ -152,6 +154,7 @@ class World(Federation):
         try:
             super().end()
         finally:
+            self._patch.undo()
             if self.proxy is not None:
                 self.proxy.close()
             for disk in self.disks.values():
