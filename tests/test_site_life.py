@@ -9,9 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trunkline.client.rounds import answer_evaluate, answer_offer, answer_train
+from trunkline.client.rounds import answer_evaluate, answer_offer, answer_train, contract_of
 from trunkline.client.site import Site, open_site
 from trunkline.client.training import Resident, train_site
+from trunkline.errors import StorageError
 from trunkline.exchange import Arrays, LocalPlan, Order, TrunkSpec
 from trunkline.models.trunk import first_trunk
 
@@ -190,3 +191,41 @@ def test_a_private_rate_of_zero_moves_the_trunk_alone(site: Site) -> None:
     assert {
         name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
     } == {"trunk", "norms"}
+
+
+@pytest.mark.parametrize("damaged", [(3,), (1,), (1, 2, 3)], ids=str)
+def test_versions_that_are_damaged_are_trained_again_and_the_next_round_is_the_same(
+    site: Site, tmp_path: Path, damaged: tuple[int, ...]
+) -> None:
+    """A plant's last rounds may be damaged once they are counted: what follows must not start from older stem and heads."""
+    plant, same = (Site(site.folder, tmp_path / name, site.data, plant=True) for name in ("plant", "same"))
+    trunk = first_trunk(SPEC, 1)
+    for one in (plant, same):
+        answer_offer(one, order_of(0, 6))
+    for round in range(1, max(damaged) + 2):
+        for file in plant.state.glob("vault/*/round-*") if round == max(damaged) + 1 else ():
+            if int(file.stem[-6:]) in damaged:
+                data = bytearray(file.read_bytes())
+                data[len(data) // 2] ^= 1
+                file.write_bytes(data)
+        entries = []
+        for one in (plant, same):
+            order = order_of(round, 6)
+            order = order.model_copy(update={"contract": contract_of(one, trunk).digest()})
+            entries.append(answer_train(one, order, trunk)[1])
+        assert entries[0].delta.digest() == entries[1].delta.digest(), round
+        for name, array in entries[1].private.items():
+            np.testing.assert_array_equal(entries[0].private[name], array)
+        trunk = Arrays({name: array + entries[1].delta[name] for name, array in trunk.items()})
+
+
+def test_where_what_was_asked_is_damaged_too_the_plant_says_so_and_goes_back(site: Site, tmp_path: Path) -> None:
+    plant = Site(site.folder, tmp_path / "plant", site.data, plant=True)
+    trunk = first_trunk(SPEC, 1)
+    answer_offer(plant, order_of(0, 6))
+    order = order_of(1, 6).model_copy(update={"contract": contract_of(plant, trunk).digest()})
+    answer_train(plant, order, trunk)
+    for file in plant.state.glob("vault/*/**/round-*"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(StorageError, match="none of its 1 versions is intact"):
+        answer_train(plant, order.model_copy(update={"round": 2}), trunk)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PRIVATE = (  # what is sealed in a sealed state, by where it lies
     r"split\.json",
     r"contracts/[^/]+\.json",
-    r"vault/[^/]+/(round-\d+\.safetensors|decisions\.json)",
+    r"vault/[^/]+/((asked/)?round-\d+\.safetensors|decisions\.json)",
     r"evaluation/[^/]+/[^/]+\.safetensors",
     r"(.*/)?(model\.safetensors|evidence\.(json|html))",
     rf"identity/{re.escape(RECORDS)}",

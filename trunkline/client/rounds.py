@@ -13,7 +13,7 @@ from trunkline.client.data.statistics import lent_statistics, names_of
 from trunkline.client.evaluation import Decision, curve, decide_site, score_site
 from trunkline.client.site import Site
 from trunkline.client.training import train_site
-from trunkline.client.vault import Entry, State, Vault
+from trunkline.client.vault import Entry, Question, State, Vault
 from trunkline.exchange import (
     FIT,
     PROBED,
@@ -76,10 +76,13 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
     site.meet(order)
     consent.hold(site, order)
     vault = Vault(site.state, order.run, site.tell, site.seal)
-    question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
+    question = _digest(order, arrays)
     entry = vault.answered(order.round, question)
     if entry is None:
-        entry = _train(site, order, arrays, vault, question)
+        before = _before(site, order, vault)
+        if site.plant:  # others are made again with their whole simulation
+            vault.keep_question(order.round, order.model_dump_json(), arrays, before is None)
+        entry = _train(site, order, arrays, vault, before)
         vault.put(order.round, entry)
     reply = Reply(site=site.name, run=order.run, round=order.round, contract=order.contract, weight=entry.weight)
     return reply, entry
@@ -96,15 +99,29 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
     """
     site.meet(order)
     consent.hold(site, order)
-    before = Vault(site.state, order.run, site.tell, site.seal).before(order.round, order.passed)
+    before = _before(site, order, Vault(site.state, order.run, site.tell, site.seal))
     model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
     metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
     PROBED.check(Arrays(), metrics)
     return Reply(site=site.name, run=order.run, round=order.round, contract=order.contract, weight=1.0), metrics
 
 
-def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str) -> Entry:
-    before = vault.before(order.round, order.passed)
+def _digest(order: Order, arrays: Arrays) -> str:
+    """Of a question: the same order with the same arrays."""
+    return hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
+
+
+def _before(site: Site, order: Order, vault: Vault) -> Entry | None:
+    """`Vault.before`; a version that is damaged is trained again, to the same bytes, from the one before it."""
+
+    def again(asked: Question, before: Entry | None) -> Entry:
+        was = Order.model_validate_json(asked.order)
+        return _train(site, was, asked.arrays, vault, before)
+
+    return vault.before(order.round, order.passed, again)
+
+
+def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, before: Entry | None) -> Entry:
     model, twin = _models(site, order, arrays, before)
     tasks, plan = site.data.tasks, order.plan
     metrics: dict[str, float] = {}
@@ -148,7 +165,7 @@ def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, question: str
     metrics = {name: number for name, number in metrics.items() if name in contract.metrics}
     contract.check(delta, metrics)
     return Entry(
-        question=question,
+        question=_digest(order, arrays),
         private=model.private(order.lend),
         local=twin.private(()) if twin is not None else {},
         best=best.state,
@@ -260,9 +277,9 @@ def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     site.meet(order)
     consent.hold(site, order)
     vault = Vault(site.state, order.run, site.tell, site.seal)
-    question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
+    question = _digest(order, arrays)
     if vault.decisions(question) is None:
-        before = vault.before(order.round)
+        before = _before(site, order, vault)
         roles = _roles(site, order, arrays, before)
         best = _Best.of(before)
         planned = {who: best.plan(who, one, site, order) for who, one in roles.items()}
@@ -280,7 +297,7 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     site.meet(order)
     consent.hold(site, order)
     vault = Vault(site.state, order.run, site.tell, site.seal)
-    before = vault.before(order.round, order.passed)
+    before = _before(site, order, vault)
     models = _finished(site, order, _roles(site, order, arrays, before), _Best.of(before))
     settled = None
     if order.passed:

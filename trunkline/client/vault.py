@@ -47,8 +47,23 @@ class Entry:
     weight: float = 0.0
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a site was asked in a round, as it came.
+
+    Args:
+        order: the Order, as JSON. arrays: what was lent to the site for the round.
+        first: the site began with it, so nothing of an earlier round is needed to answer it again.
+    """
+
+    round: int
+    order: str
+    arrays: Arrays
+    first: bool
+
+
 class Vault:
-    """The rounds of one run under `state`/vault/`run`; the last three are kept.
+    """The rounds of one run under `state`/vault/`run`, and the questions they answer; the last three are kept.
 
     Args:
         state: the site's own folder.
@@ -62,6 +77,7 @@ class Vault:
         self, state: Path, run: str, tell: Callable[[str], None] = lambda text: None, seal: Seal | None = None
     ) -> None:
         self.shelf = Shelf(state / "vault" / run, keep=3, tell=tell, seal=seal, place=f"vault/{run}")
+        self._asked = Shelf(self.shelf.folder / "asked", keep=3, tell=tell, seal=seal, place=f"vault/{run}/asked")
 
     def put(self, round: int, entry: Entry) -> None:
         """Raises StorageError (a full disk, say); what was there stays, and no reply may leave."""
@@ -95,16 +111,43 @@ class Vault:
             return None
         return entry if entry.question == question else None
 
-    def before(self, round: int, passed: int = 0) -> Entry | None:
+    def keep_question(self, round: int, order: str, arrays: Arrays, first: bool) -> None:
+        """Before the answer, so that `round` can be answered again should its version be damaged. Raises StorageError."""
+        self._asked.put(round, dict(arrays), {"order": order, "names": list(arrays), "first": first})
+
+    def _question(self, round: int) -> Question | None:
+        try:
+            tensors, meta = self._asked.get(round)
+        except StorageError:
+            return None
+        kept: Any = meta
+        arrays = Arrays({name: np.asarray(tensors[name]) for name in kept["names"]})
+        return Question(round, kept["order"], arrays, kept["first"])
+
+    def before(
+        self, round: int, passed: int = 0, again: Callable[[Question, Entry | None], Entry] | None = None
+    ) -> Entry | None:
         """What `round` starts from: the newest intact version of an earlier round; None for a site that is new to the run.
 
         Args:
             passed: rounds that belong to the pass before: nothing starts from them.
+            again: makes the version of a round anew of what was asked then and what it started from; called where the newest
+                one is damaged. Nothing is stored: whoever is killed meanwhile finds all as it was. Without it, or where the
+                question is damaged too, the version before is returned, and what was learnt in between is lost.
 
         Raises:
             StorageError: earlier versions are there but damaged, or only later ones are: training on would silently
                 start stem and heads afresh.
         """
+        kept = [one for one in self.shelf.rounds() if passed < one < round]
+        if again is not None and kept:
+            try:
+                return self._entry(*self.shelf.get(kept[-1]))
+            except StorageError as error:
+                asked = self._question(kept[-1])
+                if asked is not None and (asked.first or len(kept) > 1):
+                    self.shelf.tell(f"{error} Round {kept[-1]} is trained again from what was asked then.")
+                    return again(asked, None if asked.first else self.before(kept[-1], passed, again))
         found = self.shelf.newest(below=round, above=passed)
         if found is not None:
             return self._entry(found[1], found[2])
