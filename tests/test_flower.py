@@ -5,6 +5,8 @@ import gc
 import importlib
 import io
 import json
+import subprocess
+import sys
 import time
 import tracemalloc
 import types
@@ -390,3 +392,15 @@ def test_a_message_whose_run_ended_while_it_came_leaves_nothing_that_holds_the_n
     (waiting,) = state.get_tasks(statuses=["pending"])
     assert waiting.run_id == 1
     assert [one.metadata.message_id for one in state.get_messages_legacy()] == [question.metadata.message_id]
+
+
+def test_a_supernode_that_gives_its_connection_up_ends_whatever_thread_it_leaves() -> None:
+    """Found by a drill: with a clock that was an hour back for a moment, a process was left that did nothing for ever."""
+    code = (
+        "import threading, time, flwr.supernode.cli as cli\n"
+        "cli.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "from trunkline.flower import supernode_main\n"
+        "supernode_main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], timeout=40, check=False, capture_output=True)
+    assert ended.returncode == 1, ended.stderr.decode()

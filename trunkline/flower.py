@@ -909,7 +909,15 @@ def supernode_main(key_file: Path | None = None, identity: Path | None = None) -
         _be(identity, key_file)
     elif key_file is not None:
         _remember_node(key_file)
-    flower_supernode()
+    try:
+        flower_supernode()
+        logger.error("the SuperNode gave its connection up and ends; a daemon starts another")
+    except Exception:
+        logger.exception("the SuperNode ends")
+    # a handshake that failed (a clock that was wrong for a moment, say) ends it for good, but for a thread that serves its
+    # local interface: the process would live on, look well, and do nothing
+    logging.shutdown()
+    os._exit(1)
 
 
 def whole_or_nothing(pull: Callable[..., int | None]) -> Callable[..., int | None]:
