@@ -24,6 +24,7 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.nodestate import NodeStateFactory
@@ -49,6 +50,7 @@ from trunkline.flower import (
     to_records,
     whole_or_nothing,
 )
+from trunkline.server.calls import ask
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower with pathspec 1.x
 DTYPES = st.sampled_from(["float32", "float64", "float16", "int64", "uint8", "bool", ">f4"])
@@ -404,3 +406,19 @@ def test_a_supernode_that_gives_its_connection_up_ends_whatever_thread_it_leaves
     )
     ended = subprocess.run([sys.executable, "-c", code], timeout=40, check=False, capture_output=True)
     assert ended.returncode == 1, ended.stderr.decode()
+
+
+def test_a_superlink_that_comes_back_in_the_middle_of_a_message_is_sent_it_again() -> None:
+    """Found by a drill: Flower's own error for it ended the run."""
+    link: Any = Link({"q1": replied(1.0, "q1", 2)})
+    left = [ObjectPushError("o", 1, "s")]
+
+    def push(messages: Any) -> list[str]:
+        if left:
+            raise left.pop()
+        return ["q1"]
+
+    link.get_node_ids, link.push_messages = lambda: [2], push
+    asked = ask(link, "train", {2: lambda: to_records({}, "{}")}, round=1, deadline_s=10.0, resend_s=0.1)
+    (answer,) = asked
+    assert answer.content is not None and answer.tries == 2 and "push session" in answer.lost

@@ -109,6 +109,7 @@ ALIGNED = 64  # bytes: where arrays begin in a pack, as numpy's file format has 
 Scalar = str | int | float
 # what a grid raises once its SuperLink has forgotten the run, or is another; one that is only away is waited for inside
 LINK_LOST = (httpx.HTTPError, RunNotRunningException)
+PUSH_LOST = ObjectPushError  # what it raises when a SuperLink came back in the middle of a message that was sent to it
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
-from trunkline.flower import RESTARTED, LocalGrid, Replies, error_site, pack
+from trunkline.flower import PUSH_LOST, RESTARTED, LocalGrid, Replies, error_site, pack
 
 # Flower's own codes for a node that went away or a message that was lost: the site did nothing wrong, so it is asked again
 # (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died)
@@ -171,7 +171,11 @@ def ask(
             sent |= dict(zip(local.push_messages(outgoing(local.room)), taken, strict=True))
         else:  # Flower's own grid goes through what it is given twice, so it gets one at a time
             for message in outgoing(lambda: True):
-                sent |= {message_id: taken[-1] for message_id in grid.push_messages([message]) if message_id}
+                try:
+                    sent |= {message_id: taken[-1] for message_id in grid.push_messages([message]) if message_id}
+                except PUSH_LOST as lost:  # no site has seen it: it is sent again in a moment
+                    request = open_requests[taken[-1]]
+                    request.again_at, request.lost = now(grid) + min(1.0, resend_s), request.lost or str(lost)
         heard = False
         beside: list[str] = []
         if far and now(grid) >= late_at:
