@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check bench chaos clean help
 
 help:
 	@echo "make demo   train 4 built-in factories and write the worth-it report to out/demo"
 	@echo "make test   every check and every test"
 	@echo "make check  lint, types, formatting"
+	@echo "make chaos  30 runs of a real federation with faults drawn from a seed, then outages (an hour)"
 	@echo "make bench  the measurements behind the claims (minutes)"
 
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +36,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/simulate.py
 	$(BIN)/python benchmarks/commands.py
 	if [ -n "$(DATA)" ]; then $(BIN)/python benchmarks/cmapss.py --data "$(DATA)"; fi
+
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos.drill --runs 30 --seed 0
+	$(BIN)/python -m tests.chaos.drill --outages
 
 clean:
 	rm -rf $(VENV) out build *.egg-info
