@@ -119,7 +119,7 @@ class Disk:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 most = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, (min(size, most) if most >= 0 else size, most))
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (most if size == resource.RLIM_INFINITY else size, most))
 
     def close(self) -> None:
         if self.own:

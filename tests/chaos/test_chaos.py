@@ -120,3 +120,30 @@ def test_a_full_disk_takes_nothing_until_it_is_freed(tmp_path: Path) -> None:
         (disk.folder / "more").write_bytes(bytes(1 << 20))
     finally:
         disk.close()
+
+
+def test_without_a_disk_of_its_own_a_machine_may_not_write_either(tmp_path: Path) -> None:
+    disk = Disk(tmp_path / "d", 2)
+    disk.close()
+    assert not disk.own
+    code = (
+        "import sys\nfor line in sys.stdin:\n try: open(sys.argv[1], 'wb').write(b'x'); print('written', flush=True)\n"
+        " except OSError as error: print(error.errno, flush=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", code, str(disk.folder / "f")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+    def write() -> str:
+        assert process.stdin and process.stdout
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
+
+    with process:
+        assert write() == "written"
+        disk.fill([process.pid])
+        assert write() == str(errno.EFBIG)
+        disk.free()
+        assert write() == "written"
+        process.terminate()
