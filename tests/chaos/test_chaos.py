@@ -127,7 +127,7 @@ def test_without_a_disk_of_its_own_a_machine_may_not_write_either(tmp_path: Path
     disk.close()
     assert not disk.own
     code = (
-        "import sys\nfor line in sys.stdin:\n try: open(sys.argv[1], 'wb').write(b'x'); print('written', flush=True)\n"
+        "import sys\nfor line in sys.stdin:\n try: open(sys.argv[1], 'wb', 0).write(b'x'); print('written', flush=True)\n"
         " except OSError as error: print(error.errno, flush=True)"
     )
     process = subprocess.Popen(
