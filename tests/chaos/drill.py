@@ -172,7 +172,12 @@ def undisturbed(made: World, rounds: int = ROUNDS) -> Outcome:
 def account(one: Drill, seed: int, made: World) -> str:
     """Everything there is to know of a drill that failed."""
     waiting = [f"   ...    {fault}" for fault in one.faults if not any(str(fault) in line for line in one.log)]
-    lines = [f"seed {seed}, {one.name}, {one.seconds:.0f} s: {one.verdict}", *one.log, *waiting, made.log_tails()]
+    lines = [
+        f"seed {seed}, {one.name}, {one.seconds:.0f} s: {one.verdict}",
+        *one.log,
+        *waiting,
+        made.log_tails(one.name),
+    ]
     return "\n".join(lines)
 
 

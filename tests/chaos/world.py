@@ -18,6 +18,7 @@ from trunkline.errors import TrunklineError
 from trunkline.server import daemon
 
 CENTRE = "server"  # the name of its daemon, beside those of the plants
+COMMON = ("ListRuns", "list-runs", "ListNodes", "list-nodes")  # in lines of a log that say nothing
 BACK_S = 1.0  # after which a daemon that ended is started again: systemd's part (docs/deploy.md has Restart=always)
 PLANT_MB, CENTRE_MB = 48, 160  # of disk: logs, a vault; and a database and the runs' folders
 
@@ -133,13 +134,15 @@ class World(Federation):
 
         within(seconds, lambda: f"all is well: {', '.join(rest)}", well)
 
-    def log_tails(self, lines: int = 30) -> str:
-        """The ends of all logs there are."""
-        logs = [*self.root.glob("*.log"), *self.root.glob("s/logs/*.log"), *self.root.glob("plants/*/logs/*.log")]
+    def log_tails(self, run: str = "", lines: int = 30) -> str:
+        """The ends of the logs of a run and of all daemons and their parts, without what they say all the time."""
+        mine = [self.root / f"{name}.log" for name in (run, CENTRE, *self.plants) if name]
+        parts = [*self.root.glob("s/logs/*.log"), *self.root.glob("plants/*/logs/*.log")]
         tails = []
-        for path in logs:
-            text = path.read_text(errors="replace").splitlines()[-lines:]
-            tails.append("\n".join([f"--- {path.relative_to(self.root)}", *text]))
+        for path in [one for one in (*mine, *parts) if one.exists()]:
+            text = path.read_text(errors="replace").splitlines()
+            said = [line for line in text if not any(word in line for word in COMMON)][-lines:]
+            tails.append("\n".join([f"--- {path.relative_to(self.root)}", *said]))
         return "\n".join(tails)
 
     def stop_run(self) -> None:

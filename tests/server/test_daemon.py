@@ -65,6 +65,7 @@ def test_a_server_that_is_down_is_waited_for_and_one_that_stays_away_is_not(tmp_
     (tmp_path / "status.json").write_text(json.dumps({"role": "server", "children": []}))
     with pytest.raises(DeploymentError, match="goes on by itself once one does"):
         list(daemon.follow(tmp_path, entry.key, silence_s=0.0, poll_s=0.01))
+    (tmp_path / "status.json").write_text("{ torn by a power cut")
     seen = []
     for one in daemon.follow(tmp_path, entry.key, silence_s=60.0, poll_s=0.0):
         seen.append(one.state)

@@ -231,7 +231,7 @@ def follow(state: Path, key: str, silence_s: float = SILENCE_S, poll_s: float = 
             yield entry
         if not entry.open:
             return
-        if read_status(state)["running"]:
+        if _runs(state):
             heard = time.monotonic()
         elif time.monotonic() - heard > silence_s:
             raise DeploymentError(
@@ -239,6 +239,14 @@ def follow(state: Path, key: str, silence_s: float = SILENCE_S, poll_s: float = 
                 f"`trunkline server start --state {state}`."
             )
         time.sleep(poll_s)
+
+
+def _runs(state: Path) -> bool:
+    """Whether a daemon holds `state`; a status.json that cannot be read is written anew at its next start."""
+    try:
+        return bool(read_status(state)["running"])
+    except DeploymentError:
+        return False
 
 
 def wait(state: Path, key: str, out: Path) -> str:
