@@ -40,8 +40,8 @@ GRACE_S = 8.0  # from the request to end until the kill; systemd's own default w
 TICK_S = 0.2
 LOG_LIMIT = 10 << 20  # bytes above which a log is set aside; the SuperLink writes about 3 MB a day and idle site
 LOG_CHECK_S = 60.0
-ROOM_S, NO_ROOM_S = 10.0, 1.0  # between two looks at the disk; while it is nearly or quite full
-STILL_S = 1.0  # between two looks at whether somebody has stopped a child
+ROOM_S, NO_ROOM_S = 10.0, 1.0  # between two attempts to write; while the disk is nearly or quite full
+STILL_S = 1.0  # between two looks at whether somebody has stopped a child, and at what the disk says of itself
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # no child speaks to systemd in the daemon's name
 
@@ -374,6 +374,8 @@ class Supervisor:
         changed = [self._tend(one) for one in self._running]
         if now >= self._still_due:
             self._still_due = now + STILL_S
+            if room.is_low(self.state):
+                self._room_due = 0.0
             changed += [self._watch(one) for one in self._running]
         if now >= self._logs_due:
             self._logs_due = now + LOG_CHECK_S
