@@ -228,7 +228,7 @@ def test_a_death_is_one_failure_and_one_recovery_in_words(tmp_path: Path, monkey
         assert part(tmp_path, "a")["trouble"] == ""
     first, second = recent(tmp_path, 10)
     assert (first["kind"], first["site"], first["text"]) == ("failure", "press-07", "a was killed (SIGKILL)")
-    assert "started again by itself" in first["remedy"]
+    assert first["remedy"].startswith("It is started again by itself. Its log: ")
     assert second["kind"] == "recovery" and second["text"].startswith("a runs again, after a start and ")
     assert [one for one in told if "killed" in one] and [one for one in told if "runs again" in one]
     assert "a ended with SIGKILL; it starts again in 0.5 s" in (tmp_path / "logs" / "daemon.log").read_text()
@@ -359,3 +359,16 @@ def test_times_are_said_without_the_date_of_today_only() -> None:
     assert clock(today.isoformat()) == "02:14" and clock(today.isoformat(), seconds=True) == "02:14:05"
     assert clock("2020-11-23T03:14:05+01:00") == "2020-11-23 02:14"
     assert clock("soon") == "an unknown time"
+
+
+def test_who_falls_again_and_again_is_not_said_to_run_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RECOVERED_S", 0.1), ("FIRST_PAUSE_S", 0.01), ("LONGEST_PAUSE_S", 0.01), ("TICK_S", 0.02)):
+        monkeypatch.setattr(supervise, name, value)
+    life = child(tmp_path, "a", "import time; time.sleep(0.25)")
+    with running(Supervisor([life], tmp_path, tell=lambda text: None)):
+        within(20.0, lambda: part(tmp_path, "a").get("restarts", 0) >= 9)
+    texts = [one["text"].split(",")[0] for one in recent(tmp_path, 100)]
+    assert 1 <= texts.count("a runs again") <= 2, texts
+    assert texts[-1] == "a keeps ending (exit code 0)"

@@ -171,6 +171,11 @@ def clean(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text[:TEXT_LIMIT])
 
 
+def sentences(*texts: str) -> str:
+    """Texts as sentences after one another, each with its stop."""
+    return " ".join(one if one[-1] in ".?!" else f"{one}." for one in texts if one)
+
+
 def keep(path: Path, record: Mapping[str, Any]) -> bool:
     """Put a small record for somebody who looks at `path`: whole or not at all. Not flushed to the disk, and never an error."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

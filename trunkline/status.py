@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trunkline import room
-from trunkline.incidents import clean, recent
+from trunkline.incidents import clean, recent, sentences
 from trunkline.supervise import read_status
 
 if TYPE_CHECKING:
@@ -36,13 +36,15 @@ def base_of(state: Path) -> dict[str, Any]:
     elif low:
         wrong.append(f"{state}: the disk is nearly full ({disk['words']}).")
     if found["running"]:
-        wrong += [f"{one['trouble']}. Its log: {one['log']}" for one in found["children"] if one.get("trouble")]
+        wrong += [
+            sentences(one["trouble"], f"Its log: {one['log']}") for one in found["children"] if one.get("trouble")
+        ]
     return {**found, "state": str(state), "disk": disk, "incidents": recent(state, SHOWN), "wrong": wrong}
 
 
 def child_words(child: Mapping[str, Any], does: str = "") -> str:
     """One process of a daemon that runs."""
-    words = [child.get("trouble") or does]
+    words = [child["trouble"].removeprefix(f"{child['name']} ") if child.get("trouble") else does]
     if child["pid"]:
         words.append(f"up since {clock(child['since'])}")
     elif not child.get("trouble"):
@@ -84,15 +86,12 @@ def print_page(title: str, sections: Iterable[tuple[str, Rows]], found: Mapping[
     wrong: Rows = [("", one) for one in found["wrong"]] or [("", "nothing")]
     incidents: Rows = []
     for one in found["incidents"]:
+        site = one.get("site") if one.get("site") != found.get("site") else ""  # a plant's own page names it above
         about = ", ".join(
-            str(part)
-            for part in (one.get("site"), f"round {one['round']}" if one.get("round") is not None else "")
-            if part
+            part for part in (site, f"round {one['round']}" if one.get("round") is not None else "") if part
         )
-        text = f"{about}: {one['text']}" if about else one["text"]
-        incidents.append(
-            (f"{clock(one['at'], seconds=True)} {one['kind']}", f"{text}. {one.get('remedy') or ''}".strip())
-        )
+        text = sentences(f"{about}: {one['text']}" if about else one["text"], one.get("remedy") or "")
+        incidents.append((f"{clock(one['at'], seconds=True)} {one['kind']}", text))
     for name, rows in (*sections, ("wrong", wrong), ("last incidents", incidents)):
         if rows:
             lines += [name] if name else []

@@ -29,12 +29,13 @@ from typing import Any, Self
 
 from trunkline import room
 from trunkline.errors import DeploymentError, StorageError
-from trunkline.incidents import Incidents, Kind, Lines
+from trunkline.incidents import Incidents, Kind, Lines, sentences
 from trunkline.storage import write_atomic
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # between an exit and the next start; doubles while starts fail
 STEADY_S = 60.0  # alive for so long, a child has its first pause again
-RECOVERED_S = 5.0  # alive for so long after it was started again, it runs again
+RECOVERED_S = 5.0  # alive for so long after it was started again, it runs again; twice as long at each fall soon after
+CALM_S = 600.0  # no longer than this, and after a life of this length the first again
 OFTEN = 4  # starts in a row without that: it does not only fall, it does not stand
 GRACE_S = 8.0  # from the request to end until the kill; systemd's own default would allow 90
 TICK_S = 0.2
@@ -104,6 +105,7 @@ class _Running:
     last_exit: str = ""
     fell: float = 0.0  # monotonic time of the end that it has not recovered from; 0: it stands
     falls: int = 0  # since then
+    needed: float = 0.0  # seconds it must live to have recovered
     stopped: bool = False  # by a SIGSTOP of somebody else
 
     @property
@@ -415,7 +417,7 @@ class Supervisor:
             if code is not None:
                 self._reap(one, _exit_text(code))
                 return True
-            if one.fell and now - one.started >= RECOVERED_S:
+            if one.fell and now - one.started >= one.needed:
                 self._recovered(one)
                 return True
             return False
@@ -439,8 +441,10 @@ class Supervisor:
             self._write(f"{name} ended with {how}; it is not restarted (log: {log})")
             return
         one.fell, one.falls = one.fell or now, one.falls + 1
+        calm = not one.needed or (one.starts and now - one.started >= CALM_S)
+        one.needed = RECOVERED_S if calm else min(2 * one.needed, CALM_S)
         text = f"{name} was killed ({how})" if how.startswith("SIG") else f"{name} ended ({how})"
-        remedy = f"Nothing to do: it is started again by itself. Its log: {log}"
+        remedy = f"It is started again by itself. Its log: {log}"
         if one.falls >= OFTEN:
             text = f"{name} keeps ending ({how}), {OFTEN} times in a row"
             remedy = f"It is tried again every {LONGEST_PAUSE_S:.0f} s; its log says why: {log}"
@@ -503,11 +507,11 @@ class Supervisor:
 
     def _note(self, text: str, remedy: str, about: str, kind: Kind = "failure") -> None:
         if self.incidents.note(kind, text, remedy=remedy, about=about):
-            self.tell(f"{text}. {remedy}")
+            self.tell(sentences(text, remedy))
 
     def _over(self, text: str, about: str) -> None:
         if self.incidents.note("recovery", text, about=about):
-            self.tell(f"{text}.")
+            self.tell(sentences(text))
 
     def _write(self, text: str) -> None:
         self._lines.append(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}")

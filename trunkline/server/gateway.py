@@ -177,7 +177,8 @@ class Gateway:
             sock.close()
             words = handshake_words(error)
             self._hush.say(host, words, f"{host}:{port}: not let in: {words}", self.limits.quiet_s)
-            self._refusals.say("every caller", "handshake", f"{host}: not let in: {words}", REFUSED_S)
+            if isinstance(error, ssl.SSLError):  # else somebody only looked whether the port is open
+                self._refusals.say("every caller", words, f"{host}: not let in: {words}", REFUSED_S)
             return
         wire.on_lost = this.cancel  # what is being asked for nobody any more is not asked further
         try:
