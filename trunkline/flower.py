@@ -37,8 +37,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from trunkline.disk import want_of_room
 from trunkline.errors import ContractError, Declined, DeploymentError, Pending, StorageError
-from trunkline.room import want_of_room
 
 EXPECTED = "1.41"  # the minor version whose private names are used below; peers must match it too
 try:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trunkline import room
+from trunkline import disk
 from trunkline.incidents import clean, recent, sentences
 from trunkline.supervise import read_status
 
@@ -24,22 +24,23 @@ def base_of(state: Path) -> dict[str, Any]:
         DeploymentError: no daemon ever ran on this folder.
     """
     found = read_status(state)
-    problem = room.seen(state)
-    low = room.is_low(state)
-    disk = {"free_bytes": room.free(state), "low": low, "problem": problem, "words": room.in_words(state)}
+    problem = disk.seen(state)
+    low = disk.is_low(state)
+    words = disk.in_words(state)
+    room = {"free_bytes": disk.free(state), "low": low, "problem": problem, "words": words}
     wrong = []
     if not found["running"]:
         how = f"ended {clock(found['ended'])}" if found.get("ended") else "was killed, or its machine went down"
         wrong.append(f"The daemon does not run (it {how}).")
     if problem:
-        wrong.append(f"{state}: {problem} ({disk['words']}). Free space there; everything goes on by itself.")
+        wrong.append(f"{state}: {problem} ({words}). Free space there; everything goes on by itself.")
     elif low:
-        wrong.append(f"{state}: the disk is nearly full ({disk['words']}).")
+        wrong.append(f"{state}: the disk is nearly full ({words}).")
     if found["running"]:
         wrong += [
             sentences(one["trouble"], f"Its log: {one['log']}") for one in found["children"] if one.get("trouble")
         ]
-    return {**found, "state": str(state), "disk": disk, "incidents": recent(state, SHOWN), "wrong": wrong}
+    return {**found, "state": str(state), "disk": room, "incidents": recent(state, SHOWN), "wrong": wrong}
 
 
 def child_words(child: Mapping[str, Any], does: str = "") -> str:
@@ -62,16 +63,19 @@ def daemon_words(found: Mapping[str, Any]) -> str:
 
 
 def disk_words(found: Mapping[str, Any]) -> str:
-    disk = found["disk"]
-    how = disk["problem"] or ("nearly full" if disk["low"] else "")
-    return ", ".join(one for one in (how, disk["words"]) if one)
+    room = found["disk"]
+    how = room["problem"] or ("nearly full" if room["low"] else "")
+    return ", ".join(one for one in (how, room["words"]) if one)
 
 
-def clock(moment: str, seconds: bool = False) -> str:
-    """An ISO 8601 time as a person says it, in UTC: `02:14`, with the date where that is not today's."""
+def clock(moment: str | float, seconds: bool = False) -> str:
+    """A time (ISO 8601, or Unix seconds) as a person says it, in UTC: `02:14`, with the date where that is not today's."""
     try:
-        at = datetime.fromisoformat(moment).astimezone(UTC)
-    except (ValueError, TypeError):
+        if isinstance(moment, str):
+            at = datetime.fromisoformat(moment).astimezone(UTC)
+        else:
+            at = datetime.fromtimestamp(moment, UTC)
+    except (ValueError, TypeError, OverflowError, OSError):
         return "an unknown time"
     today = at.date() == datetime.now(UTC).date()
     return at.strftime(("" if today else "%Y-%m-%d ") + ("%H:%M:%S" if seconds else "%H:%M"))

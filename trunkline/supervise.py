@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from trunkline import room
+from trunkline import disk
 from trunkline.errors import DeploymentError, StorageError
 from trunkline.incidents import Incidents, Kind, Lines, sentences
 from trunkline.storage import write_atomic
@@ -316,8 +316,8 @@ class Supervisor:
     @property
     def troubles(self) -> list[str]:
         """What is wrong now, in words."""
-        disk = [f"{self.state}: {self._no_room}"] if self._no_room else []
-        return [*disk, *(one.trouble for one in self._running if one.trouble)]
+        full = [f"{self.state}: {self._no_room}"] if self._no_room else []
+        return [*full, *(one.trouble for one in self._running if one.trouble)]
 
     def wake(self) -> None:
         """Start at once what waits after a failure: something it may have failed for has changed."""
@@ -376,7 +376,7 @@ class Supervisor:
         changed = [self._tend(one) for one in self._running]
         if now >= self._still_due:
             self._still_due = now + STILL_S
-            if room.is_low(self.state):
+            if disk.is_low(self.state):
                 self._room_due = 0.0
             changed += [self._watch(one) for one in self._running]
         if now >= self._logs_due:
@@ -478,20 +478,20 @@ class Supervisor:
     def _look_at_disk(self) -> bool:
         """Look whether the state folder takes a file; True when that has changed. Said once when it does not, and once when it does."""
         now = time.monotonic()
-        problem = room.look(self.state)
-        low = room.is_low(self.state)
+        problem = disk.look(self.state)
+        low = disk.is_low(self.state)
         self._room_due = now + (NO_ROOM_S if problem or low else ROOM_S)
         was, self._no_room = self._no_room, problem
         if problem and not was:
             self._no_room_since = now
-            text = f"{self.state}: {problem} ({room.in_words(self.state)}). {self._stands_still}"
+            text = f"{self.state}: {problem} ({disk.in_words(self.state)}). {self._stands_still}"
             self._note(
                 text, "Free space there, or mend the disk: everything goes on by itself, without a restart.", "disk"
             )
         elif was and not problem:
             lasted = now - self._no_room_since
             self._over(
-                f"{self.state}: there is room again ({room.in_words(self.state)}), after {lasted:.0f} s; all goes on",
+                f"{self.state}: there is room again ({disk.in_words(self.state)}), after {lasted:.0f} s; all goes on",
                 "disk",
             )
             self.wake()
@@ -500,7 +500,7 @@ class Supervisor:
             self._lines.flush()
             if low:
                 text = f"{self.state}: the disk is nearly full"
-                self._note(text, f"Free space there before it is; {room.in_words(self.state)} now.", "low disk", "note")
+                self._note(text, f"Free space there before it is; {disk.in_words(self.state)} now.", "low disk", "note")
             else:
                 self.incidents.note("recovery", f"{self.state}: the disk is not nearly full any more", about="low disk")
         return problem != was

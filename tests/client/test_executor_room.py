@@ -155,7 +155,7 @@ def test_while_an_answer_finds_no_room_the_next_task_waits_for_some(
     reply = answer(app, asked, grid.contexts[2])
     assert reply.error.code == 405
     made, free, waited = worker(tmp_path, node), [100], []
-    monkeypatch.setattr(module.room, "free", lambda folder: free[0])
+    monkeypatch.setattr(module.disk, "free", lambda folder: free[0])
     for expected in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0):
         made._told(asked, reply)
         assert made._room_s == expected

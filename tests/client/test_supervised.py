@@ -143,8 +143,8 @@ def test_the_daemon_outlives_a_full_disk_and_a_stopped_part_and_ends_in_time(tmp
 
 
 def test_a_want_of_room_is_told_from_damage() -> None:
+    from trunkline.disk import want_of_room
     from trunkline.errors import StorageError
-    from trunkline.room import want_of_room
 
     def raised(cause: BaseException | None, hidden: bool = False) -> BaseException:
         try:

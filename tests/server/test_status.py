@@ -10,10 +10,19 @@ import pytest
 from rich.console import Console
 
 from trunkline.errors import DeploymentError
-from trunkline.incidents import Incidents
+from trunkline.incidents import Incidents, recent
 from trunkline.server import authority
 from trunkline.server.authority import Authority
-from trunkline.server.status import TAIL, print_status, progress_of, progress_words, run_words, runs_of, status
+from trunkline.server.status import (
+    TAIL,
+    note_event,
+    print_status,
+    progress_of,
+    progress_words,
+    run_words,
+    runs_of,
+    status,
+)
 
 TODAY = datetime.now(UTC).strftime("%Y-%m-%dT")
 START = {
@@ -54,6 +63,7 @@ def folder(path: Path, *events: dict[str, Any], torn: str = "") -> Path:
         ([START, at(ROUND), reply("press-07", 1), {**reply("mill-04", 1), "refused": "NaN"}], "round 7 of 30 since 02:14, 1 of 3 sites in, waiting for pump-02"),
         # where only a share is asked nobody can say who is missing
         ([START, at(ROUND), {**reply("press-07", 1), "of": 2}], "round 7 of 30 since 02:14, 1 of 2 sites in"),
+        ([START, ROUND, at({"event": "waiting", "round": 7, "text": "2 of 3 sites"})], "waiting since 02:14: 2 of 3 sites"),
         ([START, ROUND, at(END)], "round 7 of 30 is done since 02:14, the next begins"),
         ([START, ROUND, END, {"event": "evaluate", "in": 2, "of": 3}], "scoring on test data, 2 of 3 sites in"),
         ([START, ROUND, END, {"event": "end"}], "writing its report"),
@@ -146,3 +156,21 @@ def test_a_page_names_sites_and_incidents_within_its_width(tmp_path: Path) -> No
         lines = page(found, width).splitlines()
         assert max(map(len, lines)) <= width and all(line.isprintable() for line in lines)
     assert "mill-04, round 7:" in page(found, 120)
+
+
+def test_what_a_run_tells_is_among_the_incidents_where_it_is_one(tmp_path: Path) -> None:
+    notes = Incidents(tmp_path)
+    events: list[dict[str, Any]] = [
+        START,
+        ROUND,
+        reply("press-07", 1),
+        {**reply("mill-04", 1), "refused": "mill-04, round 7: update set aside. NaN."},
+        {"event": "waiting", "round": 7, "text": "1 of 3 sites"},
+        {"event": "recovered", "round": 7, "site": "pump-02", "text": "asked twice"},
+        END,
+    ]
+    for event in events:
+        note_event(notes, "turbofans", event)
+    told = [(one["kind"], one["site"], one["round"]) for one in recent(tmp_path, 10)]
+    assert told == [("refusal", "mill-04", 7), ("failure", "", 7), ("recovery", "pump-02", 7)]
+    assert recent(tmp_path, 10)[0]["text"] == "run turbofans: mill-04, round 7: update set aside. NaN."

@@ -24,7 +24,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 import trunkline
-from trunkline import room
+from trunkline import disk
 from trunkline.client.activity import Activity, Task
 from trunkline.client.egress import Door
 from trunkline.errors import ContractError, DeploymentError, StorageError, TrunklineError
@@ -145,7 +145,7 @@ class Executor:
             except (StorageError, OSError) as error:
                 pause = HOLD_S
                 logger.error("%s Without a journal no task is taken. Trying again in %.0f s.", error, pause)
-                why = room.want_of_room(error) or "it cannot be written"
+                why = disk.want_of_room(error) or "it cannot be written"
                 self._note(
                     "failure",
                     f"no task is taken: {self.state} holds no journal ({why})",
@@ -179,8 +179,8 @@ class Executor:
 
     def _wait_for_room(self) -> None:
         """Where the disk did not take the last answer: until there is more room, or it is time to try again all the same."""
-        end, before = time.monotonic() + self._room_s, room.free(self.state)
-        while time.monotonic() < end and room.free(self.state) <= before and not self._stop.wait(0.5):
+        end, before = time.monotonic() + self._room_s, disk.free(self.state)
+        while time.monotonic() < end and disk.free(self.state) <= before and not self._stop.wait(0.5):
             pass
 
     def _recover(self, left: dict[str, Any]) -> None:
@@ -272,7 +272,7 @@ class Executor:
             self._room_s = min(max(2 * self._room_s, ROOM_FIRST_S), ROOM_MOST_S)
             text = f"an answer could not be kept in {self.state}: {reply.error.reason}"
             remedy = (
-                f"Free space there ({room.in_words(self.state)} now): the centre asks again, and the round is not lost."
+                f"Free space there ({disk.in_words(self.state)} now): the centre asks again, and the round is not lost."
             )
             self._note("failure", text, remedy, "room", round)
         elif code == DECLINED:

@@ -72,7 +72,7 @@ def start(state: Path, host: str = "127.0.0.1", port: int = 9140, tell: Callable
     info = {"role": "server", "address": local, "listens": outside, "ca": str(ca) if ca else ""}
     supervisor = Supervisor(children, state, info, tell, STANDS_STILL)
     mend_database(state / "superlink.db", supervisor.tell)
-    conductor = Conductor(state, local, ca, APP, supervisor.tell)
+    conductor = Conductor(state, local, ca, APP, supervisor.tell, supervisor.incidents)
     serving = _watch(supervisor, local, outside)
 
     def tick() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trunkline.errors import DeploymentError, TrunklineError
 from trunkline.flower import list_nodes, list_runs
-from trunkline.incidents import look_up
+from trunkline.incidents import Incidents, Kind, look_up
 from trunkline.progress import EVENTS
 from trunkline.server.authority import is_federation, read_federation, sites, warnings
 from trunkline.status import Rows, base_of, child_words, clock, daemon_words, disk_words, print_page
@@ -134,6 +134,8 @@ def progress_of(out: Path) -> dict[str, Any]:
             now |= {"got": event.get("in"), "of": event.get("of")}
         elif name == "round_end":
             now = {"phase": "pause", "round": event.get("round"), "rounds": event.get("rounds"), "since": at}
+        elif name == "waiting":
+            now = {**now, "phase": "waiting", "text": str(event.get("text", "")), "since": at}
         elif name == "evaluate":
             now = {**now, "phase": "score", "got": event.get("in"), "of": event.get("of"), "since": now.get("since")}
         elif name in ("end", "done", "error"):
@@ -194,6 +196,8 @@ def progress_words(now: Mapping[str, Any]) -> str:
         missing = now.get("waiting") or []
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         return f"round {now['round']}{rounds}{since}{got}" + (f", waiting for {names}" if names else "")
+    if phase == "waiting":
+        return f"waiting{since}: {now['text']}"
     if phase == "pause":
         return f"round {now['round']}{rounds} is done{since}, the next begins"
     if phase == "score":
@@ -203,6 +207,17 @@ def progress_words(now: Mapping[str, Any]) -> str:
 
 def _why(one: Mapping[str, Any]) -> str:
     return str(one.get("note") or (one.get("progress") or {}).get("text") or "")
+
+
+def note_event(incidents: Incidents, run: str, event: Mapping[str, Any]) -> None:
+    """Put what a run tells among the centre's incidents, where it is one: a reply set aside, sites that are waited for or back."""
+    name = event.get("event")
+    kinds: dict[Any, Kind] = {"reply": "refusal", "waiting": "failure", "recovered": "recovery"}
+    text = event.get("refused") if name == "reply" else event.get("text")
+    if name in kinds and text:
+        remedy = "" if name != "reply" else "The round goes on without it; mend what the text names at the site."
+        site, round = str(event.get("site") or ""), event.get("round")
+        incidents.note(kinds[name], f"run {run}: {text}", site=site, round=round, remedy=remedy)
 
 
 def site_words(row: Mapping[str, Any]) -> str:
