@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 
 from trunkline import supervise
 from trunkline.errors import DeploymentError
+from trunkline.incidents import recent
+from trunkline.status import clock
 from trunkline.supervise import Child, Lock, Supervisor, make_secret, read_status
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="process groups of Linux")]
@@ -214,3 +217,159 @@ def test_a_secret_is_made_once_and_for_this_account_only(tmp_path: Path) -> None
     path.chmod(0o644)
     with pytest.raises(DeploymentError, match="other accounts"):
         make_secret(path)
+
+
+def test_a_death_is_one_failure_and_one_recovery_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "RECOVERED_S", 0.3)
+    told: list[str] = []
+    with running(Supervisor([child(tmp_path, "a")], tmp_path, {"site": "press-07"}, told.append)):
+        os.kill(within(5.0, lambda: part(tmp_path, "a").get("pid")), signal.SIGKILL)
+        within(5.0, lambda: len(recent(tmp_path, 10)) == 2)
+        assert part(tmp_path, "a")["trouble"] == ""
+    first, second = recent(tmp_path, 10)
+    assert (first["kind"], first["site"], first["text"]) == ("failure", "press-07", "a was killed (SIGKILL)")
+    assert first["remedy"].startswith("It is started again by itself. Its log: ")
+    assert second["kind"] == "recovery" and second["text"].startswith("a runs again, after a start and ")
+    assert [one for one in told if "killed" in one] and [one for one in told if "runs again" in one]
+    assert "a ended with SIGKILL; it starts again in 0.5 s" in (tmp_path / "logs" / "daemon.log").read_text()
+
+
+def test_a_child_that_does_not_stand_is_told_twice_and_not_at_each_fall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(supervise, "LONGEST_PAUSE_S", 0.05)
+    supervisor = Supervisor([child(tmp_path, "a", "raise SystemExit(3)")], tmp_path, tell=lambda text: None)
+    with running(supervisor):
+        supervisor.wake()
+        within(10.0, lambda: part(tmp_path, "a").get("restarts", 0) >= 6)
+        assert "keeps ending (exit code 3)" in part(tmp_path, "a")["trouble"]
+    texts = [one["text"] for one in recent(tmp_path, 100)]
+    assert texts == ["a ended (exit code 3)", "a keeps ending (exit code 3), 4 times in a row"]
+
+
+def test_systemd_hears_of_a_loop_that_turns_and_of_none_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "n"))
+        systemd.settimeout(0.5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
+        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        hang, go_on = threading.Event(), threading.Event()
+
+        def tick() -> None:
+            if hang.is_set():
+                go_on.wait(10.0)
+
+        def hear() -> str:
+            try:
+                return systemd.recv(4096).decode()
+            except TimeoutError:
+                return ""
+
+        env = 'import os, time; print(sorted(set(os.environ) & {"NOTIFY_SOCKET", "WATCHDOG_USEC"}), flush=True); time.sleep(60)'
+        made = Supervisor([child(tmp_path, "a", env)], tmp_path, tell=lambda text: None)
+        thread = threading.Thread(target=made.run, args=(tick,))
+        thread.start()
+        try:
+            heard = {hear() for _ in range(4)}
+            assert {"STATUS=starting", "WATCHDOG=1"} <= heard
+            within(5.0, lambda: (tmp_path / "logs" / "a.log").read_text() == "[]\n")  # no child speaks for its parent
+            hang.set()
+            within(5.0, lambda: not hear())
+            assert not hear(), "a loop that hangs says nothing"
+            go_on.set()
+            within(5.0, lambda: hear() == "WATCHDOG=1")
+        finally:
+            go_on.set()
+            made.stop()
+            thread.join(12.0)
+        within(5.0, lambda: "STOPPING=1" in hear())
+
+
+@pytest.mark.parametrize(
+    ("environ", "beats"),
+    [({}, 0), ({"WATCHDOG_USEC": "1000"}, 1), ({"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}, 0), ({"WATCHDOG_USEC": "x"}, 0)],
+)  # fmt: skip
+def test_only_who_is_watched_sends_beats(environ: dict[str, str], beats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    service = supervise.Service(environ)
+    monkeypatch.setattr(service, "tell", sent.append)
+    service.beat()
+    assert sent == beats * ["WATCHDOG=1"]
+    supervise.Service({"NOTIFY_SOCKET": "/nobody/listens"}).tell("READY=1")  # no error
+
+
+def test_an_error_of_the_system_while_it_runs_ends_nothing_and_is_said_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    turns = [0]
+
+    def tick() -> None:
+        turns[0] += 1
+        raise OSError(24, "Too many open files")
+
+    supervisor = Supervisor([child(tmp_path, "a")], tmp_path, tell=told.append)
+    thread = threading.Thread(target=supervisor.run, args=(tick,))
+    thread.start()
+    within(5.0, lambda: turns[0] >= 3)
+    assert thread.is_alive() and supervisor.all_up
+    supervisor.stop()
+    thread.join(12.0)
+    assert len([one for one in told if "Too many open files" in one]) == 1
+
+
+def test_a_child_without_a_log_waits_for_one(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file where the folder of the logs should be")
+    told: list[str] = []
+    with running(Supervisor([child(tmp_path, "a")], tmp_path, tell=told.append)):
+        within(5.0, lambda: any("a ended (no log: " in one for one in told))
+        (tmp_path / "logs").unlink()
+        within(5.0, lambda: part(tmp_path, "a").get("pid"))
+
+
+def test_a_start_after_a_kill_says_so_and_one_after_an_end_does_not(tmp_path: Path) -> None:
+    for ended, count in (("", 1), ("2026-11-23T02:10:00+00:00", 0)):
+        state = tmp_path / str(count)
+        state.mkdir()
+        before = {"pid": 1, "since": "2026-11-23T02:00:00+00:00", "ended": ended, "children": []}
+        (state / "status.json").write_text(json.dumps(before))
+        with running(Supervisor([child(state, "a")], state, tell=lambda text: None)):
+            within(5.0, lambda state=state: part(state, "a").get("pid"))
+        texts = [one["text"] for one in recent(state, 10)]
+        assert len([one for one in texts if "had ended without a farewell" in one]) == count
+        assert json.loads((state / "status.json").read_bytes())["ended"]
+
+
+def test_a_log_that_cannot_be_copied_is_emptied_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(supervise, "LOG_LIMIT", 10)
+    monkeypatch.setattr(supervise.shutil, "copyfile", full)
+    log = tmp_path / "a.log"
+    log.write_text("x" * 11)
+    supervise._set_aside(log)
+    assert log.stat().st_size == 0 and not log.with_name("a.log.1").exists()
+
+
+def test_times_are_said_without_the_date_of_today_only() -> None:
+    today = datetime.now(UTC).replace(hour=2, minute=14, second=5)
+    assert clock(today.isoformat()) == "02:14" and clock(today.isoformat(), seconds=True) == "02:14:05"
+    assert clock("2020-11-23T03:14:05+01:00") == "2020-11-23 02:14"
+    assert clock(today.timestamp()) == "02:14" and clock(1e30) == "an unknown time"
+    assert clock("soon") == "an unknown time"
+
+
+def test_who_falls_again_and_again_is_not_said_to_run_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RECOVERED_S", 0.1), ("FIRST_PAUSE_S", 0.01), ("LONGEST_PAUSE_S", 0.01), ("TICK_S", 0.02)):
+        monkeypatch.setattr(supervise, name, value)
+    life = child(tmp_path, "a", "import time; time.sleep(0.15)")
+    with running(Supervisor([life], tmp_path, tell=lambda text: None)):
+        within(20.0, lambda: part(tmp_path, "a").get("restarts", 0) >= 7)
+    texts = [one["text"].split(",")[0] for one in recent(tmp_path, 100)]
+    assert 1 <= texts.count("a runs again") <= 2, texts
+    assert texts[-1] == "a keeps ending (exit code 0)"

@@ -32,6 +32,10 @@ def add_one(message: Message, context: Context) -> Message:
         if not Path(marker).exists():
             Path(marker).write_text(str(os.getpid()))
             time.sleep(60.0)
+    if (marker := asked.get("full_once")) and not Path(marker).exists():
+        Path(marker).touch()
+        with Path("/dev/full").open("wb", buffering=0) as disk:
+            disk.write(b"x")
     if asked.get("not_a_reply"):
         return message
     said = json.dumps({"pid": os.getpid(), "calls": CALLS, "site": context.node_config.get("site", "")})

@@ -12,6 +12,8 @@ import typer
 from trunkline.errors import TrunklineError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from trunkline.config import RunConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -52,6 +54,7 @@ KeySource = Annotated[
     ),
 ]
 RunKey = Annotated[str, typer.Argument(metavar="RUN", help="As `trunkline client contracts` lists it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for monitoring.")]
 By = Annotated[str, typer.Option("--by", help="Who decides; default: this account's name.")]
 LITTLE = (
     600  # optimiser steps of all sites in all rounds: about where, on two cores, workers begin to pay for their start
@@ -391,13 +394,11 @@ def server_stop(
 
 
 @server.command("status")
-def server_status(state: ServerState = Path("trunkline-server")) -> None:
-    """What each part of the centre does, who is connected, which runs there were."""
-    from rich.console import Console
+def server_status(state: ServerState = Path("trunkline-server"), as_json: AsJson = False) -> None:
+    """What each part of the centre does now, since when, who is connected, and what is wrong (exit code 1)."""
+    import trunkline.server.status as status
 
-    import trunkline.server.daemon as daemon
-
-    daemon.print_status(daemon.status(state), Console())
+    _show_status(status.status(state), status.print_status, as_json)
 
 
 @client.command("join")
@@ -475,13 +476,11 @@ def client_start(
 
 
 @client.command("status")
-def client_status(site_dir: SiteDir, state: ClientState = None) -> None:
-    """What the plant's daemon does now."""
-    from rich.console import Console
+def client_status(site_dir: SiteDir, state: ClientState = None, as_json: AsJson = False) -> None:
+    """What the plant's daemon does now, since when, and what is wrong (exit code 1)."""
+    import trunkline.client.status as status
 
-    import trunkline.client.daemon as daemon
-
-    daemon.print_status(daemon.status(site_dir, state), Console())
+    _show_status(status.status(site_dir, state), status.print_status, as_json)
 
 
 @client.command("report")
@@ -702,6 +701,20 @@ def _is_little(run: "RunConfig", sites: int) -> bool:
         return False
     each = run.training.steps + run.training.finish_steps / run.total_rounds
     return run.total_rounds * each * sites * (2 if run.report.baseline else 1) <= LITTLE
+
+
+def _show_status(found: dict[str, Any], show: Callable[[dict[str, Any], "Console"], None], as_json: bool) -> None:
+    """A daemon's status; exit code 1 where something is wrong, for a monitoring that asks for nothing else."""
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        show(found, Console())
+    if not found["well"]:
+        raise typer.Exit(1)
 
 
 def _watched(out: Path, work: Callable[[], Out], stopped: str) -> Out:

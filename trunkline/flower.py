@@ -37,6 +37,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from trunkline.disk import want_of_room
 from trunkline.errors import ContractError, Declined, DeploymentError, Pending, StorageError
 
 EXPECTED = "1.41"  # the minor version whose private names are used below; peers must match it too
@@ -98,8 +99,9 @@ except ImportError as _error:
 HEADER_LIMIT = 1 << 20  # bytes of JSON: a contract of 4,000 arrays is about 400 kB
 CENTRE = 1  # Flower's node id of the server side
 # error codes: Flower's own for an exception, and ours above its range. PENDING: a person at the plant has not decided yet;
-# DECLINED: its policy or a person there says no. The reason of these two is `SITE: why`
+# DECLINED: its policy or a person there says no. The reason of these two is `SITE: why`. FULL: its disk took no answer
 CRASHED, REFUSED, RESTARTED, PENDING, DECLINED = 2, 400, 401, 402, 403
+FULL = 405
 ERROR_LIMIT = 1000  # characters of an error's text that leave a site
 FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\][^\s:;,()'\"`]*[/\\]")  # all of a path but its last name
 IDLE_POLL_S, FAST_POLL_S, FAST_FOR_S = 3.0, 0.2, 60.0  # one poll costs the SuperLink about 11 ms of a core
@@ -435,6 +437,9 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
         logger.info("node %d: %s", context.node_id, error)
         return error_reply(message, safe_text(str(error)), PENDING if isinstance(error, Pending) else DECLINED)
     except Exception as error:
+        if why := want_of_room(error):
+            logger.error("node %d: %s", context.node_id, error)
+            return error_reply(message, f"{why}; ask again", FULL)
         logger.exception("node %d: the ClientApp failed on %s", context.node_id, message.metadata.message_type)
         return error_reply(message, reason_of(error))
 

@@ -1,12 +1,14 @@
 """What the plant's daemon refuses before it starts anything."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from trunkline.client import daemon
 from trunkline.errors import ConfigError, DeploymentError, TrustError
 from trunkline.sealing import make_seal
+from trunkline.supervise import Supervisor
 
 
 def test_a_site_folder_that_cannot_be_passed_on_is_refused(tmp_path: Path) -> None:
@@ -48,3 +50,30 @@ def test_a_sealed_state_that_cannot_be_opened_is_told_before_anything_starts(tmp
     with pytest.raises(TrustError, match="the key file is gone"):
         daemon.start(folder)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_systemd_is_told_when_all_parts_are_up_and_the_centre_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asking:
+        asked = False
+        found: ClassVar[dict[str, object]] = {}
+
+        def tick(self) -> bool:
+            return False
+
+        def hurry(self) -> None: ...
+
+    keeper = Asking()
+    supervisor = Supervisor([], tmp_path, {"site": "p", "server": "centre:1", "joined": True})
+    up = False
+    monkeypatch.setattr(Supervisor, "all_up", property(lambda self: up))
+    tick = daemon._watch(supervisor, keeper)  # type: ignore[arg-type]
+    tick()
+    assert not supervisor.is_ready and supervisor.headline == "asks centre:1 for the first time; starts"
+    up = True
+    tick()
+    assert not supervisor.is_ready
+    keeper.asked = True
+    tick()
+    assert supervisor.is_ready

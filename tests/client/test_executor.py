@@ -1,8 +1,10 @@
 """A real SuperLink, its launcher, a SuperNode and the executor, all on loopback, by the daemons that ship."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.federation import free_port, within
+from tests.federation import TRUNKLINE, free_port, within
 from trunkline.errors import DeploymentError
 from trunkline.flower import app_digest, list_nodes, run_status, submit
+from trunkline.incidents import recent
 from trunkline.supervise import read_status
 
 pytestmark = [
@@ -55,11 +58,14 @@ retries = 0
 """
 
 
-def daemon(code: str, log: Path) -> "subprocess.Popen[bytes]":
+def daemon(code: str, log: Path, systemd: str = "") -> "subprocess.Popen[bytes]":
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stdout=file, stderr=file
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": path, "NOTIFY_SOCKET": systemd},
+            stdout=file,
+            stderr=file,
         )
 
 
@@ -79,10 +85,13 @@ class Deployment:
         self.server_state.mkdir()
         for state in (self.client_state, self.server_state):
             self.pin(state, self.thin)
+        self.systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.systemd.bind(str(root / "n"))
         self.server = daemon(
             "from pathlib import Path; from trunkline.server import daemon; "
             f"daemon.start(Path({str(self.server_state)!r}), port={self.port})",
             root / "server.log",
+            str(root / "n"),
         )
         self.client = daemon(
             "from pathlib import Path; from trunkline.client import daemon; "
@@ -129,7 +138,25 @@ class Deployment:
         except DeploymentError:
             return []
 
+    def told_systemd(self) -> list[str]:
+        """What the server has told systemd since this was last asked."""
+        self.systemd.setblocking(False)
+        heard: list[str] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                heard += self.systemd.recv(4096).decode().split("\n")
+        return heard
+
+    def status(self, *arguments: str, columns: int = 100) -> tuple[str, int]:
+        """Output and exit code of a `status` command."""
+        done = subprocess.run(
+            [*TRUNKLINE, *arguments], env={**os.environ, "COLUMNS": str(columns)}, capture_output=True, text=True, timeout=60.0, check=False
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stdout, done.returncode
+
     def end(self) -> None:
+        self.systemd.close()
         for process in (self.client, self.server):
             process.terminate()
         for process in (self.client, self.server):
@@ -190,6 +217,51 @@ def test_a_site_that_raises_answers_with_an_error_and_no_path(deployment: Deploy
 def test_what_is_not_a_reply_becomes_an_error_reply_and_the_site_serves_on(deployment: Deployment) -> None:
     (line,) = deployment.finish(*deployment.start(deployment.thin, header='{"not_a_reply": 1}'))
     assert line["error"] == 2 and "not a reply" in line["reason"]
+
+
+def test_an_answer_that_the_disk_does_not_take_is_asked_for_again(deployment: Deployment) -> None:
+    marker = deployment.root / "full"
+    run, out = deployment.start(
+        deployment.thin, header=json.dumps({"full_once": str(marker), "run": "pumps"}), retries=2
+    )
+    lines = deployment.finish(run, out)
+    assert [line.get("error") for line in lines] == [405, None] and lines[0]["reason"] == "its disk is full; ask again"
+    notes = [one for one in recent(deployment.client_state, 100) if one.get("about") == "room"]
+    assert [one["kind"] for one in notes] == ["failure", "recovery"] and "its disk is full" in notes[0]["text"]
+
+
+def test_status_says_in_plain_words_what_each_part_does(deployment: Deployment) -> None:
+    deployment.finish(*deployment.start(deployment.thin, header=json.dumps({"run": "pumps", "round": 7})))
+    plant = ("client", "status", str(deployment.site))
+    said, code = deployment.status(*plant)
+    assert f"asks {deployment.address} for work" in said and "idle since" in said, said
+    assert "last: training round 7 of pumps answered at" in said and code == 0, said
+    found = json.loads(deployment.status(*plant, "--json")[0])
+    assert found["well"] and found["activity"]["last"]["run"] == "pumps" and found["disk"]["free_bytes"] > 0
+
+    centre = ("server", "status", "--state", str(deployment.server_state))
+    said, code = deployment.status(*centre, columns=80)
+    assert f"serving 1 of 1 sites at {deployment.address}" in said.replace("\n" + 14 * " ", " "), said
+    assert max(map(len, said.splitlines())) <= 80 and code == 0, said
+    found = json.loads(deployment.status(*centre, "--json")[0])
+    assert found["well"] and found["runs"] and {one["status"] for one in found["nodes"]} >= {"online"}
+
+    pid = deployment.child("executor")
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        within(10.0, "it is seen", lambda: read_status(deployment.client_state)["troubles"])
+        said, code = deployment.status(*plant)
+        assert code == 1 and "executor stands still: somebody has stopped it" in said
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    within(10.0, "it goes on", lambda: not read_status(deployment.client_state)["troubles"])
+
+
+def test_systemd_is_told_when_the_centre_serves(deployment: Deployment) -> None:
+    heard = deployment.told_systemd()
+    assert heard.count("READY=1") == 1 and heard.index("READY=1") > heard.index("STATUS=starting")
+    assert f"STATUS=serving at {deployment.address}; no run under way" in heard
 
 
 def test_an_executor_killed_within_a_task_costs_seconds(deployment: Deployment) -> None:

@@ -13,6 +13,7 @@ from trunkline.client.identity import Identity
 from trunkline.client.keeper import Keeper
 from trunkline.enrolment import Hello
 from trunkline.errors import TrustError
+from trunkline.incidents import Incidents, recent
 from trunkline.keys import key_id, read_certificate
 from trunkline.server import authority
 from trunkline.server.authority import Authority
@@ -40,7 +41,8 @@ class Plant:
         self.woken = 0
         monkeypatch.setattr(keeper, "hello", self.hello)
         monkeypatch.setattr(join, "_post", self.post)
-        self.keeper = Keeper(self.state, "centre:1", self.said.append, self.wake, ask_s=0.0)
+        self.notes = Incidents(self.state, "p")
+        self.keeper = Keeper(self.state, "centre:1", self.said.append, self.wake, ask_s=0.0, incidents=self.notes)
 
     def wake(self) -> None:
         self.woken += 1
@@ -55,6 +57,9 @@ class Plant:
     def post(self, server: str, path: str, context: object, body: join.RenewRequest, kind: type) -> object:
         own = read_certificate(Identity.of(self.state).certificate)
         return self.centre.renew(body.request, key_id(own.public_key()))
+
+    def incidents(self) -> list[tuple[str, str]]:
+        return [(one["kind"], one["text"]) for one in recent(self.state, 100)]
 
     def until(self, found: Callable[[], bool]) -> None:
         end = time.monotonic() + 20.0
@@ -122,3 +127,29 @@ def test_a_revoked_site_is_told_so_as_soon_as_something_goes_wrong(plant: Plant)
     assert not any("was revoked" in one for one in plant.said)
     plant.keeper.hurry()
     plant.until(lambda: any("was revoked" in one for one in plant.said))
+
+
+def test_a_link_that_is_lost_and_a_clock_that_is_off_are_each_an_incident_once(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant.until(lambda: bool(plant.said))
+    assert plant.incidents() == [] and plant.keeper.found["connected"]
+    asked: list[str] = []
+
+    def away(*arguments: object) -> None:
+        asked.append("timed out" if len(asked) % 2 else "cannot be reached")
+        raise TrustError(f"centre:1: {asked[-1]}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper, "hello", away)
+        plant.until(lambda: len(asked) >= 6)
+    plant.ahead = timedelta(seconds=-100)
+    plant.until(lambda: bool(plant.keeper.found["connected"]) and len(plant.incidents()) == 4)
+    plant.ahead = timedelta(seconds=-200)  # another sentence, and the same incident
+    plant.until(lambda: any("200 s behind" in one for one in plant.said))
+    plant.ahead = timedelta(0)
+    plant.until(lambda: len(plant.incidents()) == 5)
+    kinds, texts = zip(*plant.incidents(), strict=True)
+    assert kinds == ("failure", "failure", "recovery", "failure", "recovery")
+    assert "no link to the centre at centre:1: centre:1: cannot be reached" in texts[0] and "timed out" in texts[1]
+    assert texts[2].startswith("the link is back") and "100 s behind" in texts[3] and "agree again" in texts[4]

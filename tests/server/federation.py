@@ -321,6 +321,7 @@ class Running:
     gateway: Gateway
     port: int
     lines: list[str]
+    notes: list[str] = field(default_factory=list)
 
     def client(self, member: Member) -> httpx.Client:
         return httpx.Client(base_url=f"https://127.0.0.1:{self.port}", verify=member.context(), timeout=WAIT_S)
@@ -339,9 +340,16 @@ class Running:
 def running(federation: Federation, upstream: int, tap: Any = None, **limits: float) -> Iterator[Running]:
     """The gateway with these limits; the shortest pauses, so that no test waits."""
     lines: list[str] = []
+    notes: list[str] = []
     values: dict[str, Any] = {"sweep_s": 0.1, "linger_s": 0.05, **limits}
     gateway = Gateway(
-        federation.state, ("127.0.0.1", 0), ("127.0.0.1", upstream), Limits(**values), tell=lines.append, tap=tap
+        federation.state,
+        ("127.0.0.1", 0),
+        ("127.0.0.1", upstream),
+        Limits(**values),
+        tell=lines.append,
+        note=notes.append,
+        tap=tap,
     )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -349,7 +357,7 @@ def running(federation: Federation, upstream: int, tap: Any = None, **limits: fl
     try:
         asyncio.run_coroutine_threadsafe(gateway.start(), loop).result(WAIT_S)
         try:
-            yield Running(gateway, gateway.port, lines)
+            yield Running(gateway, gateway.port, lines, notes)
         finally:
             asyncio.run_coroutine_threadsafe(gateway.stop(0.2), loop).result(WAIT_S)
     finally:

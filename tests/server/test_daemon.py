@@ -10,6 +10,7 @@ import pytest
 from trunkline.errors import DeploymentError
 from trunkline.server import conductor, daemon
 from trunkline.server.ledger import Ledger
+from trunkline.supervise import Supervisor
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "centre.example"])
@@ -76,3 +77,20 @@ def test_a_server_that_is_down_is_waited_for_and_one_that_stays_away_is_not(tmp_
         if one.state in steps:
             ledger.change(entry.key, **steps[one.state])
     assert seen == ["wanted", "running", "completed"]
+
+
+def test_systemd_is_told_only_when_gateway_and_superlink_both_accept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    supervisor = Supervisor([], tmp_path, {"listens": "127.0.0.1:2"}, said.append)
+    open_ports: set[str] = set()
+    monkeypatch.setattr(daemon, "accepts", lambda address: address in open_ports)
+    tick = daemon._watch(supervisor, "127.0.0.1:1", "127.0.0.1:2")
+    for address, ready in (("", False), ("127.0.0.1:2", False), ("127.0.0.1:1", True)):
+        open_ports.add(address)
+        tick()
+        assert supervisor.is_ready == ready
+    tick()
+    assert supervisor.headline == "serving at 127.0.0.1:2; no run under way"
+    assert [line for line in said if line.startswith("ready: ")] == said

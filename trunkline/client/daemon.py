@@ -7,10 +7,11 @@ configuration: no message of a server can name another.
 import json
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from trunkline.client import status
 from trunkline.client.access import open_seal
 from trunkline.client.identity import Identity
 from trunkline.client.join import read_membership
@@ -19,17 +20,15 @@ from trunkline.config import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower import environment
 from trunkline.sealing import without_key
-from trunkline.supervise import Child, Supervisor, is_loopback, make_secret, read_status, say, status_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from trunkline.supervise import Child, Supervisor, is_loopback, make_secret, say
 
 LOCAL = "127.0.0.1:9140"  # where a centre on this machine listens unless told otherwise
+HEADLINE_S = 1.0
+STANDS_STILL = (
+    "No order is taken and no answer leaves until there is room; the centre waits for this site, or goes on without it."
+)
 
-
-def state_of(site_dir: Path) -> Path:
-    """Where a site's daemon keeps its state unless told otherwise."""
-    return site_dir / ".trunkline"
+state_of = status.state_of
 
 
 def start(
@@ -73,26 +72,35 @@ def start(
         _check_membership(site, state)
     open_seal(state, tell)  # said here and now, and not in a log at the first message
     children = children_of(site, site_dir, server, state, client_app, door)
-    tell(f"site {site.name}: asking {server} for work; state in {state}. Ctrl-C ends it.")
-    supervisor = Supervisor(children, state, {"role": "client", "site": site.name, "server": server})
+    info = {"role": "client", "site": site.name, "server": server, "joined": identity.joined, "folder": str(site_dir)}
+    supervisor = Supervisor(children, state, info, lambda text: tell(f"site {site.name}: {text}"), STANDS_STILL)
+    supervisor.tell(f"asking {server} for work; state in {state}. Ctrl-C ends it.")
     keeper = None
     if identity.joined:
-        keeper = Keeper(state, server, lambda text: tell(f"site {site.name}: {text}"), supervisor.wake)
+        keeper = Keeper(state, server, supervisor.tell, supervisor.wake, incidents=supervisor.incidents)
+    supervisor.run(_watch(supervisor, keeper))
 
-    starts = len(children)
+
+def _watch(supervisor: Supervisor, keeper: Keeper | None) -> Callable[[], None]:
+    """What the daemon looks at five times a second beside its children."""
+    starts, due = 0, 0.0
 
     def tick() -> None:
-        nonlocal starts
-        if keeper is None:
-            return
-        if supervisor.starts > starts:  # a SuperNode that is turned away ends, and says nothing
+        nonlocal starts, due
+        if keeper is not None:
+            if supervisor.starts > starts > 0:  # a SuperNode that is turned away ends, and says nothing
+                keeper.hurry()
             starts = supervisor.starts
-            keeper.hurry()
-        if keeper.tick():
-            supervisor.info |= keeper.found
-            supervisor.write_status()
+            if keeper.tick():
+                supervisor.info |= keeper.found
+                supervisor.write_status()
+        if supervisor.all_up and (keeper is None or keeper.asked):
+            supervisor.ready()
+        if time.monotonic() >= due:
+            due = time.monotonic() + HEADLINE_S
+            supervisor.headline = status.headline(supervisor.info, supervisor.state)
 
-    supervisor.run(tick)
+    return tick
 
 
 def _check_membership(site: SiteConfig, state: Path) -> None:
@@ -136,20 +144,6 @@ def children_of(
         Child("supernode", node, without_key(env, state), state / "logs" / "supernode.log"),
         Child("executor", worker, env, state / "logs" / "executor.log"),
     ]
-
-
-def status(site_dir: Path, state: Path | None = None) -> dict[str, Any]:
-    """What this site's daemon last wrote: running, site, server, children (name, pid, since, restarts, last_exit)."""
-    return read_status((state or state_of(site_dir)).resolve())
-
-
-def print_status(found: dict[str, Any], console: "Console") -> None:
-    """What `status` found, for a person."""
-    console.print(f"site {found['site']}, server {found['server']}", markup=False)
-    for sentence in (found.get("link", ""), *found.get("warnings", [])):
-        if sentence:
-            console.print(sentence, markup=False)
-    console.print(status_table(found))
 
 
 def _quoted(path: Path) -> str:

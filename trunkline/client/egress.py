@@ -39,6 +39,7 @@ from trunkline.exchange import (
 from trunkline.flower import (
     CRASHED,
     DECLINED,
+    FULL,
     PENDING,
     REFUSED,
     RESTARTED,
@@ -167,7 +168,7 @@ class Door:
             ContractError: it may not leave; the text says why, without quoting it.
         """
         if reply.has_error():
-            known = reply.error.code in (CRASHED, REFUSED, RESTARTED, PENDING, DECLINED)
+            known = reply.error.code in (CRASHED, REFUSED, RESTARTED, PENDING, DECLINED, FULL)
             return self._error(request, reply.error.code if known else CRASHED, reply.error.reason or "")
         order = _order_of(request)
         if order is None:

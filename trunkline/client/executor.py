@@ -24,11 +24,16 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 import trunkline
+from trunkline import disk
+from trunkline.client.activity import Activity, Task
 from trunkline.client.egress import Door
 from trunkline.errors import ContractError, DeploymentError, StorageError, TrunklineError
 from trunkline.flower import (
     CLIENT_APP,
     CRASHED,
+    DECLINED,
+    FULL,
+    PENDING,
     REFUSED,
     RESTARTED,
     NodeRuntime,
@@ -37,12 +42,17 @@ from trunkline.flower import (
     app_digest,
     error_reply,
 )
+from trunkline.incidents import Incidents, Kind
 from trunkline.storage import write_atomic
 from trunkline.supervise import accepts, pins_of
 
 BEAT_S = 15.0  # a task's token expires 60 s after its last heartbeat
 LEAVE_S = 6.0  # how long a task may go on after SIGTERM; the supervisor kills after 8
 HOLD_S = 5.0  # between attempts to write the manifest
+ROOM_FIRST_S, ROOM_MOST_S = (
+    5.0,
+    60.0,
+)  # without a sign of more room, before an answer is tried again that the disk did not take
 LONGEST_PAUSE_S = 5.0  # between attempts to reach a SuperNode that is down
 PUSH_PAUSES_S = (0.5, 1.0, 2.0)  # a reply is the work of a whole round: three more attempts before it is given up
 
@@ -74,7 +84,10 @@ class Journal:
         return record if isinstance(record, dict) and isinstance(record.get("token"), str) else None
 
     def clear(self) -> None:
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be removed ({error.strerror}).") from error
 
 
 class Executor:
@@ -84,6 +97,7 @@ class Executor:
         address: the SuperNode's Runtime API, host:port on loopback.
         pins: read before each task: the digests of the apps whose messages are answered.
         door: every reply goes through it, whatever made it; None: an app that is not Trunkline's own, in a test.
+        site: its name, for the incidents, which lie beside the journal in the plant's state folder.
     """
 
     def __init__(
@@ -95,8 +109,14 @@ class Executor:
         pins: Callable[[], set[str]],
         poll_s: float = 0.1,
         door: Door | None = None,
+        site: str = "",
     ) -> None:
         self.address = address
+        self.state = journal.parent
+        self.incidents = Incidents(self.state, site)
+        self.activity = Activity(self.state)
+        self._claimed: tuple[str, str] | None = None  # a task that the journal has not taken yet
+        self._room_s = 0.0  # how long to wait for room before the next task; 0: the last answer could be kept
         self.app = client_app
         self.pins = pins
         self.poll_s = poll_s
@@ -115,14 +135,23 @@ class Executor:
             try:
                 worked = self._step()
                 pause = self.poll_s
+                self._over("the journal can be written again; tasks are taken", "journal")
                 if worked:
+                    self._wait_for_room()
                     continue
             except DeploymentError as error:
                 pause = min(max(2 * pause, 0.2), LONGEST_PAUSE_S)
                 logger.warning("%s Trying again in %.1f s.", error, pause)
-            except StorageError as error:
-                pause = LONGEST_PAUSE_S
+            except (StorageError, OSError) as error:
+                pause = HOLD_S
                 logger.error("%s Without a journal no task is taken. Trying again in %.0f s.", error, pause)
+                why = disk.want_of_room(error) or "it cannot be written"
+                self._note(
+                    "failure",
+                    f"no task is taken: {self.state} holds no journal ({why})",
+                    "Free space there.",
+                    "journal",
+                )
             self._stop.wait(pause)
 
     def stop(self) -> None:
@@ -138,13 +167,21 @@ class Executor:
         if left is not None:
             self._recover(left)
             return True
-        claimed = self._runtime.acquire()
-        if claimed is None:
+        if self._claimed is None and (claimed := self._runtime.acquire()) is not None:
+            self._claimed = claimed
+        if self._claimed is None:
             return False
-        token, kind = claimed
+        token, kind = self._claimed
         self._journal.write(token, kind)  # before anything else: from here on only this token can free the SuperNode
+        self._claimed = None
         self._serve(token, kind)
         return True
+
+    def _wait_for_room(self) -> None:
+        """Where the disk did not take the last answer: until there is more room, or it is time to try again all the same."""
+        end, before = time.monotonic() + self._room_s, disk.free(self.state)
+        while time.monotonic() < end and disk.free(self.state) <= before and not self._stop.wait(0.5):
+            pass
 
     def _recover(self, left: dict[str, Any]) -> None:
         """Answer for a task that a predecessor, or a failed connection, left behind.
@@ -156,8 +193,12 @@ class Executor:
             logger.info("going on with a task that was claimed and not begun")
             try:
                 self._serve(left["token"], str(left.get("type", "")))
-            finally:
+            except (StorageError, OSError):
+                raise  # it was not begun, and can be once there is room
+            except BaseException:
                 self._journal.clear()  # once only: if the token has expired there is nothing left to answer
+                raise
+            self._journal.clear()
             return
         task = NodeTask(self.address, left["token"])
         try:
@@ -170,6 +211,10 @@ class Executor:
                 task.push(checked)
             task.finish(False, "the worker restarted")
             logger.info("answered for the task of before the restart: the centre will ask again")
+            self.incidents.note(
+                "recovery", "the worker was restarted within a task; the centre was told to ask again",
+                round=_round_of(task.envelope), remedy="Nothing to do: the answer will be the same.",
+            )  # fmt: skip
         except DeploymentError as error:
             if not accepts(self.address, 2.0):
                 raise  # the SuperNode is down, not the token: the journal is still worth keeping
@@ -196,16 +241,61 @@ class Executor:
                 if reply is None:
                     return  # told to end before the manifest could be written: the journal tells the next worker
                 self._hand_over(task, reply)
-                self._journal.write(token, kind, envelope, answered=True)
+                try:
+                    self._journal.write(token, kind, envelope, answered=True)
+                except StorageError as error:  # only a restart at this very moment would miss it
+                    logger.error("%s", error)
                 task.finish(not reply.has_error(), reply.error.reason or "" if reply.has_error() else "")
                 self._journal.clear()
+            self._told(task.envelope, reply)
             what = f"error {reply.error.code}" if reply.has_error() else "a reply"
             asked, whole = task.envelope.metadata.message_type, time.monotonic() - began
             logger.info("%s: %s after %.2f s, of which the app took %.2f s", asked, what, whole, self._app_s)
         finally:
             self._current = None
+            self.activity.end()
             done.set()
             task.close()
+
+    def _told(self, request: Message, reply: Message) -> None:
+        """What became of a task, for who looks: once where it goes on like that."""
+        doing = self.activity.doing or Task(request.metadata.message_type)
+        self.activity.end(f"error {reply.error.code}: {reply.error.reason}" if reply.has_error() else "answered")
+        round, run = doing.round or _round_of(request), doing.run or "an unnamed run"
+        if not reply.has_error():
+            self._room_s = 0.0
+            self._over(f"orders of {run} are answered again", f"order {doing.run}", round)
+            self._over("answers can be kept again", "room", round)
+            return
+        code, text = reply.error.code, f"{run}, {doing.what}: {reply.error.reason}"
+        if code == FULL:
+            self._room_s = min(max(2 * self._room_s, ROOM_FIRST_S), ROOM_MOST_S)
+            text = f"an answer could not be kept in {self.state}: {reply.error.reason}"
+            remedy = (
+                f"Free space there ({disk.in_words(self.state)} now): the centre asks again, and the round is not lost."
+            )
+            self._note("failure", text, remedy, "room", round)
+        elif code == DECLINED:
+            self._note(
+                "refusal",
+                text,
+                "`trunkline client contracts` shows what was decided, and how.",
+                f"order {doing.run}",
+                round,
+            )
+        elif code == PENDING:
+            self._note("note", text, "`trunkline client accept` or `refuse` decides.", f"order {doing.run}", round)
+        elif code in (CRASHED, REFUSED) and doing.run:  # else the app itself was refused, which was said with its name
+            kind: Kind = "refusal" if code == REFUSED else "failure"
+            self._note(
+                kind, text, "logs/executor.log of the state folder has the whole of it.", f"order {doing.run}", round
+            )
+
+    def _note(self, kind: Kind, text: str, remedy: str, about: str, round: int | None = None) -> None:
+        self.incidents.note(kind, text, round=round, remedy=remedy, about=about)
+
+    def _over(self, text: str, about: str, round: int | None = None) -> None:
+        self.incidents.note("recovery", text, round=round, about=about)
 
     def _let_out(self, request: Message, reply: Message) -> Message | None:
         """What of `reply` may leave, once it is in the manifest; None: told to end while it could not be written.
@@ -214,11 +304,16 @@ class Executor:
         """
         while self.door is not None:
             try:
-                return self.door.pass_(request, reply)
+                passed = self.door.pass_(request, reply)
+                self._over("the manifest can be written again; answers leave", "manifest", _round_of(request))
+                return passed
             except TrunklineError as error:
                 logger.error(
                     "%s Nothing leaves without its line in the manifest. Trying again in %.0f s.", error, HOLD_S
                 )
+                text = f"an answer is held back, because the manifest takes no line: {error}"
+                remedy = "Nothing is lost: it leaves when the manifest can be written."
+                self._note("failure", text, remedy, "manifest", _round_of(request))
             if self._stop.wait(HOLD_S):
                 return None
         return reply
@@ -227,6 +322,9 @@ class Executor:
         """The question, without its content where that was not looked at, and the answer to it."""
         if kind != CLIENT_APP:
             logger.error("refused a task of type %s", kind)
+            self._note(
+                "refusal", f"refused a task of type {kind}", f"This site answers {CLIENT_APP} only.", f"type {kind}"
+            )
             refusal = error_reply(task.envelope, f"this site answers {CLIENT_APP} only, not {kind}", REFUSED)
             return task.envelope, refusal
         if task.digest not in self.pins():
@@ -235,12 +333,17 @@ class Executor:
                 f"the app {task.digest[:16]} is not pinned at this site; nothing of it was run. "
                 "Submit the thin app of the Trunkline version that the sites have installed."
             )
+            remedy = "Update Trunkline here or at the centre, so that both have the same version."
+            text = f"refused the app {task.digest}: it is not the one installed here; nothing of it was run"
+            self._note("refusal", text, remedy, f"app {task.digest}", _round_of(task.envelope))
             return task.envelope, error_reply(task.envelope, reason, REFUSED)
         try:
             message = task.pull_message()
         except ContractError as error:
             logger.error("%s", error)
+            self._note("refusal", f"refused a message: {error}", "", "message", _round_of(task.envelope))
             return task.envelope, error_reply(task.envelope, str(error), CRASHED)
+        self.activity.begin(Task.of(message))
         assert task.context is not None  # pull_input sets it
         began = time.monotonic()
         reply = answer(self.app, message, task.context)
@@ -285,6 +388,12 @@ def _keep_alive(task: NodeTask, done: threading.Event) -> None:
         except DeploymentError as error:
             if not done.is_set():
                 logger.warning("%s", error)
+
+
+def _round_of(message: Message) -> int | None:
+    """The round that the centre gave the message's group."""
+    group = message.metadata.group_id
+    return int(group) if group.isascii() and group.isdigit() and len(group) < 10 else None
 
 
 def load_app(reference: str) -> ClientApp:
@@ -350,6 +459,7 @@ def main() -> None:
             lambda: pins_of(own, options.pins),
             options.poll,
             Door(options.folder, options.state, options.centre) if options.folder else None,
+            options.site,
         )
     except TrunklineError as error:
         logger.error("%s", error)

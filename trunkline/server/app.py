@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from trunkline.config import RunConfig, parse_run, read_run
 from trunkline.errors import ConfigError, StorageError, TrunklineError
 from trunkline.flower import LINK_LOST
+from trunkline.incidents import Incidents
 from trunkline.progress import EVENTS
 from trunkline.release import RELEASE
 from trunkline.server import audit
@@ -26,6 +27,7 @@ from trunkline.server.report import write_report
 from trunkline.server.room import Lines, Room
 from trunkline.server.rounds import run_rounds
 from trunkline.server.signing import find_signer
+from trunkline.server.status import note_event
 from trunkline.signature import Sign
 
 app = ServerApp()
@@ -52,10 +54,13 @@ def main(grid: Grid, context: Context) -> None:
     far = is_far(grid)
     hold = Hold(out, context.run_id) if far else None
     events = Lines(out / EVENTS)
+    incidents = Incidents(Path(state)) if far and state else None
 
     def tell(event: Mapping[str, Any]) -> None:
         told = stamp(event)
         events.write(json.dumps({"at": time.time(), **told} if far else told))
+        if incidents is not None:
+            note_event(incidents, run.name, told)
 
     def note(text: str) -> None:
         tell({"event": "note", "text": text})

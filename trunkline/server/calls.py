@@ -8,11 +8,12 @@ from typing import Any, Protocol
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
-from trunkline.flower import PUSH_LOST, RESTARTED, LocalGrid, Replies, error_site, pack
+from trunkline.flower import FULL, PUSH_LOST, RESTARTED, LocalGrid, Replies, error_site, pack
 
 # Flower's own codes for a node that went away or a message that was lost: the site did nothing wrong, so it is asked again
-# (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died)
-LOST = frozenset({RESTARTED, 3, 4, 5, 8})
+# (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died). A plant's full disk is waited for, until the
+# deadline; in a simulation the disk is this machine's own, whose operator should hear of it
+LOST = frozenset({RESTARTED, FULL, 3, 4, 5, 8})
 POLL_FIRST_S, POLL_MOST_S = 0.002, 0.25
 LATE_S = 2.0  # between looks for answers that nobody waits for any more
 BATCH = 16  # replies fetched at once: each may hold a whole trunk, so this bounds memory
@@ -192,7 +193,7 @@ def ask(
                 end = now(grid) + deadline_s
             error = error_site(message)
             request = open_requests[answered]
-            if error is not None and error[1] in LOST:
+            if error is not None and error[1] in LOST and not (error[1] == FULL and not far):
                 request.again_at = now(grid) + min(1.0, resend_s)
                 request.lost = request.lost or error[2] or f"Flower's error {error[1]}"
                 continue

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trunkline.errors import DeploymentError, TrunklineError
 from trunkline.flower import run_status, stop_run, submit
+from trunkline.incidents import Incidents, Kind
 from trunkline.server.ledger import Entry, Ledger, held_by, read_outcome
 from trunkline.storage import Shelf
 
@@ -32,11 +33,19 @@ class Conductor:
         state: of the centre; address, ca: its SuperLink, see `flower.submit`.
         app: folder of the app that is submitted.
         tell: takes a sentence with the run's name whenever something went wrong or right again.
+        incidents: gets the same.
     """
 
     def __init__(
-        self, state: Path, address: str, ca: Path | None, app: Path, tell: Callable[[str], None] = lambda text: None
+        self,
+        state: Path,
+        address: str,
+        ca: Path | None,
+        app: Path,
+        tell: Callable[[str], None] = lambda text: None,
+        incidents: Incidents | None = None,
     ) -> None:
+        self.incidents = incidents
         self.state = state
         self.address = address
         self.ca = ca
@@ -108,7 +117,7 @@ class Conductor:
             self._retry(entry, out, f"its ServerApp did not begin within {BEGIN_S:g} s", stop=True)
         elif held and entry.tries and (at := newest_round(out)) > entry.round:
             self.ledger.change(entry.key, tries=0, round=at)
-            self._say(f"{entry.name}: goes on, round {at} is done.")
+            self._say(f"{entry.name}: goes on, round {at} is done.", entry, "recovery")
 
     def _submit(self, entry: Entry, out: Path) -> None:
         held, number = held_by(out)
@@ -133,7 +142,7 @@ class Conductor:
         self._begun[entry.key] = time.monotonic()
         self.ledger.change(entry.key, state="running", number=number, note=how)
         if how:
-            self._say(f"{entry.name}: {how}.")
+            self._say(f"{entry.name}: {how}.", entry, "recovery")
 
     def _retry(self, entry: Entry, out: Path, why: str, *, stop: bool = False) -> None:
         at = newest_round(out)
@@ -147,7 +156,8 @@ class Conductor:
         self._again[entry.key] = time.monotonic() + pause
         # written down before it is stopped: who dies in between must not take the stop for an operator's
         self.ledger.change(entry.key, state="waiting", note=why, tries=tries, round=at)
-        self._say(f"{entry.name}: {why}; it is submitted again in {pause:g} s and goes on after round {max(0, at)}.")
+        again = f"it is submitted again in {pause:g} s and goes on after round {max(0, at)}."
+        self._say(f"{entry.name}: {why}; {again}", entry, "failure", at)
         if stop:
             try:
                 stop_run(self.address, entry.number, ca=self._authority())
@@ -164,7 +174,9 @@ class Conductor:
 
     def _settle(self, entry: Entry, state: str, note: str) -> None:
         self.ledger.change(entry.key, state=state, note=note)
-        self._say(f"{entry.name}: {state}{'. ' + note if note else '.'}")
+        self._say(
+            f"{entry.name}: {state}{'. ' + note if note else '.'}", entry, "failure" if state == "failed" else "note"
+        )
 
     def _status(self, entry: Entry) -> tuple[str, str]:
         try:
@@ -191,14 +203,18 @@ class Conductor:
         except OSError as error:
             raise DeploymentError(f"{self.ca}: cannot be read ({error.strerror}).") from None
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, entry: Entry, kind: Kind, round: int | None = None) -> None:
         self._told.discard(text)
         self.tell(f"run {text}")
+        if self.incidents is not None:
+            self.incidents.note(kind, f"run {text}", round=round, about=f"run {entry.key}")
 
     def _say_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
             self.tell(f"run {text}")
+            if self.incidents is not None:
+                self.incidents.note("failure", f"run {text}")
 
 
 def newest_round(out: Path) -> int:

@@ -15,36 +15,30 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trunkline
 from trunkline.errors import DeploymentError
-from trunkline.flower import environment, list_nodes, list_runs
+from trunkline.flower import environment, list_nodes
 from trunkline.sealing import without_key
 from trunkline.server import audit, launcher
 from trunkline.server.authority import Authority, is_federation, read_federation, sites, warnings
 from trunkline.server.conductor import Conductor
 from trunkline.server.ledger import Entry, Ledger
 from trunkline.server.routes import socket_path
-from trunkline.supervise import (
-    Child,
-    Supervisor,
-    accepts,
-    is_loopback,
-    make_secret,
-    program,
-    read_status,
-    say,
-    status_table,
-)
+from trunkline.server.status import headline
+from trunkline.server.status import status as status
+from trunkline.server.status import where as _where
+from trunkline.supervise import Child, Supervisor, accepts, is_loopback, make_secret, program, read_status, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 POLL_S = 1.0
 SILENCE_S = 900.0  # longest that whoever follows a run waits for a server that is down
 BEGIN_S = 30.0  # for the daemon to take up a run
+HEADLINE_S = 5.0
+STANDS_STILL = "No round can end and no site can join until there is room; what the sites have sent is not lost."
 APP = Path(trunkline.__file__).parent / "app"
 
 logger = logging.getLogger(__name__)
@@ -76,26 +70,39 @@ def start(state: Path, host: str = "127.0.0.1", port: int = 9140, tell: Callable
     children = _gated(state, local, outside) if gated else _open(state, local)
     ca = state / "loopback.crt" if gated else None
     info = {"role": "server", "address": local, "listens": outside, "ca": str(ca) if ca else ""}
-    mend_database(state / "superlink.db", tell)
-    conductor = Conductor(state, local, ca, APP, tell)
-    waiting = [time.monotonic() + 60.0]
+    supervisor = Supervisor(children, state, info, tell, STANDS_STILL)
+    mend_database(state / "superlink.db", supervisor.tell)
+    conductor = Conductor(state, local, ca, APP, supervisor.tell, supervisor.incidents)
+    serving = _watch(supervisor, local, outside)
 
     def tick() -> None:
         conductor.tick()
-        if waiting:
-            announce()
+        serving()
 
-    def announce() -> None:
-        if accepts(local) and accepts(outside):
-            waiting.clear()
-            tell(f"ready: the centre listens on {outside}; state in {state}. Ctrl-C ends it.")
-            for warning in warnings(state) if gated else ():
-                tell(f"Note: {warning}")
-        elif time.monotonic() > waiting[0]:
-            waiting.clear()
-            tell(f"nobody listens on {outside} yet; it is tried again. See {state / 'logs'}.")
+    supervisor.run(tick)
 
-    Supervisor(children, state, info).run(tick)
+
+def _watch(supervisor: Supervisor, local: str, outside: str) -> Callable[[], None]:
+    """What the daemon looks at beside its children: whether it serves, and where its runs are."""
+    state, late, due = supervisor.state, time.monotonic() + 60.0, 0.0
+
+    def tick() -> None:
+        nonlocal late, due
+        now = time.monotonic()
+        if supervisor.is_ready:
+            if now >= due:
+                due = now + HEADLINE_S
+                supervisor.headline = headline(supervisor.info, state)
+        elif accepts(local) and accepts(outside):
+            supervisor.ready()
+            supervisor.tell(f"ready: the centre listens on {outside}; state in {state}. Ctrl-C ends it.")
+            for warning in warnings(state) if is_federation(state) else ():
+                supervisor.tell(f"Note: {warning}")
+        elif now > late:
+            late = float("inf")
+            supervisor.tell(f"nobody listens on {outside} yet; it is tried again. See {state / 'logs'}.")
+
+    return tick
 
 
 def _open(state: Path, local: str) -> list[Child]:
@@ -263,39 +270,6 @@ def wait(state: Path, key: str, out: Path) -> str:
     raise DeploymentError(f"run {key} {entry.state}: {reason}")
 
 
-def status(state: Path) -> dict[str, Any]:
-    """The supervisor's status.json with `running`, and of a running one `nodes`, `runs`, or `problem` if it is mute."""
-    found = read_status(state.resolve())
-    found.update(nodes=[], runs=[], problem="")
-    if found["running"]:
-        try:
-            address, ca = _where(state)
-            found["nodes"] = [node for node in list_nodes(address, ca=ca) if node["status"] != "unregistered"]
-            found["runs"] = list_runs(address, ca=ca)
-        except DeploymentError as error:
-            found["problem"] = str(error)
-    return found
-
-
-def print_status(found: dict[str, Any], console: "Console") -> None:
-    """What `status` found, for a person."""
-    from rich.table import Table
-
-    console.print(status_table(found))
-    if not found["running"]:
-        return
-    if found["problem"]:
-        console.print(found["problem"], markup=False)
-        return
-    online = sum(node["status"] == "online" for node in found["nodes"])
-    console.print(f"{online} of {len(found['nodes'])} known sites online at {found['listens']}")
-    if found["runs"]:
-        table = Table("run", "status", "started", "details")
-        for one in found["runs"]:
-            table.add_row(str(one["run"]), one["status"], one["started"][:19], one["details"][:120])
-        console.print(table)
-
-
 def sites_table(state: Path) -> "Table":
     """Every site of the federation, with who is online as far as a running daemon tells."""
     from rich.table import Table
@@ -325,17 +299,6 @@ def upstream_of(state: Path) -> str:
         DeploymentError: no daemon runs on `state`.
     """
     return _where(state)[0]
-
-
-def _where(state: Path) -> tuple[str, bytes | None]:
-    """Address and certificate authority of the daemon that runs on `state`."""
-    found = read_status(state.resolve())
-    if not found["running"] or found.get("role") != "server":
-        raise DeploymentError(
-            f"{state}: no server runs on this state folder. `trunkline server start --state {state}`."
-        )
-    ca = Path(found["ca"]).read_bytes() if found.get("ca") else None
-    return str(found["address"]), ca
 
 
 def last_error(out: Path) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 
 from trunkline import keys
 from trunkline.errors import DeploymentError, StorageError, TrunklineError
+from trunkline.incidents import Incidents
 from trunkline.server.heads import Request, answer_head, parse_request, plain, request_head
 from trunkline.server.hush import Hush
 from trunkline.server.registry import Book, Registry
@@ -34,6 +35,8 @@ from trunkline.server.routes import CERTIFICATE, FORWARDED, PEER, RETURNED, Limi
 from trunkline.server.trust import Caller, Peer, Replays, Trust, admit, handshake_words
 from trunkline.server.wire import START, Denied, Lost, Pool, Wire, copy, dial, dial_unix
 from trunkline.supervise import say
+
+REFUSED_S = 60.0  # between two incidents of one cause
 
 
 @dataclass(eq=False)
@@ -52,6 +55,7 @@ class Gateway:
         listen: host and port; port 0: any free one, see `port`.
         upstream: the SuperLink, on loopback.
         tell: gets the lines of the log.
+        note: gets a refusal for the centre's incidents, one a minute and cause at most, however many there are.
         tap: called with the site and every byte that is passed on for it: the head as it was built anew, then the body.
 
     Raises:
@@ -63,6 +67,7 @@ class Gateway:
     upstream: tuple[str, int]
     limits: Limits = field(default_factory=Limits)
     tell: Callable[[str], None] = say
+    note: Callable[[str], object] = lambda text: None
     tap: Callable[[str, bytes], None] | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +76,7 @@ class Gateway:
         self._registry = Registry(self.state)
         self._trust = Trust(self.state, self._registry, self.tell)
         self._hush = Hush(self.tell)
+        self._refusals = Hush(self.note)
         self._replays = Replays()
         self._pool = Pool(lambda: dial(self.upstream, self._trust.upstream(), 10.0))
         self._visits: set[_Visit] = set()
@@ -171,6 +177,8 @@ class Gateway:
             sock.close()
             words = handshake_words(error)
             self._hush.say(host, words, f"{host}:{port}: not let in: {words}", self.limits.quiet_s)
+            if isinstance(error, ssl.SSLError):  # else somebody only looked whether the port is open
+                self._refusals.say("every caller", words, f"{host}: not let in: {words}", REFUSED_S)
             return
         wire.on_lost = this.cancel  # what is being asked for nobody any more is not asked further
         try:
@@ -202,6 +210,8 @@ class Gateway:
             except Denied as denied:
                 text = f"{visit.peer.name} ({visit.peer.address}): {denied.status}: {what}{denied}"
                 self._hush.say(visit.peer.host, denied.kind, text, limits.quiet_s)
+                if denied.status < 500:  # that a part of the centre is absent is told by who watches it
+                    self._refusals.say("every caller", denied.kind, text, REFUSED_S)
                 with contextlib.suppress(Lost):
                     await wire.send(_refusal(denied), limits.body_s)
                     await wire.linger(limits.linger_s)
@@ -339,6 +349,7 @@ class Gateway:
             await asyncio.sleep(self.limits.sweep_s)
             self._pool.prune()
             self._replays.prune()
+            self._refusals.flush(REFUSED_S)
             self._hush.flush(max(self.limits.quiet_s, self.limits.sweep_s))
             for visit in list(self._visits):
                 if visit.busy:
@@ -386,7 +397,14 @@ def address(text: str) -> tuple[str, int]:
 
 async def serve(state: Path, listen: tuple[str, int], upstream: tuple[str, int]) -> None:
     """Until SIGTERM or SIGINT."""
-    gateway = Gateway(state, listen, upstream, tell=lambda text: say(f"{keys.now():%Y-%m-%d %H:%M:%S} {text}"))
+    incidents = Incidents(state)
+    gateway = Gateway(
+        state,
+        listen,
+        upstream,
+        tell=lambda text: say(f"{keys.now():%Y-%m-%d %H:%M:%S} {text}"),
+        note=lambda text: incidents.note("refusal", text, remedy="The gateway's log has each of them."),
+    )
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 class Hush:
     """Lines of a log, where nobody can fill the disk by repeating what is refused."""
 
-    def __init__(self, tell: Callable[[str], None], cap: int = 10_000) -> None:
+    def __init__(self, tell: Callable[[str], object], cap: int = 10_000) -> None:
         self.tell, self.cap = tell, cap
         self._said: dict[tuple[str, str], tuple[float, int]] = {}  # (who, kind) -> when, and how often it went unsaid
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import trunkline
 from trunkline.errors import DeploymentError, TrunklineError
 from trunkline.flower import app_digest, fab_digest, serverapp_main
+from trunkline.incidents import Incidents
 from trunkline.server import audit
+from trunkline.storage import write_atomic
 from trunkline.supervise import pins_of
 
 logger = logging.getLogger("trunkline.launcher")
@@ -26,10 +28,10 @@ def install(state: Path) -> Path:
     folder = state / "bin"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     script = folder / "flwr-serverapp"
-    script.write_text(
+    text = (
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m trunkline.server.launcher {shlex.quote(str(state))} "$@"\n'
     )
-    script.chmod(0o700)
+    write_atomic(script, text.encode(), mode=0o700)  # a full disk must not leave an empty one, which would run nothing
     return folder
 
 
@@ -42,6 +44,8 @@ def check(state: Path, fab: bytes) -> None:
         audit.note(state, "refuse app", app=digest)
     except TrunklineError as error:  # the refusal stands even where it cannot be written down
         logger.error("%s", error)
+    text, remedy = f"refused the app {digest}: nothing of it was run", "Submit runs with `trunkline server run`."
+    Incidents(state).note("refusal", text, remedy=remedy, about=f"app {digest}")
     raise DeploymentError(
         f"the app {digest[:16]} is not the one installed at this centre; nothing of it was run. Submit runs with `trunkline server "
         f"run`, or pin it: one digest a line in {state / 'pins.txt'}."
