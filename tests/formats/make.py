@@ -65,14 +65,22 @@ def make(to: Path) -> None:
     sealed(plants, to / "sealed")
     (to / "sealed" / "state" / site).rename(to / "plant")
     signing = to / "signing"
-    shutil.copytree(to / "centre", signing, ignore=shutil.ignore_patterns("federation.json"))  # nobody has to be enrolled
+    shutil.copytree(
+        to / "centre", signing, ignore=shutil.ignore_patterns("federation.json")
+    )  # nobody has to be enrolled
     wire(federate(plants, to / "whole", centre=signing, **SETTINGS), to / "wire")
     (to / "whole" / "trunk.safetensors").rename(to / "trunk.safetensors")
     model(plants[0], to / "model.safetensors")
     search(plants, to / "search.json")
     for folder in ("sites", "sealed", "signing", "whole", "searched"):
         shutil.rmtree(to / folder)
-    for left in ("centre/server.key", "centre/loopback.key", "centre/registry.json.lock", "plant/pid", "run/events.jsonl"):
+    for left in (
+        "centre/server.key",
+        "centre/loopback.key",
+        "centre/registry.json.lock",
+        "plant/pid",
+        "run/events.jsonl",
+    ):
         (to / left).unlink()
 
 

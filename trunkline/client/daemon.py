@@ -15,6 +15,7 @@ from trunkline.client.access import open_seal
 from trunkline.client.identity import Identity
 from trunkline.client.join import read_membership
 from trunkline.client.keeper import Keeper
+from trunkline.client.vault import check_whose
 from trunkline.config import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower import environment
@@ -56,6 +57,7 @@ def start(
         ConfigError: site.toml says something that cannot be meant.
         DeploymentError: another daemon holds `state`, or the server is elsewhere and this site has not joined.
         TrustError: an identity is there and cannot be used, or `state` is sealed and cannot be opened.
+        ForeignState: `state` is another site's.
     """
     site_dir = site_dir.resolve()
     site = read_site(site_dir)
@@ -71,7 +73,8 @@ def start(
         )
     if identity.joined:
         _check_membership(site, state)
-    open_seal(state, tell)  # said here and now, and not in a log at the first message
+    # both said here and now, and not in a log at the first message
+    check_whose(state, site.name, open_seal(state, tell))
     children = children_of(site, site_dir, server, state, client_app, door)
     tell(f"site {site.name}: asking {server} for work; state in {state}. Ctrl-C ends it.")
     supervisor = Supervisor(children, state, {"role": "client", "site": site.name, "server": server})

@@ -75,7 +75,7 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
     """
     site.meet(order)
     consent.hold(site, order)
-    vault = Vault(site.state, order.run, site.tell, site.seal)
+    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
     entry = vault.answered(order.round, question)
     if entry is None:
@@ -96,7 +96,7 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
     """
     site.meet(order)
     consent.hold(site, order)
-    before = Vault(site.state, order.run, site.tell, site.seal).before(order.round, order.passed)
+    before = Vault(site.state, order.run, site.tell, site.seal, site.name).before(order.round, order.passed)
     model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
     metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
     PROBED.check(Arrays(), metrics)
@@ -259,7 +259,7 @@ def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     """
     site.meet(order)
     consent.hold(site, order)
-    vault = Vault(site.state, order.run, site.tell, site.seal)
+    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     question = hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
     if vault.decisions(question) is None:
         before = vault.before(order.round)
@@ -279,7 +279,7 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     """
     site.meet(order)
     consent.hold(site, order)
-    vault = Vault(site.state, order.run, site.tell, site.seal)
+    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     before = vault.before(order.round, order.passed)
     models = _finished(site, order, _roles(site, order, arrays, before), _Best.of(before))
     settled = None
