@@ -19,6 +19,7 @@ from trunkline.client.vault import check_whose
 from trunkline.config import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower import environment
+from trunkline.keys import check_clock, read_certificate
 from trunkline.sealing import without_key
 from trunkline.supervise import Child, Supervisor, is_loopback, make_secret, read_status, say, status_table
 
@@ -56,7 +57,7 @@ def start(
     Raises:
         ConfigError: site.toml says something that cannot be meant.
         DeploymentError: another daemon holds `state`, or the server is elsewhere and this site has not joined.
-        TrustError: an identity is there and cannot be used, or `state` is sealed and cannot be opened.
+        TrustError: an identity is there and cannot be used, `state` is sealed and cannot be opened, or the clock is wrong.
         ForeignState: `state` is another site's.
     """
     site_dir = site_dir.resolve()
@@ -71,6 +72,7 @@ def start(
             f"site {site.name} has not joined a federation, and without its certificate nothing would be encrypted on the way to "
             f"{server}. Ask the operator for a code: `trunkline client join {server} --code CODE`."
         )
+    check_clock(*([read_certificate(identity.certificate)] if identity.joined else []))
     if identity.joined:
         _check_membership(site, state)
     # both said here and now, and not in a log at the first message
