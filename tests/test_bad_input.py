@@ -114,7 +114,9 @@ def test_a_checkpoint_of_a_newer_trunkline_is_not_passed_over(plants: list[Path]
     path = out / "checkpoint" / NEWEST
     path.write_bytes(newer(path.read_bytes()))
     before = bytes_of(out / "checkpoint", out / "state")
-    match = rf"format 7, written by Trunkline 9\.1\.0; this is Trunkline {trunkline.__version__} and reads up to 2\. Update"
+    match = (
+        rf"format 7, written by Trunkline 9\.1\.0; this is Trunkline {trunkline.__version__} and reads up to 2\. Update"
+    )
     with pytest.raises(ForeignState, match=match):
         go_on(plants, out)
     assert bytes_of(out / "checkpoint", out / "state") == before
@@ -225,7 +227,9 @@ def test_with_a_clock_in_1970_nothing_begins_and_the_clock_is_named(
 def test_with_a_clock_in_1970_no_run_begins_whose_release_nobody_would_believe(
     plants: list[Path], centre: Path, tmp_path: Path, in_1970: None
 ) -> None:
-    with pytest.raises(TrustError, match=r"valid from .* on, and the clock here says 1970-01-01 00:03 UTC: set the clock"):
+    with pytest.raises(
+        TrustError, match=r"valid from .* on, and the clock here says 1970-01-01 00:03 UTC: set the clock"
+    ):
         federate(plants[:1], tmp_path / "out", centre=centre, **SMALL)
     assert not (tmp_path / "out" / "checkpoint").exists()
 
@@ -240,8 +244,8 @@ main()
 """
 
 
-def test_the_command_says_so_in_one_line(centre: Path) -> None:
-    arguments = ["server", "start", "--state", str(centre)]
+def test_the_command_says_so_in_one_line(tmp_path: Path) -> None:
+    arguments = ["server", "init", "--state", str(tmp_path / "new")]
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False
     )

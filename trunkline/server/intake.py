@@ -4,10 +4,11 @@ import math
 from typing import TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from trunkline import exchange
 from trunkline.errors import ContractError, Refused
-from trunkline.exchange import PROTOCOL, Arrays, Contract, Order, Reply, Update
+from trunkline.exchange import Arrays, Contract, Order, Reply, Update
 from trunkline.guards import at_server, guards_of
 
 LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, far within the exact sum's range
@@ -15,26 +16,22 @@ LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, 
 Header = TypeVar("Header", bound=BaseModel)
 
 
-def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
-    """A wire header, or Refused naming the first key that is wrong."""
+def read_header(kind: type[Header], text: str, site: str, round: int, version: str = "") -> Header:
+    """A wire header of a site with this version of Trunkline, or Refused saying what is wrong and which side to update."""
     try:
-        header = kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "header"
-        raise Refused(
-            f"{site}, round {round}: reply set aside. `{key}`: {first['msg']}. The site may run another Trunkline; update the older of the two."
-        ) from None
-    protocol = getattr(header, "protocol", PROTOCOL)
-    if protocol != PROTOCOL:
-        raise Refused(
-            f"{site}, round {round}: reply set aside. It speaks protocol {protocol}, this server {PROTOCOL}. Update the older of the two."
-        )
-    return header
+        return exchange.read_header(kind, text, "server", version)
+    except ContractError as error:
+        raise Refused(f"{site}, round {round}: reply set aside. {str(error)[0].upper()}{str(error)[1:]}.") from None
 
 
 def admit(
-    site: str, contract: Contract, order: Order, arrays: Arrays, header: str, metrics: dict[str, float]
+    site: str,
+    contract: Contract,
+    order: Order,
+    arrays: Arrays,
+    header: str,
+    metrics: dict[str, float],
+    version: str = "",
 ) -> Update:
     """An Update that may enter the sum, or the answer to a probe.
 
@@ -42,11 +39,12 @@ def admit(
         site: the name the server knows this node by, from its Offer.
         contract: this site's allow-list in this run; for a probe `PROBED`.
         order: what was asked.
+        version: of the site's Trunkline, as its Offer has it.
 
     Raises:
         Refused: anything at all is not as the contract and the order have it; the text names site, round, cause, remedy.
     """
-    reply = read_header(Reply, header, site, order.round)
+    reply = read_header(Reply, header, site, order.round, version)
     try:
         if reply.site != site:
             raise ContractError(
