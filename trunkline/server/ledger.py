@@ -167,7 +167,9 @@ class Hold:
             out.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(out / HOLD, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise StorageError(f"{out}: no run can work there ({error.strerror}). Mend the folder, or give another --out.") from None
+            raise StorageError(
+                f"{out}: no run can work there ({error.strerror}). Mend the folder, or give another --out."
+            ) from None
         end = time.monotonic() + seconds
         while True:
             try:
