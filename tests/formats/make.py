@@ -60,6 +60,7 @@ def make(to: Path) -> None:
     plants = sites(to / "sites")
     site = plants[0].name
     centre(to / "centre")
+    back_up(to / "centre", to / "backup.tar")
     with suppress(PowerCut):
         federate(plants, to / "run", tamper={2: cut}, **SETTINGS)
     sealed(plants, to / "sealed")
@@ -86,9 +87,17 @@ def make(to: Path) -> None:
 
 def centre(state: Path) -> None:
     from trunkline.server import authority
+    from trunkline.server.ledger import Ledger
 
     authority.init(state, "Samples", ("127.0.0.1",), f"env:{KEY}")
     authority.Authority.open(state).invite("kiln-02", 1.0)
+    Ledger(state).add("quick", json.dumps({"name": "quick", **SETTINGS}), Path("/srv/runs/quick"), resume=False)
+
+
+def back_up(state: Path, file: Path) -> None:
+    from trunkline.server import backup
+
+    backup.back_up(state, file)
 
 
 def sealed(plants: list[Path], out: Path) -> None:

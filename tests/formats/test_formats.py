@@ -24,7 +24,9 @@ from trunkline.keys import read_certificate
 from trunkline.release import open_release
 from trunkline.server import audit
 from trunkline.server.authority import Authority
+from trunkline.server.backup import restore
 from trunkline.server.checkpoint import Checkpoint
+from trunkline.server.ledger import Ledger
 from trunkline.simulations.search import read_search
 from trunkline.storage import FORMAT, MAGIC, is_sealed
 
@@ -37,6 +39,8 @@ SAMPLES = {
     "client/data/split.py": ("v{}/plant/split.json",),
     "simulations/search.py": ("v{}/search.json",),
     "server/registry.py": ("v{}/centre/registry.json",),
+    "server/backup.py": ("v{}/backup.tar",),
+    "server/ledger.py": ("v{}/centre/runs",),
 }
 SHELVES = range(1, FORMAT + 1)
 
@@ -167,6 +171,15 @@ def test_the_state_of_a_centre_opens(tmp_path: Path, key: None) -> None:
     assert opened.federation.name == "Samples"
     assert [one.site for one in opened.registry.read().invitations] == ["kiln-02"]
     assert [link.body["what"] for link in audit.read(state)] == ["init", "invite"]
+    (entry,) = Ledger(state).entries()
+    assert (entry.name, entry.state, entry.out) == ("quick", "wanted", "/srv/runs/quick")
+
+
+def test_a_backup_is_put_back(tmp_path: Path, key: None) -> None:
+    restore(HERE / "v1" / "backup.tar", tmp_path / "state")
+    assert Authority.open(tmp_path / "state").federation.name == "Samples"
+    (entry,) = Ledger(tmp_path / "state").entries()
+    assert Path(entry.out) == tmp_path / "state" / "runs" / entry.key
 
 
 def test_releases_open_and_a_signed_one_is_still_signed(tmp_path: Path) -> None:
