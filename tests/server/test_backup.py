@@ -283,7 +283,7 @@ def test_on_a_disk_without_room_no_half_of_it_is_left(state: Path, tmp_path: Pat
 
 RUN = """
 name = "kept"
-rounds = 8
+rounds = 4
 [trunk]
 width = 4
 [training]
@@ -301,7 +301,7 @@ gather_s = 60
 
 @pytest.mark.processes
 @pytest.mark.xdist_group("federation")
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(280)
 def test_a_centre_that_burned_down_goes_on_from_its_backup(
     plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +312,7 @@ def test_a_centre_that_burned_down_goes_on_from_its_backup(
         made.plant(plants[0])
         first = made.server / "runs" / "kept"
         made.run(RUN, first)
-        within(60.0, lambda: f"two rounds\n{made.logs()}", lambda: len(rounds(first)) >= 2)
+        within(120.0, lambda: f"a round\n{made.logs()}", lambda: rounds(first))
         said = made.command("server", "backup", str(tmp_path / "b.tar"))
         assert "1 runs; for this account only" in said
         burn_down(made.running.pop("server"), made.server)
@@ -325,9 +325,9 @@ def test_a_centre_that_burned_down_goes_on_from_its_backup(
         (tmp_path / "server.log").rename(tmp_path / "server-before.log")
         made.start()
         second = made.server / "runs" / "kept"
-        within(90.0, lambda: f"it ends by itself\n{made.logs()}", lambda: (second / "report.json").exists())
+        within(120.0, lambda: f"it ends by itself\n{made.logs()}", lambda: (second / "report.json").exists())
         done = [one["round"] for one in rounds(second)]
-        assert done[-1] == 8
+        assert done[-1] == 4
         assert plants[0].name in made.online()
         assert json.loads((second / "report.json").read_text())["sites"]
 
