@@ -27,6 +27,7 @@ from trunkline.flower import open_records
 from trunkline.server import authority, signing
 from trunkline.server import daemon as centre_daemon
 from trunkline.server.ledger import Hold
+from trunkline.server.room import Room
 
 pytestmark = pytest.mark.xdist_group("bad input")  # one worker: the run that all of these begin from is made once
 SMALL = {"trunk": {"width": 4}, "training": {"steps": 1, "batch_size": 16}, "strategy": {"name": "fedrep"}}
@@ -179,6 +180,14 @@ def test_a_vault_of_a_newer_trunkline_is_not_trained_over(plants: list[Path], ou
     with pytest.raises(QuorumError, match=r"format 7, written by Trunkline 9\.1\.0"):
         go_on(plants, out)
     assert bytes_of(out / "state") == before
+
+
+def test_what_is_anothers_is_not_waited_for_as_a_full_disk_is(tmp_path: Path) -> None:
+    def put() -> None:
+        raise ForeignState("of another run")
+
+    with pytest.raises(ForeignState):
+        Room(tmp_path, pytest.fail, seconds=60.0)(put)
 
 
 # -- the clock

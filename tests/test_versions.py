@@ -113,7 +113,7 @@ def test_a_site_that_was_updated_within_a_run_costs_its_own_update_and_the_serve
     federate(plants[:2], tmp_path, tamper=tamper, **{**SMALL, "cohort": {"min_sites": 2, "quorum": 0.5}})
     (told,) = refusals_of(tmp_path).values()
     assert f"{plants[0].name}, round 1: reply set aside. It speaks protocol {PROTOCOL + 1}" in told[plants[0].name]
-    assert "the server's Trunkline " + HERE in told[plants[0].name]
+    assert f"the server's Trunkline {HERE} is older than the site's Trunkline. Update" in told[plants[0].name]
     (text,) = (event["text"] for event in events_of(tmp_path) if "`bonus`" in event.get("text", ""))
     assert text.startswith(f"{plants[1].name}, round 2: reply set aside.")
     assert "Update Trunkline at the server" in text

@@ -482,15 +482,15 @@ Side = Literal["server", "site"]
 UPDATE = "Update Trunkline at the {}"
 
 
-def read_header(kind: type[Header], text: str, side: Side, version: str = "") -> Header:
+def read_header(kind: type[Header], text: str, side: Side) -> Header:
     """A header from the wire.
 
     Two Trunklines that do not understand each other are told apart by who is older: the one that speaks the lower protocol,
     does not know a key, or left one out. That one has to be updated.
 
     Args:
-        side: who reads it.
-        version: of the Trunkline that wrote it, where that is known.
+        side: who reads it. The other side's version is told where its header has one (`Offer.version`); what it was when the
+            run began is not taken for it, because it may have been updated since.
 
     Raises:
         ContractError: it cannot be understood; the text says which side has to be updated, or what else is wrong.
@@ -502,8 +502,7 @@ def read_header(kind: type[Header], text: str, side: Side, version: str = "") ->
         said = told.get("version", "")
     except (ValueError, AttributeError, RecursionError):
         raise ContractError(f"its header is no JSON object, so the {other} is no Trunkline of ours") from None
-    if not version and isinstance(said, str):
-        version = _shown(said)
+    version = _shown(said) if isinstance(said, str) else ""
 
     def update(older: Side, why: str) -> ContractError:
         there, here = (

@@ -1,6 +1,7 @@
 """A backup of a centre is of one moment, holds all it needs, and is put back whole or not at all."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -64,7 +65,9 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_what_was_backed_up_comes_back_with_its_modes_and_its_runs(state: Path, tmp_path: Path) -> None:
     file, there = tmp_path / "b.tar", tmp_path / "new" / "s"
-    made = backup.back_up(state, file)
+    with contextlib.closing(sqlite3.connect(state / "superlink.db")) as database:
+        database.executescript("PRAGMA journal_mode=WAL; INSERT INTO node VALUES (8);")
+        made = backup.back_up(state, file)  # while the last row is in no file but SQLite's log
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     told: list[str] = []
     shutil.rmtree(tmp_path / "big disk")
@@ -98,7 +101,7 @@ def test_what_was_backed_up_comes_back_with_its_modes_and_its_runs(state: Path, 
         assert Shelf(Path(entry.out) / "checkpoint", owner=entry.key).newest() is not None
         assert not (Path(entry.out) / "run.lock").exists()
     with contextlib.closing(sqlite3.connect(there / "superlink.db")) as database:
-        assert database.execute("SELECT id FROM node").fetchall() == [(7,)]
+        assert database.execute("SELECT id FROM node").fetchall() == [(7,), (8,)]
     assert [link.body["what"] for link in audit.read(there)] == ["init", "invite", "back up", "restore"]
     assert any("revoked since has to be revoked again" in text for text in told)
 
@@ -141,6 +144,23 @@ def test_while_everything_is_being_written_a_backup_is_of_one_moment(state: Path
         over.set()
         writer.join(20.0)
     assert not wrong
+
+
+def test_nobody_writes_to_the_log_between_its_copy_and_that_of_its_head(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, seen = backup._add, []
+
+    def look(archive: object, path: Path, name: str) -> None:
+        if name == "audit.jsonl.head":
+            with (state / "audit.jsonl").open("rb") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen.append(name)
+        add(archive, path, name)
+
+    monkeypatch.setattr(backup, "_add", look)
+    backup.back_up(state, tmp_path / "b.tar")
+    assert seen
 
 
 def test_nothing_is_written_over_a_backup_or_into_the_state(state: Path, tmp_path: Path) -> None:
@@ -220,7 +240,8 @@ def test_a_backup_that_was_made_to_reach_elsewhere_is_refused(small: bytes, tmp_
                 tar.addfile(one, io.BytesIO(held))
         return out.getvalue()
 
-    for name in ("../outside", "/tmp/trunkline-outside", "a/../../outside", "registry.json"):
+    outside = tmp_path.parent / "outside"
+    for name in ("../outside", str(outside), "a/../../outside", "registry.json"):
         refused(with_(tarfile.TarInfo(name)), tmp_path)
     for kind, target in (
         (tarfile.SYMTYPE, "/etc"),
@@ -232,7 +253,7 @@ def test_a_backup_that_was_made_to_reach_elsewhere_is_refused(small: bytes, tmp_
         info.type, info.linkname = kind, target
         refused(with_(info, b""), tmp_path)
     assert "'more' is not what was backed up" in refused(with_(tarfile.TarInfo("more")), tmp_path)
-    assert not Path("/tmp/trunkline-outside").exists()
+    assert not outside.exists()
 
 
 def test_a_newer_backup_says_what_to_update(small: bytes, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ The file is a tar archive whose last member lists all others with their hashes: 
 what the state folder holds, as sealed as it is there, and not the key that seals it.
 
 Files that are replaced as a whole are read through one descriptor, so a copy is of one version. The audit log is copied
-under its own lock, the database by SQLite's own means. The register goes before the database, and a run's journal before
-its checkpoints: what comes later may know more than what comes before, never less.
+under its own lock; the database by SQLite's own means and after the register, and a run's checkpoints after its journal:
+what comes later may know more than what comes before, never less.
 """
 
 import contextlib
@@ -34,7 +34,6 @@ from trunkline.server import audit
 from trunkline.server.authority import is_federation, read_federation
 from trunkline.server.ledger import HOLD, Entry, Ledger
 from trunkline.server.lineage import versions
-from trunkline.server.registry import REGISTRY
 from trunkline.storage import write_atomic
 from trunkline.supervise import read_status
 
@@ -150,17 +149,11 @@ def _collect(state: Path, archive: _Archive) -> Listing:
         runs[key] = out.relative_to(state).as_posix() if out.is_relative_to(state) else f"runs/{key}"
         if not out.is_relative_to(state):
             elsewhere[runs[key]] = out
-    first = [name for name in (REGISTRY,) if (state / name).exists()]
-    for name in first:
-        _add(archive, state / name, name)
     for path in _files(state):
         name = path.relative_to(state).as_posix()
-        if name.startswith(DATABASE):
-            continue
-        if name in (audit.AUDIT, f"{audit.AUDIT}.head"):
-            if name == audit.AUDIT:
-                _add_log(archive, path)
-        elif name not in archive.members:
+        if name == audit.AUDIT:
+            _add_log(archive, path)
+        elif name != f"{audit.AUDIT}.head" and not name.startswith(DATABASE):
             _add(archive, path, name)
     for place, out in elsewhere.items():
         for path in _files(out):

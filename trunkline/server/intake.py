@@ -16,22 +16,16 @@ LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, 
 Header = TypeVar("Header", bound=BaseModel)
 
 
-def read_header(kind: type[Header], text: str, site: str, round: int, version: str = "") -> Header:
-    """A wire header of a site with this version of Trunkline, or Refused saying what is wrong and which side to update."""
+def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
+    """A wire header, or Refused saying what is wrong with it and which side to update."""
     try:
-        return exchange.read_header(kind, text, "server", version)
+        return exchange.read_header(kind, text, "server")
     except ContractError as error:
         raise Refused(f"{site}, round {round}: reply set aside. {str(error)[0].upper()}{str(error)[1:]}.") from None
 
 
 def admit(
-    site: str,
-    contract: Contract,
-    order: Order,
-    arrays: Arrays,
-    header: str,
-    metrics: dict[str, float],
-    version: str = "",
+    site: str, contract: Contract, order: Order, arrays: Arrays, header: str, metrics: dict[str, float]
 ) -> Update:
     """An Update that may enter the sum, or the answer to a probe.
 
@@ -39,12 +33,11 @@ def admit(
         site: the name the server knows this node by, from its Offer.
         contract: this site's allow-list in this run; for a probe `PROBED`.
         order: what was asked.
-        version: of the site's Trunkline, as its Offer has it.
 
     Raises:
         Refused: anything at all is not as the contract and the order have it; the text names site, round, cause, remedy.
     """
-    reply = read_header(Reply, header, site, order.round, version)
+    reply = read_header(Reply, header, site, order.round)
     try:
         if reply.site != site:
             raise ContractError(

@@ -482,9 +482,7 @@ class _Run:
             else:
                 came = answer
             arrays, header, metrics = came
-            update = admit(
-                member.site, member.contract, order, Arrays(arrays), header, metrics, member.offer.version
-            )  # fmt: skip
+            update = admit(member.site, member.contract, order, Arrays(arrays), header, metrics)
         except ContractError as error:
             cause = str(error)
             if not isinstance(error, Refused):
@@ -612,7 +610,7 @@ class _Run:
                 if answer.content is None:
                     raise Refused(f"{member.site}: no scorecard. {answer.failure.removeprefix(f'{member.site}: ')}")
                 _, header, _ = open_records(answer.content)
-                card = read_header(Scorecard, header, member.site, order.round, member.offer.version)
+                card = read_header(Scorecard, header, member.site, order.round)
                 allowed = {one.task for one in member.offer.tasks}
                 if card.site != member.site or card.run != self.key or not {row.task for row in card.rows} <= allowed:
                     raise Refused(
