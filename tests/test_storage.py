@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trunkline.errors import StorageError
+from trunkline.errors import ForeignState, StorageError
 from trunkline.storage import Shelf, write_atomic
 
 
@@ -61,6 +61,46 @@ def test_a_damaged_file_is_passed_over_for_the_one_before_and_said_so(tmp_path: 
     assert "Going back to round 3" in told[0]
 
 
+def test_no_bit_of_a_file_can_flip_unnoticed(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, kind="vault", owner="press-07")
+    shelf.put(1, {"w": np.ones(2, np.float32)}, {"loss": 0.5, "name": "x"})
+    data = shelf.path(1).read_bytes()
+    for place in range(len(data)):
+        for bit in range(8):
+            broken = bytearray(data)
+            broken[place] ^= 1 << bit
+            shelf.path(1).write_bytes(broken)
+            try:
+                shelf.get(1)
+            except ForeignState as error:
+                pytest.fail(f"bit {bit} of byte {place}: called another's: {error}")
+            except StorageError as error:
+                assert "damaged" in str(error)
+            else:
+                pytest.fail(f"bit {bit} of byte {place} of {len(data)} flipped, and nobody noticed")
+
+
+def test_no_file_cut_short_is_taken_for_a_whole_one(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.put(1, {"w": np.ones(2, np.float32)}, {})
+    data = shelf.path(1).read_bytes()
+    for size in range(len(data)):
+        shelf.path(1).write_bytes(data[:size])
+        with pytest.raises(StorageError, match="damaged"):
+            shelf.get(1)
+
+
+def test_a_damaged_file_is_set_aside_by_what_takes_its_place(tmp_path: Path) -> None:
+    shelf = shelf_with(tmp_path, 4, [])
+    broken = shelf.path(4).read_bytes()[:-5]
+    shelf.path(4).write_bytes(broken)
+    shelf.newest()
+    shelf.put(4, {"w": np.zeros(1)}, {})
+    assert shelf.rounds() == [2, 3, 4]
+    assert shelf.path(4).with_suffix(".damaged").read_bytes() == broken
+    assert shelf.get(4)[0]["w"].tolist() == [0.0]
+
+
 def test_with_every_version_damaged_it_refuses_rather_than_start_afresh(tmp_path: Path) -> None:
     shelf = shelf_with(tmp_path, 3, [])
     for round in shelf.rounds():
@@ -76,7 +116,7 @@ def test_an_empty_shelf_is_no_error(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, signal, sys
 import numpy as np
-from trunkline.errors import StorageError
+from trunkline.errors import ForeignState, StorageError
 from trunkline.storage import Shelf
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the kernel refuses the write half-way, as a full disk does

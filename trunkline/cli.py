@@ -297,6 +297,36 @@ def server_audit(
     audit.show(state.resolve(), Console())
 
 
+@server.command("backup")
+def server_backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file outside of --state.")],
+    state: ServerState = Path("trunkline-server"),
+) -> None:
+    """Everything the centre has to keep, in one file; the server may run meanwhile. Not in it: the key that seals its keys."""
+    from trunkline.sealing import find_seal
+    from trunkline.server import backup
+
+    made = backup.back_up(state, file)
+    size = sum(one.size for one in made.members.values())
+    typer.echo(f"{file}: {len(made.members)} files, {size / 1e6:.1f} MB, {len(made.runs)} runs; for this account only.")
+    if (seal := find_seal(state.resolve())) is not None:
+        typer.echo(f"Its keys are sealed with {seal.source}, which is not in it. Keep a copy of that in another place.")
+
+
+@server.command("restore")
+def server_restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `trunkline server backup` made.")],
+    state: Annotated[Path, typer.Option("--state", help="A folder that is empty or not there yet.")],
+) -> None:
+    """Put a backup back. It is checked as a whole first; nothing is ever restored over a state that is there."""
+    from trunkline.server import backup
+
+    found = backup.restore(file, state, tell=lambda text: typer.echo(f"Note: {text}"))
+    typer.echo(
+        f"{state}: restored, {len(found.members)} files as of {found.made}. Next: trunkline server start --state {state}"
+    )
+
+
 @server.command("nginx")
 def server_nginx(
     listen: Annotated[str, typer.Option(help="HOST:PORT for nginx to listen on.")] = "0.0.0.0:9140",

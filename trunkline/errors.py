@@ -9,6 +9,7 @@
     │   ├── Declined               the plant's policy, or a person there, says no to a run
     │   └── Pending                a person at the plant has not said yes or no yet
     ├── StorageError               a vault or checkpoint cannot be written or read
+    │   └── ForeignState           it is intact, and of another run or site, or of a newer Trunkline
     ├── TrustError                 a key, certificate or invitation is missing, over, or not whose it should be
     │   └── TamperError            a signed record or release is not what was written
     ├── StateLost                  a process died with the state of the sites it trained; the run goes back to its checkpoint
@@ -57,6 +58,10 @@ class Pending(ContractError):
 
 class StorageError(TrunklineError):
     """A file of state could not be written, or no intact version of it is left."""
+
+
+class ForeignState(StorageError):
+    """A file of state is intact and not for who reads it; it is neither passed over nor overwritten."""
 
 
 class TrustError(TrunklineError):

@@ -28,6 +28,7 @@ from cryptography.x509.oid import NameOID
 from trunkline.errors import StorageError, TrustError
 from trunkline.storage import write_atomic
 
+MADE = datetime(2026, 1, 1, tzinfo=UTC)  # no Trunkline is older: a clock that says less was never set
 SKEW_S = 5.0  # a clock this far ahead of the centre's is refused by Flower; 305 s behind too
 
 
@@ -133,6 +134,27 @@ def left(certificate: x509.Certificate) -> timedelta:
 def due(certificate: x509.Certificate) -> bool:
     """Whether it should be renewed: less than a third of its life is left."""
     return left(certificate) < (certificate.not_valid_after_utc - certificate.not_valid_before_utc) / 3
+
+
+def check_clock(*here: x509.Certificate) -> None:
+    """Refuse to do what depends on the time while the clock of this machine is plainly wrong.
+
+    A machine whose battery is empty wakes up in 1970. Nothing would be valid yet by its clock, and what it made and signed
+    would be over for everybody else; the remedy is the clock, and not another certificate.
+
+    Args:
+        here: certificates that lie on this machine, so they were made before now.
+
+    Raises:
+        TrustError: it is earlier than Trunkline itself, or than one of these.
+    """
+    by = max([MADE, *(one.not_valid_before_utc for one in here)])
+    if now() < by:
+        what = "what lies here was made" if by > MADE else "Trunkline was made"
+        raise TrustError(
+            f"the clock of this machine says {_day(now())}, and {what} on {_day(by)}: the clock is wrong. Set it (NTP), then try "
+            "again. Nothing was changed; no key or certificate has to be made anew for this."
+        )
 
 
 def expiry_warning(certificate: x509.Certificate, whose: str, remedy: str) -> str:

@@ -3,11 +3,10 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-import trunkline
 from trunkline.client.rounds import answer_decide, answer_evaluate, answer_offer, answer_probe, answer_train
 from trunkline.client.site import open_site
 from trunkline.errors import ContractError
-from trunkline.exchange import PROTOCOL, Arrays, Order
+from trunkline.exchange import Arrays, Order, read_header
 from trunkline.flower import open_records, to_records
 
 app = ClientApp()
@@ -15,12 +14,10 @@ app = ClientApp()
 
 def _order(message: Message) -> tuple[Order, Arrays]:
     arrays, header, _ = open_records(message.content)
-    order = Order.model_validate_json(header)
-    if order.protocol != PROTOCOL:
-        raise ContractError(
-            f"the server speaks protocol {order.protocol}, this site's Trunkline {trunkline.__version__} speaks {PROTOCOL}: update the older"
-        )
-    return order, Arrays(arrays)
+    try:
+        return read_header(Order, header, "site"), Arrays(arrays)
+    except ContractError as error:
+        raise ContractError(f"the order was not understood. {str(error)[0].upper()}{str(error)[1:]}.") from None
 
 
 @app.query()

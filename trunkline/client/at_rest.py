@@ -22,7 +22,7 @@ from trunkline.client.identity import RECORDS
 from trunkline.client.vault import Vault, predictions_place
 from trunkline.errors import StorageError, TrustError
 from trunkline.sealing import OVERHEAD, SETTINGS, Seal, find_seal, key_name, make_seal, sealed_by
-from trunkline.storage import is_sealed, read_private, write_atomic, write_private
+from trunkline.storage import SET_ASIDE, is_sealed, read_private, write_atomic, write_private
 from trunkline.supervise import Lock
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def kept(state: Path) -> Iterator[Kept]:
     """Every file of `state` that is sealed, or that should be in a sealed state."""
     for path in private_files(state):
         place = path.relative_to(state).as_posix()
-        if path.name.startswith("."):
-            continue  # on its way to another name, or left behind on it
+        if path.name.startswith(".") or path.suffix == SET_ASIDE:
+            continue  # on its way to another name, or left behind on it, or nothing that opens any more
         try:
             with path.open("rb") as file:
                 head = file.read(OVERHEAD)
@@ -118,8 +118,8 @@ def seal_state(state: Path, source: str | None = None, tasks: Sequence[str] = ()
         make_private(state)
         seal = open_seal(state, tell)
         assert seal is not None
-        for left in state.rglob(".*.tmp"):
-            left.unlink(missing_ok=True)  # a write that was killed, in the clear
+        for left in (*state.rglob(".*.tmp"), *state.rglob(f"*{SET_ASIDE}")):
+            left.unlink(missing_ok=True)  # a write that was killed, or what damage left of a file, in the clear
         plain = [one for one in kept(state) if not one.key]
         for one in plain:
             target = _hidden(one, tasks)

@@ -90,7 +90,8 @@ def read(state: Path, run: str, seal: Seal | None = None) -> Consent | None:
         raise StorageError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
         found = Consent.model_validate_json(data)
-        _ = found.order
+        # what an older Trunkline could not say of a run is as if it had said what is so by default
+        found = found.model_copy(update={"terms": found.order.terms()})
     except (ValidationError, ValueError) as error:
         raise StorageError(
             f"{path}: damaged ({type(error).__name__}). Remove it; the run asks anew when it is started again."

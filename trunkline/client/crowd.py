@@ -158,7 +158,7 @@ class Crew:
         orders = {"federated": self.order} | ({"local": apart(self.order)} if self.order.baseline else {})
         entries: list[Entry | None] = []
         for place, site in enumerate(self.sites):
-            vault = Vault(site.state, self.order.run, site.tell, site.seal)
+            vault = Vault(site.state, self.order.run, site.tell, site.seal, site.name)
             entries.append(vault.before(self.order.round, self.order.passed))
             if self.order.passed:
                 self.planned[place] = (vault.decisions() or {}).get("planned", {})
@@ -220,7 +220,7 @@ class Crew:
                 best_loss={names[id(role)]: float(role.loss[place]) for role in best},
                 best_round={names[id(role)]: int(role.round[place]) for role in best},
             )
-            Vault(site.state, self.order.run, site.tell, site.seal).put(int(self.rounds[place]), entry)
+            Vault(site.state, self.order.run, site.tell, site.seal, site.name).put(int(self.rounds[place]), entry)
             self.rounds[place] = 0
 
     # --- a round -------------------------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ from trunkline.client.access import open_seal
 from trunkline.client.identity import Identity
 from trunkline.client.join import read_membership
 from trunkline.client.keeper import Keeper
+from trunkline.client.vault import check_whose
 from trunkline.config import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower import environment
+from trunkline.keys import check_clock, read_certificate
 from trunkline.sealing import without_key
 from trunkline.supervise import Child, Supervisor, is_loopback, make_secret, say
 
@@ -54,7 +56,8 @@ def start(
     Raises:
         ConfigError: site.toml says something that cannot be meant.
         DeploymentError: another daemon holds `state`, or the server is elsewhere and this site has not joined.
-        TrustError: an identity is there and cannot be used, or `state` is sealed and cannot be opened.
+        TrustError: an identity is there and cannot be used, `state` is sealed and cannot be opened, or the clock is wrong.
+        ForeignState: `state` is another site's.
     """
     site_dir = site_dir.resolve()
     site = read_site(site_dir)
@@ -68,9 +71,11 @@ def start(
             f"site {site.name} has not joined a federation, and without its certificate nothing would be encrypted on the way to "
             f"{server}. Ask the operator for a code: `trunkline client join {server} --code CODE`."
         )
+    check_clock(*([read_certificate(identity.certificate)] if identity.joined else []))
     if identity.joined:
         _check_membership(site, state)
-    open_seal(state, tell)  # said here and now, and not in a log at the first message
+    # both said here and now, and not in a log at the first message
+    check_whose(state, site.name, open_seal(state, tell))
     children = children_of(site, site_dir, server, state, client_app, door)
     info = {"role": "client", "site": site.name, "server": server, "joined": identity.joined, "folder": str(site_dir)}
     supervisor = Supervisor(children, state, info, lambda text: tell(f"site {site.name}: {text}"), STANDS_STILL)

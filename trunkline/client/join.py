@@ -46,6 +46,7 @@ from trunkline.exchange import Frozen
 from trunkline.flower import client_context
 from trunkline.keys import (
     certificate_pem,
+    check_clock,
     common_name,
     fingerprint,
     issued_by,
@@ -157,6 +158,7 @@ def accept_admission(site_dir: Path, state: Path, code: Code, file: Path, server
     Raises:
         TrustError: it is of another federation than the code, of another request, or no admission.
     """
+    check_clock()
     pending = Identity.of(state).folder / PENDING
     if not pending.exists():
         raise TrustError(
@@ -213,6 +215,7 @@ def hello(state: Path, server: str | None = None) -> tuple[Hello, datetime]:
 
 def _sealed(site_dir: Path, state: Path, key: str | None) -> str:
     """The site's name; its state is sealed from here on, and what lay there in the clear too."""
+    check_clock()
     site = read_site(site_dir)
     if find_seal(state) is None:
         seal_state(state, key, tuple(site.tasks))
@@ -222,8 +225,10 @@ def _sealed(site_dir: Path, state: Path, key: str | None) -> str:
 
 
 def _check_dates(identity: Identity) -> None:
-    """An expired certificate is turned away in the handshake, without a word; this is the word."""
-    over = read_certificate(identity.certificate).not_valid_after_utc
+    """A certificate that is not valid is turned away in the handshake, without a word; this is the word."""
+    certificate = read_certificate(identity.certificate)
+    check_clock(certificate)
+    over = certificate.not_valid_after_utc
     if over < now():
         raise TrustError(
             f"this site's certificate has expired on {over:%Y-%m-%d %H:%M UTC} by the clock here, so the centre lets nobody in with it. "
@@ -328,7 +333,8 @@ def _said(answer: httpx.Response) -> str:
 ALERTS = {  # as OpenSSL words what the other side, or this one, found wrong in a handshake
     "certificate_required": "the centre wants a client certificate and got none. Join first.",
     "unknown_ca": "the centre does not know who signed this certificate: it is another federation's, or a code it never made or has forgotten.",
-    "certificate_expired": "this site's certificate has expired. Ask the operator for a new invitation.",
+    "certificate_expired": "by the centre's clock this site's certificate has expired. Compare the two clocks (NTP); if both are right, ask the operator for a new invitation.",
+    "bad_certificate": "by the centre's clock this site's certificate is not valid yet: the clock there is behind, or here it was ahead. Set both by NTP.",
     "certificate_revoked": "this site's certificate was revoked. Ask the operator for a new invitation.",
     "self-signed certificate": "the server is not of this site's federation (its certificate is by another authority).",
     "unable to get local issuer": "the server is not of this site's federation (its certificate is by another authority).",

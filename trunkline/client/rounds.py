@@ -75,7 +75,7 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
     """
     site.meet(order)
     consent.hold(site, order)
-    vault = Vault(site.state, order.run, site.tell, site.seal)
+    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     question = _digest(order, arrays)
     entry = vault.answered(order.round, question)
     if entry is None:
@@ -99,7 +99,7 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
     """
     site.meet(order)
     consent.hold(site, order)
-    before = _before(site, order, Vault(site.state, order.run, site.tell, site.seal))
+    before = _before(site, order, Vault(site.state, order.run, site.tell, site.seal, site.name))
     model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
     metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
     PROBED.check(Arrays(), metrics)
@@ -276,7 +276,7 @@ def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     """
     site.meet(order)
     consent.hold(site, order)
-    vault = Vault(site.state, order.run, site.tell, site.seal)
+    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     question = _digest(order, arrays)
     if vault.decisions(question) is None:
         before = _before(site, order, vault)
@@ -296,7 +296,7 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     """
     site.meet(order)
     consent.hold(site, order)
-    vault = Vault(site.state, order.run, site.tell, site.seal)
+    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     before = _before(site, order, vault)
     models = _finished(site, order, _roles(site, order, arrays, before), _Best.of(before))
     settled = None

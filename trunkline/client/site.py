@@ -15,7 +15,8 @@ import torch
 from trunkline.client.access import open_seal
 from trunkline.client.data import SiteData, open_data
 from trunkline.client.training import Resident, device
-from trunkline.config import SiteConfig
+from trunkline.client.vault import check_whose
+from trunkline.config import SiteConfig, read_site
 from trunkline.errors import ConfigError
 from trunkline.exchange import Conditions, Order, seed_of
 from trunkline.models.trunk import TrunkModel, build_model
@@ -130,6 +131,7 @@ def open_site(node_config: Mapping[str, object], *, fresh: bool = False) -> Site
     Raises:
         ConfigError, DataError: the folder cannot be read as a site.
         TrustError: the state is sealed and its key is missing or another, or other accounts may reach one of the two.
+        ForeignState: the state is another site's.
     """
     if "site" in node_config:
         folder = Path(str(node_config["site"]))
@@ -151,6 +153,8 @@ def open_site(node_config: Mapping[str, object], *, fresh: bool = False) -> Site
     if known is None or (fresh and known.signature != _signature(folder)):
         seal = open_seal(state, lambda text: logger.warning("%s: %s", folder.name, text))
         plant = bool(node_config.get("plant"))
+        if (state / "vault").is_dir():
+            check_whose(state, read_site(folder).name, seal)  # before anything, a split say, is read or written there
         known = _open[folder, state] = Site(folder, state, open_data(folder, state, seal), seal, plant)
         _ = known.signature
         for note in known.data.notes:

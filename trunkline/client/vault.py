@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trunkline.errors import StorageError
+from trunkline.errors import ForeignState, StorageError
 from trunkline.exchange import Arrays
 from trunkline.sealing import Seal
 from trunkline.storage import Shelf, read_private, write_private
@@ -71,13 +71,22 @@ class Vault:
         tell: called with a sentence when a damaged version is passed over.
         seal: of `state`, where it is sealed. A key that does not open what is there is refused (TrustError) whatever is
             asked: nothing starts afresh because of it.
+        site: its name; what another site has put here is refused (ForeignState). "": whoever's it is.
     """
 
     def __init__(
-        self, state: Path, run: str, tell: Callable[[str], None] = lambda text: None, seal: Seal | None = None
+        self,
+        state: Path,
+        run: str,
+        tell: Callable[[str], None] = lambda text: None,
+        seal: Seal | None = None,
+        site: str = "",
     ) -> None:
-        self.shelf = Shelf(state / "vault" / run, keep=3, tell=tell, seal=seal, place=f"vault/{run}")
-        self._asked = Shelf(self.shelf.folder / "asked", keep=3, tell=tell, seal=seal, place=f"vault/{run}/asked")
+        place = f"vault/{run}"
+        self.shelf = Shelf(state / place, keep=3, tell=tell, seal=seal, place=place, kind="vault", owner=site)
+        self._asked = Shelf(
+            state / place / "asked", keep=3, tell=tell, seal=seal, place=f"{place}/asked", kind="question", owner=site
+        )
 
     def put(self, round: int, entry: Entry) -> None:
         """Raises StorageError (a full disk, say); what was there stays, and no reply may leave."""
@@ -106,7 +115,10 @@ class Vault:
             return None
         try:
             entry = self._entry(*self.shelf.get(round))
+        except ForeignState:
+            raise
         except StorageError as error:
+            self.shelf.passed_over(round)
             self.shelf.tell(f"{error} Round {round} is trained again from the version before it.")
             return None
         return entry if entry.question == question else None
@@ -207,6 +219,12 @@ class Vault:
             metrics=meta["metrics"],
             weight=meta["weight"],
         )
+
+
+def check_whose(state: Path, site: str, seal: Seal | None = None) -> None:
+    """Raise ForeignState when what `state` keeps of any run is another site's."""
+    for folder in sorted((state / "vault").glob("*")):
+        Vault(state, folder.name, seal=seal, site=site).shelf.check()
 
 
 def predictions_place(run: str, task: str, tasks: Sequence[str], *, sealed: bool) -> str:

@@ -27,6 +27,7 @@ from trunkline.errors import TrustError
 from trunkline.exchange import Frozen
 from trunkline.keys import (
     certificate_pem,
+    check_clock,
     expiry_warning,
     fingerprint,
     key_id,
@@ -86,8 +87,9 @@ def init(
         key: source of the key that seals what is secret here, see `sealing`.
 
     Raises:
-        TrustError: there is one already: nothing is ever made over it.
+        TrustError: there is one already: nothing is ever made over it; or the clock is wrong.
     """
+    check_clock()  # what it made would be over before anybody joined
     if is_federation(state) or _was_whole(state):
         raise TrustError(
             f"{state}: a federation is here already ({FEDERATION}). Choose another --state; nothing was changed."
@@ -131,7 +133,7 @@ class Authority:
 
     @classmethod
     def open(cls, state: Path) -> "Authority":
-        """Raises TrustError or StorageError when the key that seals it is missing or another."""
+        """Raises TrustError or StorageError when the key that seals it is missing or another, or the clock is wrong."""
         federation = read_federation(state)
         seal = find_seal(state)
         if seal is None:
@@ -140,7 +142,9 @@ class Authority:
             )
         path = state / "authority.key"
         key = load_key(seal.open(path.read_bytes(), "authority.key", str(path)), str(path))
-        return cls(state, federation, key, read_certificate(state / "authority.crt"))
+        certificate = read_certificate(state / "authority.crt")
+        check_clock(certificate)
+        return cls(state, federation, key, certificate)
 
     @property
     def registry(self) -> Registry:

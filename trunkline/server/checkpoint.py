@@ -6,6 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from trunkline.errors import ForeignState
 from trunkline.exchange import Arrays
 from trunkline.storage import Shelf
 from trunkline.strategies import State
@@ -20,14 +21,19 @@ class Checkpoint:
     """
 
     def __init__(self, out: Path, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.shelf = Shelf(out / "checkpoint", keep=3, tell=tell)
+        self.shelf = Shelf(out / "checkpoint", keep=3, tell=tell, kind="checkpoint")
 
     def save(self, state: State, meta: dict[str, Any], beside: Mapping[str, NDArray[Any]] = {}) -> None:
-        """Raises StorageError (a full disk, say); the checkpoint before it stays.
+        """Keep a round of the run whose key is `meta["key"]`.
 
         Args:
             beside: further arrays, by names of their own; `load` puts them into the meta as "beside".
+
+        Raises:
+            StorageError: it cannot be written (a full disk, say); the checkpoint before it stays.
+            ForeignState: checkpoints of another run are here; they stay.
         """
+        self.shelf.owner = str(meta.get("key", ""))
         tensors = {f"trunk/{name}": array for name, array in state.trunk.items()}
         for moment, arrays in state.moments.items():
             tensors |= {f"moment/{moment}/{name}": array for name, array in arrays.items()}
@@ -40,7 +46,16 @@ class Checkpoint:
         self.shelf.put(state.round, tensors, {"names": names, "notes": state.notes, **meta})
 
     def load(self) -> tuple[State, dict[str, Any]] | None:
-        """The newest intact state, or None when no round was ever saved."""
+        """The newest intact state, or None when no round was ever saved.
+
+        Raises:
+            StorageError: as `Shelf.newest`. ForeignState: the files here are of two runs, or of a newer Trunkline.
+        """
+        if len(runs := self.shelf.owners()) > 1:
+            raise ForeignState(
+                f"{self.shelf.folder}: holds checkpoints of {len(runs)} runs ({', '.join(map(repr, sorted(runs)))}), so nobody can say "
+                "which to go on with. Nothing was changed. Move those of the others away."
+            )
         found = self.shelf.newest()
         if found is None:
             return None

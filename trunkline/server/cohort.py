@@ -12,9 +12,10 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+import trunkline
 from trunkline.config import CohortConfig
 from trunkline.errors import ContractError, QuorumError, Refused
-from trunkline.exchange import SITE_NAME, Arrays, ArraySpec, Contract, Offer, Order, metric_names, specs_of
+from trunkline.exchange import SITE_NAME, UPDATE, Arrays, ArraySpec, Contract, Offer, Order, metric_names, specs_of
 from trunkline.flower import DECLINED, PENDING, open_records, to_records
 from trunkline.server.calls import Answer, ask, now, pause
 from trunkline.server.intake import read_header
@@ -202,6 +203,8 @@ class Cohort:
             self._pending.pop(answer.node, None)
             if answer.content is None:
                 who, why = _told_by(answer) if answer.code == DECLINED else (f"node {answer.node}", answer.failure)
+                if UPDATE.format("site") in why:  # it cannot know to which version
+                    why += f" This server's Trunkline is {trunkline.__version__}."
                 self._leave_out(who, why)
                 continue
             try:

@@ -124,6 +124,8 @@ class Conductor:
         if held and number and number != entry.number and self._alive(number):
             self._running(entry, number, "taken up where it was")  # this daemon was killed before it wrote that down
             return
+        if entry.number and self._alive(entry.number):  # a database from a backup may still have it, in folders of then
+            stop_run(self.address, entry.number, ca=self._authority())
         values: dict[str, str | int | float] = {
             "run-toml": entry.toml,
             "out": entry.out,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import trunkline
 from trunkline.errors import DeploymentError
 from trunkline.flower import environment, list_nodes
+from trunkline.keys import check_clock
 from trunkline.sealing import without_key
 from trunkline.server import audit, launcher
 from trunkline.server.authority import Authority, is_federation, read_federation, sites, warnings
@@ -55,8 +56,9 @@ def start(state: Path, host: str = "127.0.0.1", port: int = 9140, tell: Callable
 
     Raises:
         DeploymentError: no federation where there must be one, the port is taken, or another daemon holds `state`.
-        TrustError: the federation's keys cannot be opened.
+        TrustError: the federation's keys cannot be opened, or the clock of this machine is wrong.
     """
+    check_clock()
     state = state.resolve()
     if not is_federation(state) and not is_loopback(host):
         raise DeploymentError(

@@ -4,10 +4,11 @@ import math
 from typing import TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from trunkline import exchange
 from trunkline.errors import ContractError, Refused
-from trunkline.exchange import PROTOCOL, Arrays, Contract, Order, Reply, Update
+from trunkline.exchange import Arrays, Contract, Order, Reply, Update
 from trunkline.guards import at_server, guards_of
 
 LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, far within the exact sum's range
@@ -16,21 +17,11 @@ Header = TypeVar("Header", bound=BaseModel)
 
 
 def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
-    """A wire header, or Refused naming the first key that is wrong."""
+    """A wire header, or Refused saying what is wrong with it and which side to update."""
     try:
-        header = kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "header"
-        raise Refused(
-            f"{site}, round {round}: reply set aside. `{key}`: {first['msg']}. The site may run another Trunkline; update the older of the two."
-        ) from None
-    protocol = getattr(header, "protocol", PROTOCOL)
-    if protocol != PROTOCOL:
-        raise Refused(
-            f"{site}, round {round}: reply set aside. It speaks protocol {protocol}, this server {PROTOCOL}. Update the older of the two."
-        )
-    return header
+        return exchange.read_header(kind, text, "server")
+    except ContractError as error:
+        raise Refused(f"{site}, round {round}: reply set aside. {str(error)[0].upper()}{str(error)[1:]}.") from None
 
 
 def admit(

@@ -159,11 +159,17 @@ class Hold:
 
     Raises:
         DeploymentError: another process holds it for longer than `seconds`.
+        StorageError: nothing can be written there.
     """
 
     def __init__(self, out: Path, number: int, seconds: float = 15.0) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(out / HOLD, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(out / HOLD, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StorageError(
+                f"{out}: no run can work there ({error.strerror}). Mend the folder, or give another --out."
+            ) from None
         end = time.monotonic() + seconds
         while True:
             try:

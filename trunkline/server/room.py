@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from trunkline.errors import StorageError
+from trunkline.errors import ForeignState, StorageError
 
 AGAIN_S = 2.0  # between attempts to write
 BACKLOG = 10_000  # events kept in memory while they cannot be written
@@ -28,14 +28,15 @@ class Room:
         self.seconds = seconds
 
     def __call__(self, do: Callable[[], Result]) -> Result:
-        """Raises StorageError when there was no room for `seconds`."""
+        """Raises StorageError when there was no room for `seconds`; ForeignState at once."""
         began = time.monotonic()
         told = False
         while True:
             try:
                 result = do()
             except StorageError as error:
-                if time.monotonic() - began >= self.seconds:
+                # what is another's does not become ours by waiting
+                if isinstance(error, ForeignState) or time.monotonic() - began >= self.seconds:
                     raise
                 if not told:
                     told = True

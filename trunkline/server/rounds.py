@@ -653,7 +653,7 @@ class _Run:
         state, meta = found
         if meta["config"] != self.digest:
             was, is_ = _as_today(json.loads(meta["config"])), json.loads(self.digest)
-            changed = ", ".join(key for key in is_ if was.get(key) != is_[key])
+            changed = ", ".join(key for key in {**is_, **was} if was.get(key) != is_.get(key))
             if changed:
                 raise ConfigError(
                     f"{self.checkpoint.shelf.folder}: this run was started with another run.toml (different: {changed}). "
