@@ -21,12 +21,14 @@ VOCABULARY = {
         "sealing",
         "chain",
         "enrolment",
+        "hours",
     ),
 }
 MAY = {
     "errors": set(),
     "exchange": {"errors"},
     "config": {"exchange", "errors"},
+    "hours": {"exchange", "errors"},
     "storage": {"errors"},
     "release": {"exchange", "storage", "signature", "errors"},
     "signature": {"exchange", "keys", "errors"},

@@ -37,7 +37,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from trunkline.errors import ContractError, Declined, DeploymentError, Pending, StorageError
+from trunkline.errors import Away, ContractError, Declined, DeploymentError, Pending, StorageError
 
 EXPECTED = "1.41"  # the minor version whose private names are used below; peers must match it too
 try:
@@ -100,6 +100,7 @@ CENTRE = 1  # Flower's node id of the server side
 # error codes: Flower's own for an exception, and ours above its range. PENDING: a person at the plant has not decided yet;
 # DECLINED: its policy or a person there says no. The reason of these two is `SITE: why`
 CRASHED, REFUSED, RESTARTED, PENDING, DECLINED = 2, 400, 401, 402, 403
+AWAY = 404  # outside the plant's hours, or paused there: `SITE: why, until when`
 ERROR_LIMIT = 1000  # characters of an error's text that leave a site
 FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\][^\s:;,()'\"`]*[/\\]")  # all of a path but its last name
 IDLE_POLL_S, FAST_POLL_S, FAST_FOR_S = 3.0, 0.2, 60.0  # one poll costs the SuperLink about 11 ms of a core
@@ -430,9 +431,10 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
         if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message.metadata.message_id:
             raise ContractError("the ClientApp returned something that is not a reply to the message it was given")
         return reply
-    except (Pending, Declined) as error:
+    except (Pending, Declined, Away) as error:
         logger.info("node %d: %s", context.node_id, error)
-        return error_reply(message, safe_text(str(error)), PENDING if isinstance(error, Pending) else DECLINED)
+        code = PENDING if isinstance(error, Pending) else DECLINED if isinstance(error, Declined) else AWAY
+        return error_reply(message, safe_text(str(error)), code)
     except Exception as error:
         logger.exception("node %d: the ClientApp failed on %s", context.node_id, message.metadata.message_type)
         return error_reply(message, reason_of(error))

@@ -15,6 +15,7 @@ from trunkline.client.access import open_seal
 from trunkline.client.identity import Identity
 from trunkline.client.join import read_membership
 from trunkline.client.keeper import Keeper
+from trunkline.client.pausing import in_words
 from trunkline.config import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower import environment
@@ -139,8 +140,10 @@ def children_of(
 
 
 def status(site_dir: Path, state: Path | None = None) -> dict[str, Any]:
-    """What this site's daemon last wrote: running, site, server, children (name, pid, since, restarts, last_exit)."""
-    return read_status((state or state_of(site_dir)).resolve())
+    """What this site's daemon last wrote: running, site, server, children (name, pid, since, restarts, last_exit); and `away`, why
+    it does not train now, in words, or empty."""
+    state = (state or state_of(site_dir)).resolve()
+    return {**read_status(state), "away": in_words(site_dir, state)}
 
 
 def print_status(found: dict[str, Any], console: "Console") -> None:
@@ -149,6 +152,8 @@ def print_status(found: dict[str, Any], console: "Console") -> None:
     for sentence in (found.get("link", ""), *found.get("warnings", [])):
         if sentence:
             console.print(sentence, markup=False)
+    if found.get("away"):
+        console.print(f"not training: {found['away']}", markup=False)
     console.print(status_table(found))
 
 
