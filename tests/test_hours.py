@@ -18,7 +18,13 @@ HALF, QUARTER = timedelta(minutes=30), timedelta(minutes=15)
 # beside whole hours: clocks that move by half an hour, zones of 45 minutes, changes at midnight, in the south
 ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Pacific/Chatham", "America/Asuncion"]
 # moments around which somebody's clocks are changed, and a plain week
-AROUND = [datetime(2026, 3, 27), datetime(2026, 4, 3), datetime(2026, 10, 2), datetime(2026, 10, 23), datetime(2026, 6, 1)]
+AROUND = [
+    datetime(2026, 3, 27),
+    datetime(2026, 4, 3),
+    datetime(2026, 10, 2),
+    datetime(2026, 10, 23),
+    datetime(2026, 6, 1),
+]
 
 
 def written_out(own: PlantHours) -> set[datetime]:
@@ -68,8 +74,12 @@ def night(zone: str, *closed: str) -> PlantHours:
 @settings(max_examples=80, deadline=None)
 @given(plants())
 @example((night("Europe/Berlin"), datetime(2026, 10, 24, 12, tzinfo=UTC)))
-@example((PlantHours(hours=((2.5, 6),), zone="Europe/Berlin"), datetime(2026, 3, 29, 0, tzinfo=UTC)))  # 2:30 never comes
-@example((PlantHours(hours=((2, 2.5),), zone="Europe/Berlin"), datetime(2026, 10, 25, 0, 30, tzinfo=UTC)))  # comes again
+@example(
+    (PlantHours(hours=((2.5, 6),), zone="Europe/Berlin"), datetime(2026, 3, 29, 0, tzinfo=UTC))
+)  # 2:30 never comes
+@example(
+    (PlantHours(hours=((2, 2.5),), zone="Europe/Berlin"), datetime(2026, 10, 25, 0, 30, tzinfo=UTC))
+)  # comes again
 def test_open_is_what_the_wall_clock_shows(drawn: tuple[PlantHours, datetime]) -> None:
     own, at = drawn
     slots, calendar = written_out(own), Calendar(own)
@@ -83,7 +93,9 @@ def test_open_is_what_the_wall_clock_shows(drawn: tuple[PlantHours, datetime]) -
 
 def test_a_shift_over_midnight_and_a_closure_are_told_by_the_plant_s_own_clock() -> None:
     own = Calendar(
-        PlantHours(hours=((22, 6),), days=("fri",), zone="Europe/Berlin", closed=("2026-12-26 00:00 to 2026-12-27 06:00",))
+        PlantHours(
+            hours=((22, 6),), days=("fri",), zone="Europe/Berlin", closed=("2026-12-26 00:00 to 2026-12-27 06:00",)
+        )
     )
     saturday_morning = datetime(2026, 12, 19, 4, 59, tzinfo=UTC)
     assert own.open(saturday_morning)
@@ -167,4 +179,3 @@ def test_the_clock_of_tests_runs_faster_from_a_moment_on_the_machine_s(monkeypat
         hours.now()
     monkeypatch.delenv(hours.CLOCK)
     assert abs(hours.now() - datetime.now(UTC)) < timedelta(seconds=5)
-

@@ -124,10 +124,10 @@ def test_an_order_waits_for_a_short_pause_and_is_told_of_a_long_one(
     state, held = plant / ".trunkline", pauses_of(plant)
     monkeypatch.setattr(pausing, "LOOK_S", 0.05)
     held.admit()
-    pausing.pause(state, minutes=0.005)
     began = time.monotonic()
+    pausing.pause(state, minutes=0.005)
     held.admit()
-    assert 0.1 < time.monotonic() - began < 5.0
+    assert 0.3 <= time.monotonic() - began < 5.0
     assert pausing.in_words(plant, state) == ""  # it is over, though its file is still there
     pausing.pause(state, minutes=90)
     with pytest.raises(Away, match=r"^press-07: paused until 20\S+ by request at the plant$"):
@@ -170,5 +170,3 @@ def test_a_site_toml_that_cannot_be_read_leaves_the_hours_as_they_were(
 def test_a_folder_without_a_daemon_cannot_be_paused(tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match="no such state folder"):
         pausing.pause(tmp_path / "nowhere")
-
-
