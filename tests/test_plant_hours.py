@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flwr.app import DEFAULT_TTL, Message
 
-from tests.loopback import WatchedGrid, events_of, federate, refusals_of, trunk_of
+from tests.loopback import events_of, federate, refusals_of, trunk_of
 from trunkline import hours
 from trunkline.flower import AWAY, open_records
 from trunkline.server import presence
@@ -117,7 +117,8 @@ def test_the_scores_of_a_site_that_stays_closed_are_not_waited_for_beyond_a_day(
     out = tmp_path / "out"
     federate(two, out, rounds=2, plant=True, tamper={3: hour_by_hour(clock)})
     assert {row["site"] for row in read_report(out)["sites"]} == {always.name}
-    assert notes(out)[-1].startswith(f"Scoring waits no longer for {shift.name}: ")
+    assert notes(out)[-2].startswith(f"Scoring waits no longer for {shift.name}: ")
+    assert notes(out)[-1].startswith(f"{shift.name}: no scorecard. ")
 
 
 def test_hours_that_the_centre_was_not_told_cost_the_site_its_rounds_and_are_no_refusal(

@@ -35,11 +35,6 @@ class Presence:
         self._told: set[str] = set()
         self._waiting = False
 
-    @property
-    def some(self) -> bool:
-        """Whether anybody is known to be away, or was until lately."""
-        return bool(self._told)
-
     def away(self, member: Member) -> datetime | None:
         """Until when a site is not to be asked; None: it may be."""
         known = self._until.get(member.site)

@@ -296,12 +296,13 @@ class _Run:
         round = state.round + 1
         self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
         members = self._asked(round)
+        asked = len(members)
         tally = _Tally()
         self.tell({"event": "round", "round": round, "rounds": self.run.total_rounds})
         # sums come only to a strategy that is summable, whose mean takes them like single updates
         came = cast(Iterator[Update], self._updates(state, round, members, tally))
         after, mean = self.strategy.advance(state, came)
-        if not members and self.presence.some:
+        if asked and not members:
             return state
         needed = max(1, -(-min(self.wanted, len(members)) * self.run.cohort.quorum // 1))
         if len(tally.sites) < needed:
@@ -385,7 +386,12 @@ class _Run:
         Only a simulation has such a grid, and its sites are its own: they check their updates themselves.
         """
         together = getattr(self.grid, "together", None)
-        if together is None or not self.strategy.summable or guards_of(self.run.guards) or self.run.cohort.over_select > 1:
+        if (
+            together is None
+            or not self.strategy.summable
+            or guards_of(self.run.guards)
+            or self.run.cohort.over_select > 1
+        ):
             return  # under a guard each site answers for itself, and its update is looked at alone; of more, some are too late
         everybody, sizes = len(by_node), {name: array.nbytes for name, array in state.trunk.items()}
         bytes_of: dict[tuple[str, ...], int] = {}  # most sites lend the same
