@@ -37,7 +37,7 @@ def pause(state: Path, minutes: float | None = None, by: str = "") -> datetime |
         raise DeploymentError(f"{state}: no such state folder, so no daemon to pause. Name it with --state.")
     since = datetime.now(UTC)
     until = since + timedelta(minutes=minutes) if minutes is not None else None
-    record = {"since": _iso(since), "until": _iso(until) if until else None, "by": by or account()}
+    record = {"since": since.isoformat(), "until": until.isoformat() if until else None, "by": by or account()}
     write_atomic(state / PAUSE, json.dumps(record).encode())
     return until
 
