@@ -12,8 +12,10 @@ from flwr.app import DEFAULT_TTL, Message
 
 from tests.loopback import events_of, federate, refusals_of, trunk_of
 from trunkline import hours
-from trunkline.flower import AWAY, open_records
+from trunkline.client.app import app as client_app
+from trunkline.flower import AWAY, LoopbackGrid, open_records, stamp, to_records
 from trunkline.server import presence
+from trunkline.server.calls import ask
 from trunkline.server.report import read_report
 
 MONDAY = datetime(2026, 11, 23, 4, tzinfo=UTC)
@@ -235,3 +237,52 @@ def test_over_selected_a_round_ends_with_the_share_and_waits_for_no_straggler(
     assert [len(sites) for sites in sites_by_round(out)] == [2] * 6
     assert len(asked) <= 3 * 6
     assert refusals_of(out) == {number: {} for number in range(1, 7)}
+
+
+class Telephone:
+    """A grid on a clock of its own: node 2 answers at once, node 3 never; what was sent to whom, and when."""
+
+    def __init__(self) -> None:
+        LoopbackGrid(client_app, [])  # Flower wants to know who sends
+        self.clock, self.at = self, 0.0
+        self.sent: list[tuple[int, float]] = []
+        self.replies: dict[str, Message] = {}
+
+    def monotonic(self) -> float:
+        return self.at
+
+    def sleep(self, seconds: float) -> None:
+        self.at += max(seconds, 0.01)
+
+    def get_node_ids(self) -> list[int]:
+        return [2, 3]
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        (message,) = messages
+        node = message.metadata.dst_node_id
+        self.sent.append((node, self.at))
+        stamp(message, f"message-{len(self.sent)}")
+        if node == 2:
+            self.replies[message.metadata.message_id] = Message(message.content, reply_to=message)
+        return [message.metadata.message_id]
+
+    def pull_messages(self, ids: list[str]) -> list[Message]:
+        return [self.replies.pop(one) for one in ids if one in self.replies]
+
+
+def test_a_site_that_closes_in_the_middle_of_a_round_is_not_waited_for_and_not_asked_again() -> None:
+    def answers_of(grid: Any, **how: Any) -> list[tuple[int, bool]]:
+        requests = {node: lambda: to_records({}, "{}") for node in (2, 3)}
+        answers = ask(grid, "train", requests, round=1, deadline_s=600.0, resend_s=4.0, **how)
+        return [(answer.node, answer.silent) for answer in answers]
+
+    grid = Telephone()
+    assert answers_of(grid, away=lambda node: node == 3 and grid.at >= 10.0) == [(2, False)]
+    assert 10.0 <= grid.at < 13.0
+    assert [at for node, at in grid.sent if node == 3] == pytest.approx([0.0, 4.0], abs=0.3)
+    grid = Telephone()
+    assert answers_of(grid) == [(2, False), (3, True)]
+    assert grid.at >= 600.0
+    grid = Telephone()
+    assert answers_of(grid, enough=lambda: len(grid.sent) >= 2) == [(2, False)]  # nothing is said of who came too late
+    assert grid.at < 1.0
