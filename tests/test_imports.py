@@ -23,12 +23,14 @@ VOCABULARY = {
         "enrolment",
         "disk",
         "incidents",
+        "hours",
     ),
 }
 MAY = {
     "errors": set(),
     "exchange": {"errors"},
     "config": {"exchange", "errors"},
+    "hours": {"exchange", "errors"},
     "storage": {"errors"},
     "release": {"exchange", "storage", "signature", "errors"},
     "signature": {"exchange", "keys", "errors"},

@@ -505,6 +505,34 @@ def client_start(
     daemon.start(site_dir, server=server, state=state)
 
 
+@client.command("pause")
+def client_pause(
+    site_dir: SiteDir,
+    minutes: Annotated[
+        float | None, typer.Option("--for", metavar="MINUTES", min=0.0, help="End it by itself after so long.")
+    ] = None,
+    by: By = "",
+    state: ClientState = None,
+) -> None:
+    """Have training stand still within seconds, where it is, because the machine is wanted for something else."""
+    from trunkline.client import pausing
+
+    until = pausing.pause(state or site_dir / ".trunkline", minutes, by)
+    end = f"until {until:%Y-%m-%d %H:%M:%S} UTC" if until else f"until `trunkline client resume {site_dir}`"
+    typer.echo(f"Paused {end}. Training that is under way stops between two steps, within 5 s, and loses nothing.")
+
+
+@client.command("resume")
+def client_resume(site_dir: SiteDir, state: ClientState = None) -> None:
+    """End a pause: training goes on where it stood."""
+    from trunkline.client import pausing
+
+    folder = state or site_dir / ".trunkline"
+    typer.echo("Training goes on." if pausing.resume(folder) else "There was no pause.")
+    if why := pausing.in_words(site_dir, folder):
+        typer.echo(f"It still stands: {why}.")
+
+
 @client.command("status")
 def client_status(site_dir: SiteDir, state: ClientState = None, as_json: AsJson = False) -> None:
     """What the plant's daemon does now, since when, and what is wrong (exit code 1)."""

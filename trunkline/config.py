@@ -3,12 +3,24 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from trunkline.errors import ConfigError, nearest
-from trunkline.exchange import PLAIN, SITE_NAME, TASK_NAME, Frozen, GuardSettings, LocalPlan, Phase, TrunkSpec
+from trunkline.exchange import (
+    DAYS,
+    PLAIN,
+    SITE_NAME,
+    TASK_NAME,
+    Frozen,
+    GuardSettings,
+    LocalPlan,
+    Phase,
+    PlantHours,
+    TrunkSpec,
+    WeekHours,
+)
 
 POLICY = "policy.toml"  # beside site.toml, for who owns the policy and not the data
 Missing = Literal["forward", "linear", "zero", "keep"]
@@ -257,6 +269,7 @@ class SiteConfig(Frozen):
     data: DataConfig
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     policy: PolicyConfig = PolicyConfig()
+    hours: PlantHours | None = Field(default=None, description="when it may train; absent: always")
 
     @field_validator("tasks")
     @classmethod
@@ -332,6 +345,12 @@ class CohortConfig(Frozen):
     share: float = Field(
         default=1.0, gt=0.0, le=1.0, description="share of the cohort that a round asks, drawn anew each time"
     )
+    over_select: float = Field(
+        default=1.0,
+        ge=1.0,
+        le=10.0,
+        description="ask so many times the share, and end the round once the share itself is in",
+    )
     quorum: float = Field(default=0.6, gt=0.0, le=1.0, description="share of the sites asked that a round needs")
     deadline_s: float = Field(default=600.0, gt=0.0, description="longest a round waits for a site")
     gather_s: float = Field(default=600.0, gt=0.0, description="longest the start waits for min_sites")
@@ -344,6 +363,12 @@ class CohortConfig(Frozen):
         description="longest a run that has begun waits for enough sites, or room on its disk, to come back",
     )
     weight_cap: int = Field(default=100_000, ge=1, description="training windows above which a site weighs no more")
+
+    @model_validator(mode="after")
+    def _more_than_all_cannot_be_asked(self) -> Self:
+        if self.over_select > 1.0 and self.share == 1.0:
+            raise ValueError("`over_select` changes nothing while `share` is 1, which asks everybody: lower `share`")
+        return self
 
 
 class ReportConfig(Frozen):
@@ -385,28 +410,13 @@ class SearchConfig(Frozen):
     )
 
 
-Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
-DAYS: tuple[Day, ...] = get_args(Day)
 Shares = tuple[tuple[float, float], ...]  # of (share of the sites, factor)
 
 
-class CalendarConfig(Frozen):
+class CalendarConfig(WeekHours):
     """`[[world.calendars]]`: when a share of the sites can be reached and may train, in their own local time."""
 
     share: float = Field(gt=0.0, le=1.0)
-    hours: tuple[tuple[float, float], ...] = Field(
-        default=((0.0, 24.0),), min_length=1, description="from and to; [22, 6] ends in the morning after"
-    )
-    days: tuple[Day, ...] = Field(default=DAYS, min_length=1, description="on which `hours` begin")
-
-    @model_validator(mode="after")
-    def _hours_of_a_day(self) -> Self:
-        for begin, end in self.hours:
-            if not (0.0 <= begin < 24.0 and 0.0 <= end <= 24.0) or begin == end:
-                raise ValueError(
-                    f"`hours` holds [{begin:g}, {end:g}]: two different hours of a day from 0 to 24; all day is [0, 24]"
-                )
-        return self
 
 
 class WorldConfig(Frozen):
@@ -624,6 +634,7 @@ __all__ = [
     "LocalPlan",
     "NewcomersConfig",
     "Phase",
+    "PlantHours",
     "PolicyConfig",
     "ReportConfig",
     "RunConfig",

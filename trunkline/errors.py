@@ -7,7 +7,8 @@
     ├── ContractError              something would cross the wire that the run's contract does not name
     │   ├── Refused                the server set one site's reply aside; the round goes on
     │   ├── Declined               the plant's policy, or a person there, says no to a run
-    │   └── Pending                a person at the plant has not said yes or no yet
+    │   ├── Pending                a person at the plant has not said yes or no yet
+    │   └── Away                   the plant is outside its hours, or somebody there asked it to pause
     ├── StorageError               a vault or checkpoint cannot be written or read
     │   └── ForeignState           it is intact, and of another run or site, or of a newer Trunkline
     ├── TrustError                 a key, certificate or invitation is missing, over, or not whose it should be
@@ -54,6 +55,11 @@ class Declined(ContractError):
 
 class Pending(ContractError):
     """A plant's policy leaves a run to a person, who has not decided yet; not a failure, so the centre asks again."""
+
+
+class Away(ContractError):
+    """A plant does not train now, by its hours or because somebody there asked for a pause; not a failure, so the centre
+    asks again when it is back. The text is `SITE: reason`."""
 
 
 class StorageError(TrunklineError):

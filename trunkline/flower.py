@@ -38,7 +38,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from trunkline.disk import want_of_room
-from trunkline.errors import ContractError, Declined, DeploymentError, Pending, StorageError
+from trunkline.errors import Away, ContractError, Declined, DeploymentError, Pending, StorageError
 
 EXPECTED = "1.41"  # the minor version whose private names are used below; peers must match it too
 try:
@@ -101,6 +101,7 @@ CENTRE = 1  # Flower's node id of the server side
 # error codes: Flower's own for an exception, and ours above its range. PENDING: a person at the plant has not decided yet;
 # DECLINED: its policy or a person there says no. The reason of these two is `SITE: why`. FULL: its disk took no answer
 CRASHED, REFUSED, RESTARTED, PENDING, DECLINED = 2, 400, 401, 402, 403
+AWAY = 404  # outside the plant's hours, or paused there: `SITE: why, until when`
 FULL = 405
 ERROR_LIMIT = 1000  # characters of an error's text that leave a site
 FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\][^\s:;,()'\"`]*[/\\]")  # all of a path but its last name
@@ -433,9 +434,10 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
         if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message.metadata.message_id:
             raise ContractError("the ClientApp returned something that is not a reply to the message it was given")
         return reply
-    except (Pending, Declined) as error:
+    except (Pending, Declined, Away) as error:
         logger.info("node %d: %s", context.node_id, error)
-        return error_reply(message, safe_text(str(error)), PENDING if isinstance(error, Pending) else DECLINED)
+        code = PENDING if isinstance(error, Pending) else DECLINED if isinstance(error, Declined) else AWAY
+        return error_reply(message, safe_text(str(error)), code)
     except Exception as error:
         if why := want_of_room(error):
             logger.error("node %d: %s", context.node_id, error)

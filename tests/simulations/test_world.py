@@ -658,3 +658,19 @@ def test_the_report_says_what_the_world_made_of_each_site(benches: list[Path], t
     assert report["world"]["sites"]["bench-00"]["hostile"]
     assert sorted(one["speed"] for one in report["world"]["sites"].values()) == [0.5, 1.0]
     assert report["world"]["virtual_seconds"] == report["rounds"][-1]["virtual_seconds"] == grid.clock.monotonic()
+
+
+def test_over_selected_a_round_takes_as_long_as_the_fast_and_late_replies_are_not_added(
+    benches: list[Path], tmp_path: Path
+) -> None:
+    world = {"row_seconds": 10.0, "speeds": [[0.5, 0.1]]}
+    settings = {**LINEAR, "rounds": 4}
+    cohort = {**PATIENT, "min_sites": 8, "share": 0.5, "quorum": 1.0}
+    live(benches[:8], tmp_path / "plain", world, cohort=cohort, **settings)
+    grid = live(benches[:8], tmp_path / "over", world, cohort={**cohort, "over_select": 2.0}, **settings)
+    fast = {place.site for place in grid.places.values() if place.speed == 1.0}
+    rounds = read_report(tmp_path / "over")["rounds"]
+    assert all(set(one["sites"]) == fast and not one["refused"] for one in rounds)
+    trained = [node for kind, node, _, _ in grid.inner.sent if kind == "train"]
+    assert len(trained) == 8 * 4  # the slow were asked each time, are still at work, and nobody has their replies
+    assert ends_of(tmp_path / "over")[-1] < 0.2 * ends_of(tmp_path / "plain")[-1]

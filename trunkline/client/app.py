@@ -24,7 +24,9 @@ def _order(message: Message) -> tuple[Order, Arrays]:
 def offer(message: Message, context: Context) -> Message:
     order, arrays = _order(message)
     if order.probe:
-        reply, metrics = answer_probe(open_site(context.node_config), order, arrays)
+        site = open_site(context.node_config)
+        with site.watched():
+            reply, metrics = answer_probe(site, order, arrays)
         return Message(to_records({}, reply.model_dump_json(), metrics), reply_to=message)
     made, first = answer_offer(open_site(context.node_config, fresh=True), order)
     return Message(to_records(first, made.model_dump_json()), reply_to=message)
@@ -33,7 +35,9 @@ def offer(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     order, arrays = _order(message)
-    reply, entry = answer_train(open_site(context.node_config), order, arrays)
+    site = open_site(context.node_config)
+    with site.watched():
+        reply, entry = answer_train(site, order, arrays)
     return Message(to_records(entry.delta, reply.model_dump_json(), entry.metrics), reply_to=message)
 
 
@@ -41,5 +45,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     order, arrays = _order(message)
     answer = answer_decide if order.decide else answer_evaluate
-    card = answer(open_site(context.node_config), order, arrays)
+    site = open_site(context.node_config)
+    with site.watched():
+        card = answer(site, order, arrays)
     return Message(to_records({}, card.model_dump_json()), reply_to=message)

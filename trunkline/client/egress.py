@@ -37,6 +37,7 @@ from trunkline.exchange import (
     Scorecard,
 )
 from trunkline.flower import (
+    AWAY,
     CRASHED,
     DECLINED,
     FULL,
@@ -168,7 +169,7 @@ class Door:
             ContractError: it may not leave; the text says why, without quoting it.
         """
         if reply.has_error():
-            known = reply.error.code in (CRASHED, REFUSED, RESTARTED, PENDING, DECLINED, FULL)
+            known = reply.error.code in (CRASHED, REFUSED, RESTARTED, PENDING, DECLINED, AWAY, FULL)
             return self._error(request, reply.error.code if known else CRASHED, reply.error.reason or "")
         order = _order_of(request)
         if order is None:
@@ -270,7 +271,7 @@ def _check_offer(
     for what, one, expected in (
         ("version", offer.version, trunkline.__version__),
         *((key, getattr(offer, key), getattr(found, key)) for key in ("run", "arrays", "once", "metrics", "tasks", "inputs")),
-        ("site", offer.site, site.name),
+        ("site", offer.site, site.name), ("hours", offer.hours, site.hours),
     ):  # fmt: skip
         _same(what, one, expected)
     # and, whatever the contract was made of, nothing but what the run lends and the plant's own files name

@@ -52,6 +52,7 @@ def answer_offer(site: Site, order: Order) -> tuple[Offer, Arrays]:
         tasks=tuple(task.card for task in site.data.tasks.values()),
         once=specs_of(once),
         inputs=names_of(site.data) if once or "stem" in order.lend else None,
+        hours=site.config.hours if site.plant else None,  # a simulated one lives on its world's clock
     )
     consent.at_offer(site, order, offer)
     first = {name: array for name, array in lent.items() if name not in trunk}
@@ -72,13 +73,15 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
     Raises:
         ContractError: the order is not what the plant agreed to, or the trunk is another than the site builds.
         StorageError: the vault cannot be read or written; nothing was sent.
+        Away: nothing of it is in the vault yet, and the plant is outside its hours or paused.
     """
     site.meet(order)
     consent.hold(site, order)
     vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     question = _digest(order, arrays)
     entry = vault.answered(order.round, question)
-    if entry is None:
+    if entry is None:  # what is in the vault may be had at any hour
+        site.admit()
         before = _before(site, order, vault)
         if site.plant:  # others are made again with their whole simulation
             vault.keep_question(order.round, order.model_dump_json(), arrays, before is None)
@@ -96,9 +99,11 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
     Raises:
         ContractError: the order is not what the plant agreed to, or the trunk is another than the site builds.
         StorageError: the vault cannot be read.
+        Away: the plant is outside its hours, or paused.
     """
     site.meet(order)
     consent.hold(site, order)
+    site.admit()
     before = _before(site, order, Vault(site.state, order.run, site.tell, site.seal, site.name))
     model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
     metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
@@ -279,6 +284,7 @@ def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     question = _digest(order, arrays)
     if vault.decisions(question) is None:
+        site.admit()
         before = _before(site, order, vault)
         roles = _roles(site, order, arrays, before)
         best = _Best.of(before)
@@ -296,6 +302,7 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
     """
     site.meet(order)
     consent.hold(site, order)
+    site.admit()
     vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
     before = _before(site, order, vault)
     models = _finished(site, order, _roles(site, order, arrays, before), _Best.of(before))

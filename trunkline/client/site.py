@@ -3,7 +3,8 @@
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 
 from trunkline.client.access import open_seal
 from trunkline.client.data import SiteData, open_data
-from trunkline.client.training import Resident, device
+from trunkline.client.pausing import Pauses, free_memory
+from trunkline.client.training import Resident, between_steps, device
 from trunkline.client.vault import check_whose
 from trunkline.config import SiteConfig, read_site
-from trunkline.errors import ConfigError
+from trunkline.errors import Away, ConfigError
 from trunkline.exchange import Conditions, Order, seed_of
 from trunkline.models.trunk import TrunkModel, build_model
 from trunkline.sealing import Seal
@@ -38,6 +40,7 @@ class Site:
     data: SiteData
     seal: Seal | None = None
     plant: bool = False  # a real one, where somebody can be asked; simulated sites are the researcher's own
+    pauses: Pauses | None = None  # of a real one
     _resident: dict[str, Resident] = field(default_factory=dict)
     _conditions: tuple[Conditions, int] = (Conditions(), 0)  # and the seed of the run that has them
     _now: dict[str, Resident] = field(default_factory=dict)  # rows under these conditions
@@ -52,6 +55,30 @@ class Site:
 
     def tell(self, text: str) -> None:
         logger.warning("%s: %s", self.name, text)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it training waits between two steps while the plant is outside its hours or paused."""
+        token = between_steps.set(self.pauses.hold if self.pauses is not None else None)
+        try:
+            yield
+        finally:
+            between_steps.reset(token)
+
+    def admit(self) -> None:
+        """Before anything is trained or scored for an order.
+
+        Raises:
+            Away: the plant is outside its hours, or paused.
+        """
+        if self.pauses is None:
+            return
+        try:
+            self.pauses.admit()
+        except Away:
+            self.forget()  # whoever wants the machine now wants its memory too
+            free_memory()
+            raise
 
     def rows(self, order: Order) -> Part:
         """What `order` trains on: in the second pass of a run that refits, the validation rows too."""
@@ -156,6 +183,7 @@ def open_site(node_config: Mapping[str, object], *, fresh: bool = False) -> Site
         if (state / "vault").is_dir():
             check_whose(state, read_site(folder).name, seal)  # before anything, a split say, is read or written there
         known = _open[folder, state] = Site(folder, state, open_data(folder, state, seal), seal, plant)
+        known.pauses = Pauses(known.config, folder, state) if plant else None
         _ = known.signature
         for note in known.data.notes:
             if note.level == "warning" and note.where.startswith("task "):  # a task set aside should not go unnoticed

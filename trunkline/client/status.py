@@ -1,10 +1,10 @@
 """What a plant's daemon does now, since when, and what is wrong: `trunkline client status`."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trunkline.client.pausing import in_words
 from trunkline.incidents import look_up
 from trunkline.status import base_of, child_words, clock, daemon_words, disk_words, print_page
 from trunkline.supervise import accepts
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ACTIVITY = "activity.json"  # in the state folder: what the worker does, as `activity` keeps it
-PAUSE = "pause.json"  # there while somebody has asked training to pause
 DOES = {"supernode": "fetches what the centre asks", "executor": "answers it"}
 
 
@@ -35,7 +34,11 @@ def status(site_dir: Path, state: Path | None = None) -> dict[str, Any]:
     """
     state = (state or state_of(site_dir)).resolve()
     found = base_of(state)
-    found |= {"activity": look_up(state / ACTIVITY), "away": away(state), "warnings": found.get("warnings", [])}
+    found |= {
+        "activity": look_up(state / ACTIVITY),
+        "away": in_words(site_dir, state),
+        "warnings": found.get("warnings", []),
+    }
     if found["running"]:
         if not found.get("joined"):
             found["connected"] = accepts(found["server"])
@@ -77,20 +80,8 @@ def doing_words(activity: Mapping[str, Any], pid: int | None = None) -> str:
 
 def headline(info: Mapping[str, Any], state: Path) -> str:
     """The same in one line, for systemd."""
-    held = away(state)
+    held = in_words(Path(str(info.get("folder", ""))), state)
     return "; ".join(one for one in (link_words(info), held or doing_words(look_up(state / ACTIVITY))) if one)
-
-
-def away(state: Path) -> str:
-    """Why the plant does not train now, in words; empty where it may."""
-    if not (asked := look_up(state / PAUSE)):
-        return ""
-    until = asked.get("until")
-    if isinstance(until, str) and until and until <= datetime.now(UTC).isoformat():
-        return ""
-    end = f"until {clock(until)}" if until else "until `trunkline client resume`"
-    by = f" by request of {asked['by']}" if asked.get("by") else ""
-    return f"paused since {clock(asked.get('since', ''))}{by}, {end}"
 
 
 def print_status(found: Mapping[str, Any], console: "Console") -> None:

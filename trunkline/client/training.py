@@ -6,7 +6,8 @@ Inputs of a site lie on the device once; a batch is an index into them, so a ste
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ from trunkline.models.trunk import TrunkModel
 
 SCORE_BATCH = 2048  # windows a forward pass; 2048 x 64 x 14 floats is 7 MB
 LOOKS = 4  # steps of a round, spread over it, in which the tasks' gradients are compared
+# called between two steps, and between two batches that are scored; it may wait, and must change nothing. At a plant only
+between_steps: ContextVar[Callable[[], None] | None] = ContextVar("between_steps", default=None)
 
 
 def device() -> torch.device:
@@ -202,6 +205,7 @@ def train_site(
         anchor = dict(zip(trunk, start, strict=True))
     pace = speeds or {"trunk": 1.0, "stem": plan.private_rate, "heads": plan.private_rate}
     losses: list[Tensor] = []
+    hold = between_steps.get()
     step = 0
     model.train()
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
@@ -226,6 +230,8 @@ def train_site(
             optimiser = torch.optim.AdamW(_groups(model, rates), weight_decay=plan.weight_decay, fused=True)
             full = [group["lr"] for group in optimiser.param_groups]
             while step < last:
+                if hold is not None:
+                    hold()
                 if plan.schedule == "cosine":
                     progress = (done + step / total) / rounds
                     for group, rate in zip(optimiser.param_groups, full, strict=True):
@@ -271,6 +277,8 @@ def _whole_loss(
     proximal: float,
 ) -> Tensor:
     """The site's loss on all its training rows, with the pull where there is one."""
+    if (hold := between_steps.get()) is not None:
+        hold()
     each = _forward(model, everything, categorical, tasks)[1]
     pulls = [0.5 * proximal * (parameter - start).square().sum() for parameter, start in anchor.items()]
     return torch.stack([*each, *pulls]).sum()
@@ -336,8 +344,11 @@ def outputs_of(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> dic
     """What every task's `predict` takes, for every window, on the CPU in float32: task -> (n, outputs)."""
     where, home = data.where, data.values.device
     model.eval()
+    hold = between_steps.get()
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(data), SCORE_BATCH):
+        if hold is not None:
+            hold()
         x, categorical = data.batch(torch.arange(start, min(start + SCORE_BATCH, len(data)), device=home))
         with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
             outputs = model(x, categorical)

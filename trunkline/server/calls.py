@@ -108,6 +108,8 @@ def ask(
     patient_for: set[int] | None = None,
     gone: Callable[[int], str] = lambda node: "",
     late: Late | None = None,
+    away: Callable[[int], bool] = lambda node: False,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[Answer]:
     """Send one message a node and yield the answers as they come, each node once.
 
@@ -120,6 +122,8 @@ def ask(
         patient_for: nodes worth waiting for; the others are heard only while these are not all in. Default: all.
         gone: why a node will never answer (its site was revoked, say), or nothing; such a node is given up at once.
         late: remembers, from one call to the next, the questions whose answers nobody waits for.
+        away: whether a node's site has closed by now; it is heard while others are waited for, and not waited for itself.
+        enough: asked after every answer; True ends it, and of who has not answered nothing is said.
     """
     local = grid if isinstance(grid, LocalGrid) else None
     end = now(grid) + deadline_s
@@ -157,11 +161,13 @@ def ask(
             yield message
             del message  # before the next is made: each may hold a trunk
 
-    while open_requests and patient and now(grid) < end:
+    while open_requests and patient and now(grid) < end and not enough():
         at = now(grid)
         if at >= look_at:  # not at every reply: at 10^5 sites the look itself would cost more than the replies
             look_at = at + min(POLL_MOST_S, resend_s)
-            asked = (node for node in grid.get_node_ids() if node in open_requests)
+            closed = {node for node in open_requests if away(node)} if local is None else set()
+            patient -= closed
+            asked = (node for node in grid.get_node_ids() if node in open_requests and node not in closed)
             due = iter([node for node in asked if at >= open_requests[node].again_at])
             for node in [node for node in open_requests if gone(node)] if local is None else ():
                 del open_requests[node]
@@ -212,6 +218,8 @@ def ask(
                 lost=request.lost,
             )
             del message  # it may hold a trunk, and what comes next may be another
+            if enough():
+                break
         poll = POLL_FIRST_S if heard else min(poll * 2, POLL_MOST_S)
         if open_requests and patient and not heard and not (local is not None and local.waits):
             at = now(grid)
@@ -219,7 +227,7 @@ def ask(
     for message_id, node in sent.items() if far else ():
         late.expect(message_id, node, round)
     for node, request in open_requests.items():
-        if node in patient:
+        if node in patient and not enough():
             why = f" ({request.lost})" if request.lost else ""
             yield Answer(node, None, f"no reply within {deadline_s:g} s{why}", silent=True, tries=request.tries)
 

@@ -19,6 +19,7 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from pydantic import ValidationError
 
+from trunkline import hours
 from trunkline.config import RunConfig, with_settings
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, StateLost
 from trunkline.exchange import (
@@ -34,7 +35,7 @@ from trunkline.exchange import (
     Update,
     seed_of,
 )
-from trunkline.flower import LoopbackGrid, open_records, to_records
+from trunkline.flower import AWAY, LoopbackGrid, open_records, to_records
 from trunkline.guards import guards_of
 from trunkline.models.trunk import first_trunk
 from trunkline.release import COHORT_RELEASE, RELEASE, Figure, GuardUsed
@@ -45,6 +46,7 @@ from trunkline.server.cohort import Cohort, Member
 from trunkline.server.intake import admit, read_header
 from trunkline.server.journal import Came, Journal, question_of, update_digest
 from trunkline.server.lineage import figures_of, parts_of
+from trunkline.server.presence import LAST_WAIT, Presence
 from trunkline.server.release import release
 from trunkline.server.report import Refusal, RoundRecord, build_report
 from trunkline.server.room import Room
@@ -141,6 +143,8 @@ class _Run:
         self.room = Room(out, self._note, run.cohort.outage_s if self.far else 0.0)
         self.late = Late(self._came_late)
         self.asking: dict[int, str] = {}  # node -> site, of everybody that was ever asked
+        self.presence = Presence(tell)
+        self.wanted = 0  # updates after which a round has enough
         self.records: list[RoundRecord] = []
         self.saved = 0.0  # when the last checkpoint was written
         self.silent: set[str] = set()  # missed the last round: asked, but no longer waited for
@@ -279,6 +283,8 @@ class _Run:
                     self.tell({"event": "waiting", "round": state.round + 1, "text": text})
                 pause(self.grid, AGAIN_S, AGAIN_S)
             else:
+                if after is state:  # all that were asked are away after all: again, once one is back
+                    continue
                 if told:
                     self._note(
                         f"Round {after.round}: enough sites are back after {now(self.grid) - began:.0f} s; the run goes on."
@@ -290,12 +296,15 @@ class _Run:
         round = state.round + 1
         self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
         members = self._asked(round)
+        asked = len(members)
         tally = _Tally()
         self.tell({"event": "round", "round": round, "rounds": self.run.total_rounds})
         # sums come only to a strategy that is summable, whose mean takes them like single updates
         came = cast(Iterator[Update], self._updates(state, round, members, tally))
         after, mean = self.strategy.advance(state, came)
-        needed = max(1, -(-len(members) * self.run.cohort.quorum // 1))
+        if asked and not members:
+            return state
+        needed = max(1, -(-min(self.wanted, len(members)) * self.run.cohort.quorum // 1))
         if len(tally.sites) < needed:
             causes = " ".join(f"{one.site}: {one.cause}" for one in tally.refused) or "No site was online."
             raise QuorumError(
@@ -327,11 +336,22 @@ class _Run:
         return after
 
     def _asked(self, round: int) -> dict[str, Member]:
-        """The members that this round asks: all, or a share drawn for it."""
-        members = {site: one for site, one in sorted(self.cohort.members.items()) if not self.cohort.gone(one.node)}
+        """The members that this round asks: all that are there, or a share drawn for it, and some more where it over-selects.
+
+        While all are away by their hours it waits for the first to be back.
+        """
+        while True:
+            members = {site: one for site, one in sorted(self.cohort.members.items()) if not self.cohort.gone(one.node)}
+            there = self.presence.there(members)
+            if there or not members:
+                break
+            self.presence.wait(members, self.grid)
+            self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
+        members = there
+        self.wanted = max(1, math.ceil(self.run.cohort.share * len(members)))
         if self.run.cohort.share == 1.0:
             return members
-        count = max(1, math.ceil(self.run.cohort.share * len(members)))
+        count = min(len(members), math.ceil(self.run.cohort.share * len(members) * self.run.cohort.over_select))
         drawn = np.random.default_rng(seed_of(self.run.seed, "cohort", round)).permutation(len(members))[:count]
         names = list(members)
         return {names[place]: members[names[place]] for place in sorted(drawn.tolist())}
@@ -366,8 +386,13 @@ class _Run:
         Only a simulation has such a grid, and its sites are its own: they check their updates themselves.
         """
         together = getattr(self.grid, "together", None)
-        if together is None or not self.strategy.summable or guards_of(self.run.guards):
-            return  # under a guard each site answers for itself, and its update is looked at alone
+        if (
+            together is None
+            or not self.strategy.summable
+            or guards_of(self.run.guards)
+            or self.run.cohort.over_select > 1
+        ):
+            return  # under a guard each site answers for itself, and its update is looked at alone; of more, some are too late
         everybody, sizes = len(by_node), {name: array.nbytes for name, array in state.trunk.items()}
         bytes_of: dict[tuple[str, ...], int] = {}  # most sites lend the same
         for part in together(self._order(round), state.trunk, list(by_node)):
@@ -420,8 +445,13 @@ class _Run:
         for answer in ask(
             self.grid, "train", {node: requests[node] for node in by_node}, round=round, deadline_s=self.run.cohort.deadline_s,
             resend_s=self.run.cohort.resend_s, patient_for=patient & set(by_node) or set(by_node), gone=self.cohort.gone, late=self.late,
+            away=lambda node: self.presence.away(by_node[node]) is not None, enough=lambda: len(tally.sites) >= self.wanted,
         ):  # fmt: skip
             member = by_node[answer.node]
+            if answer.code == AWAY:
+                self.presence.said(member, answer.failure)
+                members.pop(member.site, None)  # nobody waits for it, and no quorum counts it
+                continue
             if not answer.silent:
                 answered.add(member.site)
             if answer.tries > 1 and not answer.silent:
@@ -432,7 +462,11 @@ class _Run:
             update = self._admit(member, orders[answer.node], answer, tally, everybody, question)
             if update is not None:
                 yield update
-        self.silent = {site for site in members if site not in answered}
+        for site in set(members) - answered:
+            if self.presence.away(members[site]) is not None:
+                del members[site]  # it closed in the middle of the round
+        if len(tally.sites) < self.wanted:  # else who is not in had no time to be
+            self.silent = {site for site in members if site not in answered}
 
     def _questions(
         self, serve: Callable[[str], Arrays], orders: dict[int, Order], by_node: dict[int, Member]
@@ -493,6 +527,7 @@ class _Run:
                 tally.admitted[member.site] = update_digest(came)
                 if question is not None:
                     self.journal.keep(round, member.site, question, came)
+            self.presence.heard(member)
             tally.sites.append(member.site)
             tally.bytes_up += update.delta.nbytes
             tally.metrics[member.site] = dict(update.metrics)
@@ -518,14 +553,14 @@ class _Run:
     ) -> dict[str, float]:
         """site -> validation loss with these arrays as it would enter `round`, of the sites that say."""
         self._put_away()
-        by_node = {member.node: member for member in members.values()}
+        by_node = {member.node: member for member in self.presence.there(members).values()}
         order = self._order(round).model_copy(update={"probe": True})
         orders, requests = self._ask_for(lambda site: trunk, order, by_node)
         tally.bytes_down += sum(trunk.only(member.lends).nbytes for member in by_node.values())
         heard: dict[str, float] = {}
         for answer in ask(
             self.grid, "query", requests, round=round, deadline_s=self.run.cohort.deadline_s, resend_s=self.run.cohort.resend_s,
-            gone=self.cohort.gone,
+            gone=self.cohort.gone, away=lambda node: self.presence.away(by_node[node]) is not None,
         ):  # fmt: skip
             site = by_node[answer.node].site
             try:
@@ -557,25 +592,32 @@ class _Run:
         by_node = {member.node: member for member in self.cohort.members.values()}
         everybody, began, told = len(by_node), now(self.grid), False
         rows: list[tuple[str, TaskRow]] = []
-        done = 0
+        done, missed, limit = 0, set[str](), hours.now() + LAST_WAIT
         while by_node:
-            answered = self._some_cards(state, order, by_node, rows, done, everybody)
+            there = {node: member for node, member in by_node.items() if self.presence.away(member) is None}
+            answered = self._some_cards(state, order, there, rows, done, everybody) if there else []
             done += len(answered)
             for node in answered:
                 del by_node[node]
+            away = {member.site: member for member in by_node.values() if self.presence.away(member) is not None}
             enough = max(1, math.ceil(self.run.cohort.quorum * everybody))
             if not self.far or done >= enough or now(self.grid) - began >= self.run.cohort.outage_s:
-                break
-            if not told:
+                missed |= {member.site for member in by_node.values()} - away.keys()
+                by_node = {member.node: member for member in away.values()}  # who says when it is back is waited for
+                if not away or not self.presence.wait(away, self.grid, "Scoring", limit):
+                    break
+            elif len(away) == len(by_node):
+                self.presence.wait(away, self.grid, "Scoring")
+            elif not told:
                 told = True
-                away = ", ".join(sorted(member.site for member in by_node.values()))
-                text = f"Scores of {done} of {everybody} sites are in, {enough} are needed; missing: {away}. They are asked until they are back."
+                names = ", ".join(sorted(member.site for member in by_node.values()))
+                text = f"Scores of {done} of {everybody} sites are in, {enough} are needed; missing: {names}. They are asked until they are back."
                 self.tell({"event": "waiting", "round": order.round, "text": text})
             self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
             left = {member.site for member in by_node.values()}  # a site may have come back as another node
             by_node = {member.node: member for member in self.cohort.members.values() if member.site in left}
-        for member in by_node.values():
-            self._note(f"{member.site}: no scorecard. It was away when the sites were scored.")
+        for site in sorted(missed | {member.site for member in by_node.values()}):
+            self._note(f"{site}: no scorecard. It was away when the sites were scored.")
         return rows
 
     def _some_cards(
@@ -599,13 +641,18 @@ class _Run:
             resend_s=self.run.cohort.resend_s,
             gone=self.cohort.gone,
             late=self.late,
+            away=lambda node: self.presence.away(by_node[node]) is not None,
         )
         heard: list[int] = []
         for answer in answers:
             member = by_node[answer.node]
+            if answer.code == AWAY:
+                self.presence.said(member, answer.failure)
+                continue
             if answer.silent and self.far:
                 continue
             heard.append(answer.node)
+            self.presence.heard(member)
             try:
                 if answer.content is None:
                     raise Refused(f"{member.site}: no scorecard. {answer.failure.removeprefix(f'{member.site}: ')}")

@@ -23,7 +23,15 @@ from trunkline.client.vault import Entry
 from trunkline.config import CohortConfig, PolicyConfig, RunConfig, SiteConfig, parse_run, read_run, read_site
 from trunkline.errors import ConfigError, DeploymentError
 from trunkline.exchange import GuardSettings
-from trunkline.simulations.canary import Planted, entries_of, open_copy, plant_in_data, plant_in_vault, set_policy
+from trunkline.simulations.canary import (
+    Planted,
+    always_open,
+    entries_of,
+    open_copy,
+    plant_in_data,
+    plant_in_vault,
+    set_policy,
+)
 from trunkline.simulations.haystack import Haystack, Runs
 from trunkline.simulations.needles import canaries_of, data_of, look_for, names_of, private_tensors, weights_of
 from trunkline.simulations.recorder import Recorder
@@ -110,7 +118,8 @@ def _small_run(site: SiteConfig, run_toml: Path | None) -> RunConfig:
 
 
 def _let_it_run(folder: Path, policy: PolicyConfig) -> None:
-    """The copy's policy is the plant's own, but nobody is asked: it is the plant that runs this."""
+    """The copy's policy is the plant's own, but nobody is asked: it is the plant that runs this, and now."""
+    always_open(folder)
     if policy.decide == "accept":
         return
     set_policy(folder, policy.model_copy(update={"decide": "accept"}))

@@ -63,6 +63,8 @@ def leaves(model: type[BaseModel], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         inner = field.annotation
+        if type(None) in get_args(inner):  # a table that may be left out
+            inner = get_args(inner)[0]
         if name == "tasks":
             found |= leaves(TaskConfig, f"{path}tasks.NAME.")
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
