@@ -106,12 +106,18 @@ class Buffered:
         self._forget()
 
     def _forget(self) -> None:
-        """Nothing is under way: at the start, and where the run goes back to a checkpoint."""
+        """Nothing is under way: at the start, and where the run goes on from a checkpoint.
+
+        What was at work then is asked anew, with the newest trunk. What counted before is in the records, and does not again.
+        """
         self.open: dict[str, _Open] = {}
         self.sent: dict[str, tuple[str, Order]] = {}  # id of a message -> the site it went to and what it asked
         self.came: deque[Message] = deque()  # replies that were fetched together with the last one of a step
-        self.served: dict[str, int] = {}  # site -> the newest round it was asked for
         self.heard: dict[str, int] = {}  # site -> the newest round it has answered for
+        for one in self.run.records:
+            for site, stale in one.staleness.items():
+                self.heard[site] = max([self.heard.get(site, 0), *(one.round - steps for steps in stale)])
+        self.served = dict(self.heard)  # site -> the newest round it was asked for
         self.trunks: dict[int, Arrays] = {}  # steps behind it -> a trunk that may have to be sent again
         self.again = 0  # replies to questions that were answered before
         grid = self.run.grid
