@@ -269,7 +269,8 @@ class Buffered:
         message = Message(
             content, dst_node_id=member.node, message_type="train", ttl=DEFAULT_TTL, group_id=str(number)
         )
-        tries = one.tries + 1 if one is not None and same else 1
+        # a site at work is not given one trunk after the other to queue up: the silence that is put up with goes on doubling
+        tries = one.tries + 1 if one is not None and not one.left else 1
         again_at = now(self.run.grid) + self.cohort.resend_s * 2.0 ** min(tries - 1, 30)
         self.open[site] = _Open(member.node, number, again_at, tries)
         self.served[site] = number
