@@ -145,7 +145,9 @@ def compare(seed: int, root: Path, modes: list[str], settings: dict[str, Any]) -
     for mode in modes:
         began = time.monotonic()
         run = parse_run(copy.deepcopy({**ALIKE, "name": mode, "seed": seed}), "benchmark", dict(MODES[mode]))
-        run = with_settings(run, {key: value for key, value in settings.items() if mode == "buffered" or key[:6] != "cohort"}, "--set")
+        run = with_settings(
+            run, {key: value for key, value in settings.items() if mode == "buffered" or key[:6] != "cohort"}, "--set"
+        )
         worlds[mode] = live(folders, run, root / mode)
         worlds[mode].took = time.monotonic() - began  # type: ignore[attr-defined]
     first = worlds[modes[0]]
@@ -154,7 +156,9 @@ def compare(seed: int, root: Path, modes: list[str], settings: dict[str, Any]) -
     target, end = mean(first.seen[-1][1], everybody), min(world.seen[-1][0] for world in worlds.values())
     found: dict[str, Any] = {"seed": seed, "slow": sorted(slow), "target": target, "modes": {}}
     print(f"seed {seed}: target {target:.4f}, what {modes[0]} ends at; slow: {', '.join(sorted(slow))}")
-    print(f"  {'':10}{'rounds':>7}{'s to target':>13}{'of waiting':>12}{f'loss at {end:.0f} s':>18}{'of the slow':>13}{'at its end':>12}{'wall s':>8}")
+    print(
+        f"  {'':10}{'rounds':>7}{'s to target':>13}{'of waiting':>12}{f'loss at {end:.0f} s':>18}{'of the slow':>13}{'at its end':>12}{'wall s':>8}"
+    )
     base = reached(first, target, everybody)
     for mode, world in worlds.items():
         when = reached(world, target, everybody)

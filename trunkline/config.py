@@ -362,10 +362,10 @@ class CohortConfig(Frozen):
         if self.mode == "rounds":
             idle = [key for key in ("buffer", "staleness_power", "staleness_limit") if key in self.model_fields_set]
             if any(getattr(self, key) != type(self).model_fields[key].default for key in idle):
-                raise ValueError(f"`{idle[0]}` changes nothing without `mode = \"buffered\"`: set it, or drop the key")
+                raise ValueError(f'`{idle[0]}` changes nothing without `mode = "buffered"`: set it, or drop the key')
         elif self.share < 1.0:
             raise ValueError(
-                "`share` draws the sites of a round, and in `mode = \"buffered\"` every site that is free is asked: drop it"
+                '`share` draws the sites of a round, and in `mode = "buffered"` every site that is free is asked: drop it'
             )
         return self
 

@@ -153,7 +153,9 @@ def test_asked_again_and_again_a_site_trains_once_and_counts_once(
 
     monkeypatch.setattr(client_rounds, "_train", train)
     world = {**WORLD, "reply_loss": 0.3}
-    inner = live(benches, tmp_path, rounds=24, world=world, cohort={**BUFFERED, "resend_s": 30.0, "staleness_power": 0.0})
+    inner = live(
+        benches, tmp_path, rounds=24, world=world, cohort={**BUFFERED, "resend_s": 30.0, "staleness_power": 0.0}
+    )
     assert len(inner.sent) > 1.5 * len(set(trained))  # they were asked again
     slow = [node for node, place in inner.world.places.items() if place.speed < 0.2]
     # while its trunk is kept, a site at work is asked the same and answers from its vault: once more at most it is not
@@ -162,7 +164,9 @@ def test_asked_again_and_again_a_site_trains_once_and_counts_once(
     assert set(counted(tmp_path).values()) == {1}
     assert set(counted(tmp_path)) <= set(trained)
     assert [one for one in events_of(tmp_path) if one["event"] == "round_end"][-1]["repeated"] > 0
-    for node in slow:  # rounds that only go up, with gaps, and no more of them than it had time for and some in its queue
+    for (
+        node
+    ) in slow:  # rounds that only go up, with gaps, and no more of them than it had time for and some in its queue
         assert len({round for site, round in trained if site == benches[node - 2].name}) <= 4
         state = tmp_path / "state" / benches[node - 2].name
         (folder,) = (state / "vault").iterdir()
@@ -255,6 +259,16 @@ def test_a_resumed_run_on_sites_that_answer_in_turn_equals_an_undisturbed_one(
         assert one["buffered"] == other["buffered"]
         assert one["buffered"]["buffer"] == 3  # half of the five that were there at the start
         assert [told["curves"] for told in one["rounds"]] == [told["curves"] for told in other["rounds"]]
+
+
+def test_resumed_with_more_sites_a_run_keeps_the_buffer_it_began_with(benches: list[Path], tmp_path: Path) -> None:
+    settings = {**LINEAR, "rounds": 6, "cohort": {**BUFFERED, "buffer": None}}
+    with pytest.raises(PowerCut):
+        federate(benches[:4], tmp_path, tamper=cut_at(3, 1), **settings)
+    federate(benches[:6], tmp_path, resume=True, **settings)
+    report = read_report(tmp_path)
+    assert len(report["cohort"]) == 6
+    assert [len(one["sites"]) for one in report["rounds"]] == [2] * 6
 
 
 def test_a_run_cut_while_slow_sites_are_at_work_asks_them_again_and_counts_nothing_twice(

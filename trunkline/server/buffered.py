@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
@@ -20,7 +19,7 @@ from flwr.app import DEFAULT_TTL, Message, RecordDict
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused
 from trunkline.exchange import Arrays, LocalPlan, Order, Update
 from trunkline.flower import LocalGrid, Replies, error_site, open_records, pack
-from trunkline.server.calls import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, now, pause
+from trunkline.server.calls import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, is_far, now, pause
 from trunkline.server.cohort import Member
 from trunkline.server.intake import admit
 from trunkline.server.report import Refusal, RoundRecord
@@ -54,7 +53,11 @@ def refuse(strategy: Strategy, name: str) -> None:
     if strategy.summable and strategy.lends(("trunk",)):
         return
     able = [one for one, kind in sorted(STRATEGIES.items()) if not kind.pooled and _able(kind(training=LocalPlan()))]
-    why = "compares the sites of a round with each other, each once and on one trunk" if strategy.lends(("trunk",)) else "lends nothing"
+    why = (
+        "compares the sites of a round with each other, each once and on one trunk"
+        if strategy.lends(("trunk",))
+        else "lends nothing"
+    )
     raise ConfigError(
         f"[strategy] name = {name!r} {why}; [cohort] mode = 'buffered' takes updates as they come, of several trunks and perhaps "
         f"two of one site. Set mode = 'rounds', or one of the strategies {', '.join(able)}."
@@ -121,8 +124,7 @@ class Buffered:
         self.trunks: dict[int, Arrays] = {}  # steps behind it -> a trunk that may have to be sent again
         self.again = 0  # replies to questions that were answered before
         grid = self.run.grid
-        far = not isinstance(grid, LocalGrid) and getattr(grid, "clock", None) is None
-        self.replies = Replies(grid) if far else None
+        self.replies = Replies(grid) if is_far(grid) else None
 
     @property
     def size(self) -> int:
@@ -169,7 +171,7 @@ class Buffered:
         """The next `size` updates as they come; fewer where nobody else is at work, or `deadline_s` has passed."""
         grid, number = self.run.grid, state.round + 1
         self._serve(state)
-        local = isinstance(grid, LocalGrid)
+        local = grid if isinstance(grid, LocalGrid) else None
         enough = max(1, int(-(-size * self.cohort.quorum // 1)))
         end, look_at, poll = now(grid) + self.cohort.deadline_s, 0.0, POLL_FIRST_S
         due: deque[str] = deque()
@@ -179,7 +181,7 @@ class Buffered:
                 look_at = at + min(POLL_MOST_S, self.cohort.resend_s)
                 online = set(grid.get_node_ids())
                 due = deque(self._due(number, online, at))
-            while due and (not local or grid.room()):
+            while due and (local is None or local.room()):
                 self._ask(due.popleft(), number, step)
             heard = bool(self.came) or self._fetch()
             while self.came and step.updates < size:
@@ -189,7 +191,7 @@ class Buffered:
                     del update  # it may hold a trunk
             if heard:
                 poll = POLL_FIRST_S
-                if local:  # there a message waits for a worker, not for a plant
+                if local is not None:  # there a message waits for a worker, not for a plant
                     end = now(grid) + self.cohort.deadline_s
                 look_at = 0.0  # who has just answered may be free
                 continue
@@ -198,15 +200,18 @@ class Buffered:
             if now(grid) >= end:
                 if step.updates:
                     break
+                self.at = state.round  # begun again, the step goes on with what is under way
                 raise QuorumError(self._nobody(number, step))
             poll = min(poll * 2, POLL_MOST_S)
-            if not (local and getattr(grid, "waits", False)):
+            if local is None or not local.waits:
                 at = now(grid)
                 later = [one.again_at for one in self.open.values() if one.again_at > at]
                 pause(grid, poll, min([end, *later]) - at)
 
     def _nobody(self, number: int, step: _Step) -> str:
-        causes = " ".join(f"{one.site}: {one.cause}" for one in step.refused) or "No site was online, or none has answered."
+        causes = (
+            " ".join(f"{one.site}: {one.cause}" for one in step.refused) or "No site was online, or none has answered."
+        )
         return (
             f"Round {number}: no update came within {self.cohort.deadline_s:g} s. {causes} The run stopped after round "
             f"{number - 1} with its state on disk; mend the sites and run again with --resume."
@@ -266,9 +271,7 @@ class Buffered:
             if self.packed[0] is not content:  # most sites are asked the same
                 self.packed = content, pack(content)
             content = self.packed[1]
-        message = Message(
-            content, dst_node_id=member.node, message_type="train", ttl=DEFAULT_TTL, group_id=str(number)
-        )
+        message = Message(content, dst_node_id=member.node, message_type="train", ttl=DEFAULT_TTL, group_id=str(number))
         # a site at work is not given one trunk after the other to queue up: the silence that is put up with goes on doubling
         tries = one.tries + 1 if one is not None and not one.left else 1
         again_at = now(self.run.grid) + self.cohort.resend_s * 2.0 ** min(tries - 1, 30)

@@ -174,7 +174,9 @@ def _pace(report: Report) -> dict[str, Any]:
     line = np.asarray(thin(pace_of(report)), dtype=float) if report.get("buffered") else np.zeros((0, 2))  # (steps, 2)
     if not len(line):
         return {}
-    unit, scale = next(((name, size) for name, size in (("h", 3600.0), ("min", 60.0)) if line[-1, 0] >= 2 * size), ("s", 1.0))
+    unit, scale = next(
+        ((name, size) for name, size in (("h", 3600.0), ("min", 60.0)) if line[-1, 0] >= 2 * size), ("s", 1.0)
+    )
 
     def draw(axes: Axes) -> None:
         axes.plot(

@@ -380,7 +380,9 @@ class WorldGrid(Grid):
     def _busy(self) -> dict[int, int]:
         """Node -> us, until when it is at work, as far as that is known."""
         under_way = {one.node: one.bound for one in self._flights.values() if one.kind == "train"}
-        return {node: max(self._free.get(node, 0), under_way.get(node, 0)) for node in self._free.keys() | under_way.keys()}
+        return {
+            node: max(self._free.get(node, 0), under_way.get(node, 0)) for node in self._free.keys() | under_way.keys()
+        }
 
     def _take_up(self, out: Path) -> None:
         assert self._journal is not None
