@@ -338,6 +338,18 @@ class StrategyConfig(BaseModel):
 class CohortConfig(Frozen):
     """`[cohort]`: who must be there, and for how long a round waits."""
 
+    mode: Literal["rounds", "buffered"] = Field(
+        default="rounds",
+        description="buffered: no round waits for anybody; a step as soon as `buffer` updates are in, of any trunk",
+    )
+    buffer: int | None = Field(
+        default=None, ge=1, description="updates a step; default: half of the sites that are there at the start"
+    )
+    staleness_power: float = Field(
+        default=0.5, ge=0.0, le=10.0, description="an update s steps old counts (1 + s) to the minus this; 0: all alike"
+    )
+    staleness_limit: int = Field(default=50, ge=0, description="steps; an update older than this is set aside")
+
     min_sites: int = Field(default=2, ge=1)
     sites: tuple[str, ...] = Field(
         default=(), description="names that must all be present at the start; empty: whoever is connected"
@@ -365,9 +377,17 @@ class CohortConfig(Frozen):
     weight_cap: int = Field(default=100_000, ge=1, description="training windows above which a site weighs no more")
 
     @model_validator(mode="after")
-    def _more_than_all_cannot_be_asked(self) -> Self:
+    def _of_the_mode(self) -> Self:
         if self.over_select > 1.0 and self.share == 1.0:
             raise ValueError("`over_select` changes nothing while `share` is 1, which asks everybody: lower `share`")
+        if self.mode == "rounds":
+            idle = [key for key in ("buffer", "staleness_power", "staleness_limit") if key in self.model_fields_set]
+            if any(getattr(self, key) != type(self).model_fields[key].default for key in idle):
+                raise ValueError(f'`{idle[0]}` changes nothing without `mode = "buffered"`: set it, or drop the key')
+        elif self.share < 1.0:
+            raise ValueError(
+                '`share` draws the sites of a round, and in `mode = "buffered"` every site that is free is asked: drop it'
+            )
         return self
 
 
@@ -515,6 +535,15 @@ class RunConfig(Frozen):
     def total_rounds(self) -> int:
         """Rounds of all passes together."""
         return self.rounds * (2 if self.refit else 1)
+
+    @model_validator(mode="after")
+    def _one_pass_where_sites_miss_rounds(self) -> Self:
+        if self.refit and self.cohort.mode == "buffered":
+            raise ValueError(
+                "`refit` goes over the same rounds again and keeps each site's best of them, and in [cohort] mode = 'buffered' "
+                "a site is in a round by chance: drop one of the two"
+            )
+        return self
 
     @field_validator("lend")
     @classmethod

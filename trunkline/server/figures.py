@@ -215,10 +215,44 @@ def summary(report: Report) -> list[str]:
     if groups := cohorts_of(report):
         named = "; ".join(f"{number}: {', '.join(sites)}" for number, sites in groups)
         lines.append(f"Cohorts, each with a trunk of its own: {named}.")
+    if told := buffered_in_words(report):
+        lines.append(told)
     refusals = refusals_of(report)
     if not refusals:
         return [*lines, "No reply was refused."]
     return lines + [f"Refused: {one['site']} ({in_rounds(one['rounds'])}): {one['cause']}" for one in refusals]
+
+
+def buffered_in_words(report: Report) -> str:
+    """How the steps of a buffered run came about, in one sentence; empty where a round waits for its sites."""
+    found = report.get("buffered")
+    if not found or not found["updates"]:
+        return ""
+    behind = figure(found["staleness_mean"], 2)
+    return (
+        f"Buffered: a step as soon as {found['buffer']} updates were in, {found['updates']:,} in all, to a trunk {behind} steps old "
+        f"in the mean and {found['staleness_max']} at most."
+    )
+
+
+def pace_of(report: Report) -> list[tuple[float, float]]:
+    """After each step, seconds since the start and the mean of the validation losses that sites have told last.
+
+    Virtual seconds in a simulated world, else those of the clock on the wall. What a site tells is of the trunk it was
+    given, so the line is late for the slow ones, never early.
+    """
+    last: dict[str, float] = {}
+    line: list[tuple[float, float]] = []
+    gone = 0.0
+    for one in report["rounds"]:
+        gone += one["seconds"]
+        at = one.get("virtual_seconds")
+        for site, told in one.get("curves", {}).items():
+            if told.get("validation_loss") is not None:
+                last[site] = told["validation_loss"]
+        if last:
+            line.append((gone if at is None else at, sum(last.values()) / len(last)))
+    return line
 
 
 def cohorts_of(report: Report) -> list[tuple[str, list[str]]]:

@@ -16,6 +16,7 @@ from trunkline.server.conflicts import sentences
 from trunkline.server.figures import (
     Report,
     after_gate,
+    buffered_in_words,
     cohorts_of,
     compared,
     difference,
@@ -25,6 +26,7 @@ from trunkline.server.figures import (
     interval,
     metric,
     outcome,
+    pace_of,
     percent,
     refusals_of,
     sentence,
@@ -55,7 +57,7 @@ def page(report: Report, predictions: Mapping[tuple[str, str], Predictions]) -> 
     rounds = report["rounds"]
     step = math.ceil(len(rounds) / MOST_ROUNDS) or 1
     with house_style():
-        curves, drawn = _curves(report), _drawn(report, predictions)
+        curves, drawn, pace = _curves(report), _drawn(report, predictions), _pace(report)
     return house.get_template("report.html").render(
         report=report,
         run=report["run"],
@@ -71,6 +73,9 @@ def page(report: Report, predictions: Mapping[tuple[str, str], Predictions]) -> 
         candidates=_candidates(report),
         conflicts=_heat(report),
         cohorts=cohorts_of(report),
+        buffered=report.get("buffered"),
+        buffered_words=buffered_in_words(report),
+        pace=pace,
         rounds=[one for at, one in enumerate(rounds) if at % step == 0 or at == len(rounds) - 1],
         version=report.get("trunkline", "?"),
         cohort=report.get("cohort", []),
@@ -162,6 +167,27 @@ def _curves(report: Report) -> list[dict[str, Any]]:
         last = {who: float(line[-1, 1]) for who, line in lines.items()}
         figures.append({**row, "svg": svg(f"curve/{row['site']}/{row['task']}", draw), "last": last})
     return figures
+
+
+def _pace(report: Report) -> dict[str, Any]:
+    """The loss of a buffered run against time; nothing for any other."""
+    line = np.asarray(thin(pace_of(report)), dtype=float) if report.get("buffered") else np.zeros((0, 2))  # (steps, 2)
+    if not len(line):
+        return {}
+    unit, scale = next(
+        ((name, size) for name, size in (("h", 3600.0), ("min", 60.0)) if line[-1, 0] >= 2 * size), ("s", 1.0)
+    )
+
+    def draw(axes: Axes) -> None:
+        axes.plot(
+            line[:, 0] / scale, line[:, 1], color=PAINT["federated"], linewidth=1.6,
+            marker="o" if len(line) < 3 else None, markersize=3.5,
+        )  # fmt: skip
+        axes.set_xlabel(unit)
+        axes.set_ylabel("validation loss")
+
+    virtual = report["rounds"][-1].get("virtual_seconds") is not None
+    return {"svg": svg("pace", draw, width=420, height=210), "virtual": virtual, "last": float(line[-1, 1])}
 
 
 def _drawn(report: Report, predictions: Mapping[tuple[str, str], Predictions]) -> list[dict[str, Any]]:

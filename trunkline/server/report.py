@@ -69,6 +69,8 @@ class RoundRecord:
         train_loss: weighted mean over `sites`; None when no site reported one.
         metrics: site -> metric name -> this round's value (`exchange.metric_names`): the learning curves.
         admitted: site -> digest of the update that was counted; only at the centre of a deployment, and in no report.
+        buffer: updates that the step waited for, in a buffered run; 0: it is none.
+        staleness: in a buffered run site -> steps between the trunk it was given and this one, of each of its updates.
     """
 
     round: int
@@ -80,6 +82,8 @@ class RoundRecord:
     train_loss: float | None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     admitted: dict[str, str] = field(default_factory=dict)
+    buffer: int = 0
+    staleness: dict[str, list[int]] = field(default_factory=dict)
 
 
 def build_report(
@@ -132,8 +136,33 @@ def build_report(
             for one in rounds
         ],
     }
+    if run.cohort.mode == "buffered":
+        report["buffered"] = _buffered(run, rounds)
+        for told, one in zip(report["rounds"], rounds, strict=True):
+            told["staleness"] = one.staleness
     found: Report = plain(report)
     return found
+
+
+def _buffered(run: RunConfig, rounds: Sequence[RoundRecord]) -> Report:
+    """How the steps of a buffered run came about, and what each site had in them."""
+    every: dict[str, list[int]] = {}
+    for one in rounds:
+        for site, own in one.staleness.items():
+            every.setdefault(site, []).extend(own)
+    total = sum(map(len, every.values()))
+    return {
+        "buffer": rounds[-1].buffer if rounds else run.cohort.buffer,
+        "staleness_power": run.cohort.staleness_power,
+        "staleness_limit": run.cohort.staleness_limit,
+        "updates": total,
+        "staleness_mean": sum(map(sum, every.values())) / total if total else None,
+        "staleness_max": max(map(max, every.values()), default=None),
+        "sites": {
+            site: {"updates": len(own), "share": len(own) / total, "staleness_mean": sum(own) / len(own), "staleness_max": max(own)}
+            for site, own in sorted(every.items())
+        },
+    }  # fmt: skip
 
 
 def verdict(row: TaskRow) -> str:

@@ -40,6 +40,7 @@ from trunkline.guards import guards_of
 from trunkline.models.trunk import first_trunk
 from trunkline.release import COHORT_RELEASE, RELEASE, Figure, GuardUsed
 from trunkline.server.audit import operator
+from trunkline.server.buffered import Buffered
 from trunkline.server.calls import Answer, Late, ask, is_far, now, pause
 from trunkline.server.checkpoint import Checkpoint
 from trunkline.server.cohort import Cohort, Member
@@ -150,6 +151,7 @@ class _Run:
         self.silent: set[str] = set()  # missed the last round: asked, but no longer waited for
         self.seconds = 0.0  # of this run before it was resumed
         self.digest = json.dumps(run.model_dump(mode="json"), sort_keys=True)
+        self.buffered = Buffered(self) if run.cohort.mode == "buffered" else None
 
     def execute(self, resume: bool, score: bool) -> dict[str, Any]:
         started = time.monotonic()
@@ -269,7 +271,7 @@ class _Run:
         began, told = now(self.grid), False
         while True:
             try:
-                after = self._one_round(state)
+                after = self._one_round(state) if self.buffered is None else self.buffered.step(state)
             except QuorumError as error:
                 waited = now(self.grid) - began
                 if not self.far or waited >= self.run.cohort.outage_s:

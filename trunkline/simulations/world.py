@@ -271,8 +271,9 @@ class WorldGrid(Grid):
         self._round = 0
         self._began: int | None = None  # us, the newest round
         self._tries: dict[tuple[int, str], int] = {}  # messages of this round by node and kind
-        self._trained: set[int] = set()  # this round
-        self._asked: dict[str, int] = {}  # kind -> us, when the first message of it went out in this round
+        self._buffered = run.cohort.mode == "buffered"  # then messages of several rounds are under way
+        self._trained: set[tuple[int, int]] = set()  # node and round; of this round, or in a buffered run of all
+        self._asked: dict[tuple[str, int], int] = {}  # kind and round -> us, when the first message of them went out
         self._free: dict[int, int] = {}  # node -> us, when it will have done all that is known of
         self._line: dict[int, int] = {}  # node -> us, when all that was sent to it will be there
         self._bounds: dict[int, int] = {}  # node -> us, a time it is surely not done before
@@ -355,17 +356,18 @@ class WorldGrid(Grid):
         return {**report, "rounds": rounds, "world": {"virtual_seconds": self.clock.monotonic(), "sites": sites}}
 
     def _end_round(self, round: int) -> None:
-        while self._flights:  # who is late is still at work: how long, its own reply says
+        while self._flights and not self._buffered:  # who is late is still at work: how long, its own reply says
             first = next(iter(self._flights))
             self._resolve(self._flights.pop(first))
-        self._queue.clear()
-        self._ready.clear()
+        if not self._buffered:  # else an answer counts whenever it comes
+            self._queue.clear()
+            self._ready.clear()
         self.ended[round] = self.clock.monotonic()
         if self._journal is None:
             return
         line = {
             "round": round, "at": self.clock.at, "began": self._began, "joined": sorted(self._joined),
-            "busy": _after(self.clock.at, self._free), "line": _after(self.clock.at, self._line),
+            "busy": _after(self.clock.at, self._busy()), "line": _after(self.clock.at, self._line),
         }  # fmt: skip
         try:
             with self._journal.open("a", encoding="utf-8") as file:
@@ -374,6 +376,13 @@ class WorldGrid(Grid):
             raise StorageError(
                 f"{self._journal}: cannot be written: {error}. Make room, then go on with --resume."
             ) from error
+
+    def _busy(self) -> dict[int, int]:
+        """Node -> us, until when it is at work, as far as that is known."""
+        under_way = {one.node: one.bound for one in self._flights.values() if one.kind == "train"}
+        return {
+            node: max(self._free.get(node, 0), under_way.get(node, 0)) for node in self._free.keys() | under_way.keys()
+        }
 
     def _take_up(self, out: Path) -> None:
         assert self._journal is not None
@@ -408,7 +417,9 @@ class WorldGrid(Grid):
         if place is None:  # the grid's own complaint is the right one
             return self.inner.push_messages([message])[0]
         if round > self._round:
-            self._round, self._tries, self._trained, self._asked = round, {}, set(), {}
+            self._round, self._tries = round, {}
+            if not self._buffered:
+                self._trained, self._asked = set(), {}
         tries = self._tries[node, kind] = self._tries.get((node, kind), 0) + 1
         drops = _chance(self.config.seed, place.site, round, "drop-out") < self.world.drop_out
         away = not place.hours.online(now) and node not in self._returning
@@ -416,7 +427,7 @@ class WorldGrid(Grid):
             return f"unheard-{next(self._numbers)}"  # nobody is there: silence, as in a plant
         flight = _Flight("", node, kind, round, now, now)
         if round > 0:
-            conditions = self._conditions(place, self._asked.setdefault(kind, now))
+            conditions = self._conditions(place, self._asked.setdefault((kind, round), now))
             if conditions != Conditions():
                 message.content = _under(message.content, conditions)
         if not joins:
@@ -427,8 +438,8 @@ class WorldGrid(Grid):
             if kind == "train":
                 if self.world.row_seconds or place.hostile:
                     flight.order = Order.model_validate_json(str(message.content.config_records["header"]["json"]))
-                flight.repeated = node in self._trained
-                self._trained.add(node)
+                flight.repeated = (node, round) in self._trained
+                self._trained.add((node, round))
             start = max(flight.came, self._bounds.get(node, 0), self._free.get(node, 0))
             # what a site takes at least is known once it has said its rows: the nearer the bound, the fewer replies
             # must be looked at, and kept, before the first one can be handed out
