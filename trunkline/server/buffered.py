@@ -18,7 +18,7 @@ from flwr.app import DEFAULT_TTL, Message, RecordDict
 
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused
 from trunkline.exchange import Arrays, LocalPlan, Order, Update
-from trunkline.flower import LocalGrid, Replies, error_site, open_records, pack
+from trunkline.flower import AWAY, PUSH_LOST, LocalGrid, Replies, error_site, open_records, pack
 from trunkline.server.calls import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, is_far, now, pause
 from trunkline.server.cohort import Member
 from trunkline.server.intake import admit
@@ -248,7 +248,7 @@ class Buffered:
                 continue
             if one is not None and (one.node != member.node or one.node not in online):
                 one.left, one.again_at = True, at  # also when it restarted under a new id: what it had of us is lost
-            if member.node not in online:
+            if member.node not in online or self.run.presence.away(member) is not None:
                 continue
             if one is None:
                 if self.served.get(site, 0) < number:
@@ -277,7 +277,12 @@ class Buffered:
         again_at = now(self.run.grid) + self.cohort.resend_s * 2.0 ** min(tries - 1, 30)
         self.open[site] = _Open(member.node, number, again_at, tries)
         self.served[site] = number
-        for message_id in self.run.grid.push_messages([message]):
+        try:
+            pushed = list(self.run.grid.push_messages([message]))
+        except PUSH_LOST:  # the site has not seen it: it is sent again in a moment
+            self.open[site].again_at = now(self.run.grid) + min(1.0, self.cohort.resend_s)
+            return
+        for message_id in pushed:
             if message_id:
                 self.sent[message_id] = (site, orders[member.node])
         step.bytes_down += self.trunks[number - 1].only(member.lends).nbytes
@@ -307,10 +312,19 @@ class Buffered:
             if one is not None and one.round == order.round:
                 one.left, one.again_at = True, now(self.run.grid) + min(1.0, self.cohort.resend_s)
             return None
+        if (
+            error is not None and error[1] == AWAY
+        ):  # it will be asked when it is back, for the trunk that is the newest then
+            self.run.presence.said(self.run.cohort.members[site], error[2])
+            if one is not None and one.round == order.round:
+                del self.open[site]
+                self.served[site] = self.heard.get(site, 0)
+            return None
         if order.round <= self.heard.get(site, 0):
             self.again += 1  # it was asked twice, or given a newer trunk meanwhile: the first answer counted
             return None
         self.heard[site] = order.round
+        self.run.presence.heard(self.run.cohort.members[site])
         if one is not None and one.round <= order.round:
             del self.open[site]
         cause, update = None, None
