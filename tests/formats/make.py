@@ -22,8 +22,9 @@ from pathlib import Path
 
 from flwr.app import Message
 
+import trunkline
 from tests.loopback import WatchedGrid, federate
-from trunkline.flower import open_records
+from trunkline.flower import app_digest, open_records
 
 KEY = "TRUNKLINE_SAMPLE_KEY"
 SEALED_WITH = base64.b64encode(b"of samples only, secret to none.").decode()
@@ -136,6 +137,7 @@ def search(plants: list[Path], path: Path) -> None:
 def wire(grid: WatchedGrid, to: Path) -> None:
     """One header of each kind, as it went over the wire."""
     to.mkdir()
+    (to / "app.sha256").write_text(app_digest(Path(trunkline.__file__).parent / "app") + "\n")
     for name, kind, contents in (
         ("order", "train", grid.down), ("offer", "query", grid.up), ("reply", "train", grid.up), ("scorecard", "evaluate", grid.up)
     ):  # fmt: skip

@@ -20,6 +20,7 @@ from trunkline.client.site import open_site
 from trunkline.client.vault import Vault
 from trunkline.errors import ConfigError
 from trunkline.exchange import PROTOCOL, Offer, Order, Reply, Scorecard
+from trunkline.flower import app_digest
 from trunkline.keys import read_certificate
 from trunkline.release import open_release
 from trunkline.server import audit
@@ -197,6 +198,13 @@ def test_a_stored_model_and_a_stored_search_open() -> None:
     found = read_search(HERE / "v1")
     assert found is not None
     assert len(found.trials) == 2
+
+
+def test_plants_of_older_versions_answer_for_the_app_that_runs_are_submitted_with() -> None:
+    known = (HERE / "wire" / f"v{PROTOCOL}" / "app.sha256").read_text().strip()
+    assert app_digest(Path(trunkline.__file__).parent / "app") == known, (
+        "every plant that is out there refuses this app as one that is not pinned: raise PROTOCOL if that is meant"
+    )
 
 
 def test_headers_of_this_protocol_read_as_they_were_sent() -> None:
