@@ -252,7 +252,7 @@ def main() -> int:
                         print(account(one, options.seed, made), flush=True)
                 print(table(drills))
     failed = sum(bool(one.problems) for one in drills)
-    same = sum(one.same for one in drills)
+    same = sum(one.same and not one.problems for one in drills)
     print(
         f"{len(drills)} runs: {same} with the same bytes, {len(drills) - same - failed} with other sites in a round, {failed} failed"
     )

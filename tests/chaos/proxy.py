@@ -75,6 +75,7 @@ class Proxy:
         self.lines = {name: Line(name) for name in names}
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._servers: list[asyncio.Server] = []
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
         for line in self.lines.values():
@@ -95,6 +96,7 @@ class Proxy:
 
     async def _listen(self, line: Line) -> None:
         server = await asyncio.start_server(lambda *ends: self._serve(line, *ends), "127.0.0.1", 0)
+        self._servers.append(server)
         line.port = server.sockets[0].getsockname()[1]
 
     async def _cut(self, line: Line) -> int:
@@ -104,6 +106,8 @@ class Proxy:
         return len(cut)
 
     async def _end(self) -> None:
+        for server in self._servers:
+            server.close()
         for line in self.lines.values():
             await self._cut(line)
         for task in self._tasks:

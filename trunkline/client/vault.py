@@ -155,6 +155,8 @@ class Vault:
         if again is not None and kept:
             try:
                 return self._entry(*self.shelf.get(kept[-1]))
+            except ForeignState:
+                raise
             except StorageError as error:
                 asked = self._question(kept[-1])
                 if asked is not None and (asked.first or len(kept) > 1):
