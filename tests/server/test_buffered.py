@@ -1,6 +1,7 @@
 """Buffered rounds: what an update counts, that it counts once, and that nobody is waited for."""
 
 import json
+import shutil
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.loopback import QUICK, WatchedGrid, events_of, federate, refusals_of, trunk_of
+from tests.test_plant_hours import FakeClock, gives_hours, hour_by_hour
 from trunkline.client import rounds as client_rounds
 from trunkline.client.vault import Vault
 from trunkline.config import parse_run
@@ -199,6 +201,56 @@ def test_who_is_away_is_not_waited_for_and_comes_back_to_the_newest_trunk(benche
     newest = max(number for number, at in inner.world.ended.items() if at < 7200) + 1
     assert set(back) == shifted
     assert all(newest <= round <= newest + 1 for round in back.values())
+
+
+def test_who_is_closed_is_not_asked_and_while_all_are_the_run_waits(
+    plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock(monkeypatch)  # Monday at 4
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in plants[:3]]
+    for folder, shift in zip(folders, ("[[6, 8]]", "[[4, 10]]", "[[4, 10]]"), strict=True):
+        gives_hours(folder, f'hours = {shift}\nzone = "UTC"')
+    out = tmp_path / "out"
+    cohort = {**BUFFERED, "buffer": 2, "deadline_s": 20.0, "resend_s": 20.0}
+    asked = []
+
+    def when(message: Message, honest: Any) -> Any:
+        if message.metadata.message_type == "train":
+            asked.append(clock.at.hour)
+        return honest()
+
+    federate(folders, out, rounds=10, plant=True, cohort=cohort, tamper={2: when, 3: hour_by_hour(clock)})
+    shift = folders[0].name
+    report = read_report(out)
+    assert [one["round"] for one in report["rounds"]] == list(range(1, 11))
+    assert set(asked) == {6, 7}
+    assert len(asked) == report["buffered"]["sites"][shift]["updates"]
+    assert refusals_of(out) == {number: {} for number in range(1, 11)}
+    told = [one["text"] for one in events_of(out) if one["event"] == "note"]
+    assert any(text.startswith(f"{shift} is closed until Mon 2026-11-23 06:00 UTC") for text in told)
+    assert sum(text.startswith("The run waits: all 3 sites are away") for text in told) == 1
+
+
+def test_a_site_that_says_that_it_is_closed_is_asked_again_when_it_is_not(
+    plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock(monkeypatch)
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in plants[:3]]
+    rounds = []
+
+    def closes_meanwhile() -> None:
+        rounds.append(clock.at)
+        if len(rounds) == 1:
+            gives_hours(folders[0], 'zone = "UTC"\nclosed = ["2026-11-23 05:00 to 2026-11-23 06:30"]')
+
+    out = tmp_path / "out"
+    cohort = {**BUFFERED, "buffer": 2, "deadline_s": 20.0, "resend_s": 20.0}
+    tamper = {3: hour_by_hour(clock, closes_meanwhile)}
+    grid = federate(folders, out, rounds=8, plant=True, cohort=cohort, tamper=tamper)
+    asked = [node for kind, node, _ in grid.down if kind == "train"]
+    updates = read_report(out)["buffered"]["sites"][folders[0].name]["updates"]
+    assert asked.count(2) == updates + 1  # the one it was closed at; not again before it is open
+    assert refusals_of(out) == {number: {} for number in range(1, 9)}
 
 
 def test_what_is_too_old_is_set_aside_by_name_and_the_run_goes_on(benches: list[Path], tmp_path: Path) -> None:

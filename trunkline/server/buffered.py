@@ -144,6 +144,7 @@ class Buffered:
             self._forget()
         self.at, size = -1, self.size
         run.cohort.greet(deadline_s=min(10.0, self.cohort.deadline_s))
+        run.presence.there(run.cohort.members)  # who is away by its hours is told
         run.tell({"event": "round", "round": number, "rounds": run.run.total_rounds})
         step = _Step()
         after, mean = run.strategy.advance(state, self._updates(state, size, step))
@@ -169,7 +170,7 @@ class Buffered:
 
     def _updates(self, state: State, size: int, step: _Step) -> Iterator[Update]:
         """The next `size` updates as they come; fewer where nobody else is at work, or `deadline_s` has passed."""
-        grid, number = self.run.grid, state.round + 1
+        run, grid, number = self.run, self.run.grid, state.round + 1
         self._serve(state)
         local = grid if isinstance(grid, LocalGrid) else None
         enough = max(1, int(-(-size * self.cohort.quorum // 1)))
@@ -195,8 +196,14 @@ class Buffered:
                     end = now(grid) + self.cohort.deadline_s
                 look_at = 0.0  # who has just answered may be free
                 continue
-            if step.updates >= enough and not due and not any(one.node in online for one in self.open.values()):
+            members = run.cohort.members
+            at_work = any(one.node in online and not self._away(members[site]) for site, one in self.open.items())
+            if step.updates >= enough and not due and not at_work:
                 break  # whoever is there has answered for this trunk
+            if not step.updates and members and all(self._away(member) for member in members.values()):
+                run.presence.wait(members, grid)
+                end, look_at = now(grid) + self.cohort.deadline_s, 0.0
+                continue
             if now(grid) >= end:
                 if step.updates:
                     break
@@ -207,6 +214,10 @@ class Buffered:
                 at = now(grid)
                 later = [one.again_at for one in self.open.values() if one.again_at > at]
                 pause(grid, poll, min([end, *later]) - at)
+
+    def _away(self, member: Member) -> bool:
+        """Whether a site is closed or paused, as far as it has said."""
+        return self.run.presence.away(member) is not None
 
     def _nobody(self, number: int, step: _Step) -> str:
         causes = (
@@ -248,7 +259,7 @@ class Buffered:
                 continue
             if one is not None and (one.node != member.node or one.node not in online):
                 one.left, one.again_at = True, at  # also when it restarted under a new id: what it had of us is lost
-            if member.node not in online or self.run.presence.away(member) is not None:
+            if member.node not in online or self._away(member):
                 continue
             if one is None:
                 if self.served.get(site, 0) < number:
@@ -312,19 +323,18 @@ class Buffered:
             if one is not None and one.round == order.round:
                 one.left, one.again_at = True, now(self.run.grid) + min(1.0, self.cohort.resend_s)
             return None
-        if (
-            error is not None and error[1] == AWAY
-        ):  # it will be asked when it is back, for the trunk that is the newest then
-            self.run.presence.said(self.run.cohort.members[site], error[2])
-            if one is not None and one.round == order.round:
+        member = self.run.cohort.members[site]
+        if error is not None and error[1] == AWAY:
+            self.run.presence.said(member, error[2])
+            if one is not None and one.round == order.round:  # when it is back it is given the newest trunk
                 del self.open[site]
                 self.served[site] = self.heard.get(site, 0)
             return None
+        self.run.presence.heard(member)
         if order.round <= self.heard.get(site, 0):
             self.again += 1  # it was asked twice, or given a newer trunk meanwhile: the first answer counted
             return None
         self.heard[site] = order.round
-        self.run.presence.heard(self.run.cohort.members[site])
         if one is not None and one.round <= order.round:
             del self.open[site]
         cause, update = None, None
@@ -332,7 +342,6 @@ class Buffered:
             if error is not None:
                 raise Refused(f"{site}, round {order.round}: no update. {error[2].removeprefix(f'{site}: ')}")
             arrays, header, metrics = open_records(message.content)
-            member = self.run.cohort.members[site]
             update = admit(site, member.contract, order, Arrays(arrays), header, metrics)
             staleness = state.round - (order.round - 1)
             if staleness > self.cohort.staleness_limit:
