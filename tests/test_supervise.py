@@ -341,6 +341,19 @@ def test_a_start_after_a_kill_says_so_and_one_after_an_end_does_not(tmp_path: Pa
         assert json.loads((state / "status.json").read_bytes())["ended"]
 
 
+def test_a_failure_that_a_daemon_did_not_see_mended_does_not_hide_the_next_one(tmp_path: Path) -> None:
+    killed = ("failure", "a was killed (SIGKILL)")
+
+    def told() -> list[tuple[str, str]]:
+        return [(one["kind"], one["text"]) for one in recent(tmp_path, 10)]
+
+    for times in (1, 2):
+        with running(Supervisor([child(tmp_path, "a")], tmp_path, tell=lambda text: None)):
+            os.kill(within(5.0, lambda: part(tmp_path, "a").get("pid")), signal.SIGKILL)
+            within(5.0, lambda times=times: told().count(killed) == times)
+    assert told() == [killed, ("recovery", "a is started with the daemon"), killed]
+
+
 def test_a_log_that_cannot_be_copied_is_emptied_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: Path, target: Path) -> None:
         target.write_text("half")

@@ -394,8 +394,11 @@ class Supervisor:
             self._service.tell(f"STATUS={said}")
 
     def _look_back(self) -> None:
-        """Say it where the daemon before this one was killed."""
+        """Say it where the daemon before this one was killed; what it had not seen mended is over with its parts."""
         self._write(f"started, pid {os.getpid()}")
+        for name in (one.child.name for one in self._running):
+            for about in (name, f"{name} stopped"):
+                self.incidents.note("recovery", f"{name} is started with the daemon", about=about)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             before = json.loads((self.state / "status.json").read_bytes())
             if not before.get("ended") and before["pid"] != os.getpid():
@@ -498,6 +501,7 @@ class Supervisor:
         elif not problem:
             self.incidents.flush()
             self._lines.flush()
+            self.incidents.note("recovery", f"{self.state}: there is room", about="disk")  # since a daemon before this
             if low:
                 text = f"{self.state}: the disk is nearly full"
                 self._note(text, f"Free space there before it is; {disk.in_words(self.state)} now.", "low disk", "note")

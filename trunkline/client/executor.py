@@ -49,10 +49,8 @@ from trunkline.supervise import accepts, pins_of
 BEAT_S = 15.0  # a task's token expires 60 s after its last heartbeat
 LEAVE_S = 6.0  # how long a task may go on after SIGTERM; the supervisor kills after 8
 HOLD_S = 5.0  # between attempts to write the manifest
-ROOM_FIRST_S, ROOM_MOST_S = (
-    5.0,
-    60.0,
-)  # without a sign of more room, before an answer is tried again that the disk did not take
+# without a sign of more room, before an answer is tried again that the disk did not take
+ROOM_FIRST_S, ROOM_MOST_S = 5.0, 60.0
 LONGEST_PAUSE_S = 5.0  # between attempts to reach a SuperNode that is down
 PUSH_PAUSES_S = (0.5, 1.0, 2.0)  # a reply is the work of a whole round: three more attempts before it is given up
 
