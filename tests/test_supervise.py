@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from trunkline import supervise
-from trunkline.errors import DeploymentError
+from trunkline.errors import ConfigError, DeploymentError
 from trunkline.incidents import recent
 from trunkline.status import clock
 from trunkline.supervise import Child, Lock, Supervisor, make_secret, read_status
@@ -301,13 +301,14 @@ def test_only_who_is_watched_sends_beats(environ: dict[str, str], beats: int, mo
     supervise.Service({"NOTIFY_SOCKET": "/nobody/listens"}).tell("READY=1")  # no error
 
 
-def test_an_error_of_the_system_while_it_runs_ends_nothing_and_is_said_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), ConfigError("site.toml: Too many open files")])
+def test_an_error_while_it_runs_ends_nothing_and_is_said_once(tmp_path: Path, error: Exception) -> None:
     told: list[str] = []
     turns = [0]
 
     def tick() -> None:
         turns[0] += 1
-        raise OSError(24, "Too many open files")
+        raise error
 
     supervisor = Supervisor([child(tmp_path, "a")], tmp_path, tell=told.append)
     thread = threading.Thread(target=supervisor.run, args=(tick,))

@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any, Self
 
 from trunkline import disk
-from trunkline.errors import DeploymentError, StorageError
+from trunkline.errors import DeploymentError, StorageError, TrunklineError
 from trunkline.incidents import Incidents, Kind, Lines, sentences
 from trunkline.storage import write_atomic
 
@@ -356,6 +356,7 @@ class Supervisor:
                     self._service.beat()
                     try:
                         self._turn(tick)
+                        self.incidents.note("recovery", "the daemon does all it should again", about="turn")
                     except OSError as error:  # a disk, or too many open files: nothing that a restart would mend
                         self._room_due = 0.0
                         self._note(
@@ -385,9 +386,12 @@ class Supervisor:
                 _set_aside(one.child.log)
         if now >= self._room_due:
             changed.append(self._look_at_disk())
-        tick()
         if any(changed):
             self.write_status()
+        try:
+            tick()
+        except TrunklineError as error:  # a file that somebody is editing, say: its parts run on
+            raise OSError(str(error)) from error
         said = "; ".join([*self.troubles, self.headline])
         if said != self._said:
             self._said = said

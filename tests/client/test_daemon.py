@@ -1,14 +1,15 @@
 """What the plant's daemon refuses before it starts anything."""
 
+import json
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from trunkline.client import daemon
+from trunkline.client import daemon, status
 from trunkline.errors import ConfigError, DeploymentError, TrustError
 from trunkline.sealing import make_seal
-from trunkline.supervise import Supervisor
+from trunkline.supervise import Lock, Supervisor
 
 
 def test_a_site_folder_that_cannot_be_passed_on_is_refused(tmp_path: Path) -> None:
@@ -77,3 +78,15 @@ def test_systemd_is_told_when_all_parts_are_up_and_the_centre_was_asked(
     keeper.asked = True
     tick()
     assert supervisor.is_ready
+
+
+def test_status_of_a_daemon_that_has_not_asked_the_centre_yet(tmp_path: Path) -> None:
+    state = tmp_path / ".trunkline"
+    state.mkdir()
+    found = {"role": "client", "site": "p", "server": "centre:1", "joined": True, "pid": 1, "since": ""}
+    (state / "status.json").write_text(json.dumps({**found, "ended": "", "children": []}))
+    (tmp_path / "site.toml").write_text("name = ")  # somebody is editing it
+    with Lock(state):
+        assert status.status(tmp_path)["well"]
+        line = status.headline({**found, "folder": str(tmp_path)}, state)
+        assert line == "asks centre:1 for the first time; starts"

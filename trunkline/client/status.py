@@ -43,7 +43,7 @@ def status(site_dir: Path, state: Path | None = None) -> dict[str, Any]:
         if not found.get("joined"):
             found["connected"] = accepts(found["server"])
             found["link"] = "" if found["connected"] else "nobody listens there"
-        if found["link"] and not found["connected"] and found.get("ready"):
+        if found.get("link") and not found["connected"] and found.get("ready"):
             found["wrong"].append(f"No link to the centre at {found['server']}: {found['link']}")
         found["wrong"] += found["warnings"]
     found["well"] = not found["wrong"]
