@@ -4,17 +4,20 @@ import dataclasses
 import errno
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chaos.drill import account, drill, undisturbed
+from tests.chaos.drill import RUN, account, drill, undisturbed
 from tests.chaos.faults import KINDS, draw
 from tests.chaos.machine import Clock, Disk
-from tests.chaos.outcome import Outcome, differences
+from tests.chaos.outcome import Outcome, differences, outcome_of
 from tests.chaos.world import CENTRE, World, world
+from tests.federation import events
+from trunkline.config import parse_run
 
 SEED, RUNS, ROUNDS, MOST = 96652, 6, 5, 4  # a seed whose few runs hold every kind of fault: the first test says so
 NAMES = ["kiln-02", "mill-04", "press-01", "pump-03"]
@@ -54,6 +57,24 @@ def test_a_run_ends_by_itself_with_the_same_bytes_whatever_happens_to_it(
 ) -> None:
     done = drill(made, f"run-{number}", DRAWN[number], expected, ROUNDS)
     assert not done.problems, account(done, SEED, made)
+
+
+@pytest.mark.processes
+@pytest.mark.xdist_group("chaos")
+@pytest.mark.timeout(300)
+def test_two_runs_at_once_on_the_same_plants_share_them_fairly_and_mix_nothing(made: World, expected: Outcome) -> None:
+    toml = RUN.format(rounds=ROUNDS)
+    outs = [made.server / "runs" / name for name in ("one", "two")]
+    followers = [made.run(toml, out) for out in outs]  # of one name, in the same second
+    for follower in followers:
+        assert follower.wait(120.0) == 0, made.log_tails()
+    for out in outs:
+        found = outcome_of(made, out, parse_run(tomllib.loads(toml), "RUN"), 0.0)
+        assert differences(expected, found) == []
+    ends = sorted((one["at"], out.name) for out in outs for one in events(out) if one["event"] == "round_end")
+    order = [name for _, name in ends]
+    both = order[: min(len(order) - order[::-1].index(name) for name in ("one", "two"))]  # until the first had ended
+    assert abs(both.count("one") - both.count("two")) <= 2, order
 
 
 OUTCOME = Outcome(
