@@ -174,6 +174,9 @@ def test_the_clock_of_tests_runs_faster_from_a_moment_on_the_machine_s(monkeypat
     assert timedelta(hours=4) <= hours.now() - start < timedelta(hours=4, minutes=30)
     assert hours.lasts(timedelta(days=1)) == 600.0
     assert hours.span(600.0) == timedelta(days=1)
+    monkeypatch.setenv(hours.CLOCK, f"{(start + timedelta(days=1)).isoformat()} x144")
+    assert abs(hours.now() - datetime.now(UTC)) < timedelta(seconds=5)  # until then it is the machine's
+    assert hours.lasts(timedelta(days=1)) == 86400.0
     monkeypatch.setenv(hours.CLOCK, "noon x2")
     with pytest.raises(ConfigError, match=r"TRUNKLINE_CLOCK='noon x2'.*unset it at a plant"):
         hours.now()

@@ -95,25 +95,30 @@ def now() -> datetime:
     """
     machine = datetime.now(UTC)
     start, speed = _clock(os.environ.get(CLOCK, ""))
-    return machine if speed == 1.0 else start + (machine - start) * speed
+    return machine if machine <= start else start + (machine - start) * speed
 
 
 def lasts(span: timedelta) -> float:
-    """Seconds of the machine that `span` of this clock takes."""
-    return span.total_seconds() / _clock(os.environ.get(CLOCK, ""))[1]
+    """Seconds of the machine that `span` of this clock takes, at its speed of now."""
+    return span.total_seconds() / _speed()
 
 
 def span(seconds: float) -> timedelta:
-    """What passes on this clock while the machine's goes on by so many seconds."""
-    return timedelta(seconds=seconds * _clock(os.environ.get(CLOCK, ""))[1])
+    """What passes on this clock, at its speed of now, while the machine's goes on by so many seconds."""
+    return timedelta(seconds=seconds * _speed())
+
+
+def _speed() -> float:
+    start, speed = _clock(os.environ.get(CLOCK, ""))
+    return speed if speed != 1.0 and datetime.now(UTC) > start else 1.0
 
 
 @lru_cache(maxsize=4)
 def _clock(text: str) -> tuple[datetime, float]:
-    """The moment, on the machine's own clock, from which time runs faster, and how many times; every process that has the
-    same text agrees."""
+    """The moment, on the machine's own clock, up to which this is that clock, and how many times faster it runs from then on;
+    every process that has the same text agrees."""
     if not text:
-        return datetime.min.replace(tzinfo=UTC), 1.0
+        return datetime.max.replace(tzinfo=UTC), 1.0
     start, _, speed = text.partition(" x")
     try:
         moment, times = datetime.fromisoformat(start), float(speed)
