@@ -674,3 +674,10 @@ def test_over_selected_a_round_takes_as_long_as_the_fast_and_late_replies_are_no
     trained = [node for kind, node, _, _ in grid.inner.sent if kind == "train"]
     assert len(trained) == 8 * 4  # the slow were asked each time, are still at work, and nobody has their replies
     assert ends_of(tmp_path / "over")[-1] < 0.2 * ends_of(tmp_path / "plain")[-1]
+
+
+def test_over_selected_without_a_world_a_round_has_its_share_and_no_more(benches: list[Path], tmp_path: Path) -> None:
+    cohort = {"min_sites": 8, "share": 0.5, "over_select": 1.5}
+    run = parse_run({**QUICK, **LINEAR, "rounds": 2, "cohort": cohort}, "test")
+    simulate(run, benches[:8], tmp_path, workers=0)
+    assert [len(one["sites"]) for one in read_report(tmp_path)["rounds"]] == [4, 4]
