@@ -1,10 +1,10 @@
 """A day of a federation in some minutes: does anything grow that should not? Real daemons on loopback, plants in shifts.
 
-python benchmarks/soak.py [--plants 20] [--minutes 12] [--hours 24] [--steps 40] [--root DIR] [--out FILE.json]
+python benchmarks/soak.py [--plants 20] [--minutes 12] [--hours 24] [--steps 40] [--before S] [--root DIR] [--out FILE.json]
 
-One centre and so many plants, made and joined by the commands that ship. The clock of their calendars (TRUNKLINE_CLOCK) runs
-fast: `--hours` pass in `--minutes`. Each plant trains in one of three shifts, and in the first hour too, so that by its end every
-process has done once what it will do again. One run goes on all the time. Every half hour of that clock is sampled: memory
+One centre and so many plants, made and joined by the commands that ship. Once they have done three rounds together, the clock of
+their calendars (TRUNKLINE_CLOCK) runs fast: `--hours` pass in `--minutes`. Each plant trains in one of three shifts, and in the first
+hour too, so that by its end every process has done what it will do again. One run goes on all the time. Every half hour is sampled: memory
 (RSS, which counts what processes share once for each), open files and sockets of every process, files and bytes of every
 state folder, the SuperLink's database.
 
@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.federation import Federation, events, rounds, within  # noqa: E402 - the tests' harness lies beside this folder
+from trunkline.hours import lasts, now  # noqa: E402
 
 LIMIT = 0.05
 HELD = ("memory", "open files", "sockets", "files")  # kinds that may not grow by more
@@ -112,9 +113,9 @@ def write_plant(folder: Path, number: int) -> None:
 
 
 def give_hours(folders: list[Path], begins: datetime) -> None:
-    """Three shifts; and on the first hour of the measurement everybody, every day."""
-    first = begins.hour + begins.minute // 30 / 2
-    everybody = [first, (first + 1.5) % 24.0]
+    """Three shifts; and everybody from an hour before the measurement begins to an hour after, every day."""
+    at = begins.hour + begins.minute / 60.0
+    everybody = [(at - 1.0) % 24.0, (at + 1.0) % 24.0]
     for number, folder in enumerate(folders):
         own = json.dumps([list(SHIFTS[number % 3]), everybody])
         with (folder / "site.toml").open("a") as file:
@@ -182,6 +183,16 @@ def look(made: Federation, hour: float, out: Path) -> Sample:
     return sample
 
 
+def mean(some: list[Sample]) -> Sample:
+    """What there was in the middle of several samples, on average."""
+    middle = Sample(sum(one.hour for one in some) / len(some), some[-1].rounds, some[-1].sites)
+    for one in some:
+        for kind, counted in one.kinds().items():
+            for name, number in counted.items():
+                middle.kinds()[kind][name] += number / len(some)
+    return middle
+
+
 def growth(before: Counter[str], after: Counter[str]) -> float:
     whole = sum(before.values())
     return (sum(after.values()) - whole) / whole if whole else 0.0
@@ -220,13 +231,12 @@ def print_growth(first: Sample, last: Sample) -> list[str]:
     return beyond
 
 
-def soak(root: Path, plants: int, minutes: float, hours: float, steps: int) -> tuple[list[Sample], list[str]]:
-    speed = hours * 60.0 / minutes
-    # by the machine's clock, so that every process reckons alike; they all begin in the same second, before the first hour
-    start = datetime.now(UTC).replace(microsecond=0)
-    os.environ["TRUNKLINE_CLOCK"] = f"{start.isoformat()} x{speed:g}"
-    from trunkline.hours import lasts, now
-
+def soak(
+    root: Path, plants: int, minutes: float, hours: float, steps: int, before_s: float
+) -> tuple[list[Sample], list[str]]:
+    # up to then it is the machine's own clock, so that nothing closes while everything starts
+    begins = (datetime.now(UTC) + timedelta(seconds=before_s)).replace(microsecond=0)
+    os.environ["TRUNKLINE_CLOCK"] = f"{begins.isoformat()} x{hours * 60.0 / minutes:g}"
     folders = [root / "sites" / f"plant-{number:02d}" for number in range(plants)]
     for number, folder in enumerate(folders):
         write_plant(folder, number)
@@ -239,14 +249,16 @@ def soak(root: Path, plants: int, minutes: float, hours: float, steps: int) -> t
         within(
             120.0 + 10.0 * plants, lambda: f"everybody is online\n{made.logs()}", lambda: len(made.online()) == plants
         )
-        begins = now()
         give_hours(folders, begins)
         out = root / "run"
         made.run(RUN.format(steps=steps, plants=plants), out)
-        within(300.0, lambda: f"the first round\n{made.logs()}", lambda: len(rounds(out)) >= 1)
-        begins = now()
+        within(300.0, lambda: f"three rounds\n{made.logs()}", lambda: len(rounds(out)) >= 3)
+        early = (begins - datetime.now(UTC)).total_seconds()
+        if early < 0.0:
+            raise SystemExit(f"everything was ready {-early:.0f} s too late: give --before {before_s - early + 30:.0f}")
+        time.sleep(early + 0.1)
         print(
-            f"{plants} plants, one hour in {lasts(timedelta(hours=1)):.0f} s; the first round ended at {begins:%a %H:%M}",
+            f"{plants} plants, {len(rounds(out))} rounds so far; an hour takes {lasts(timedelta(hours=1)):.0f} s",
             flush=True,
         )
         samples: list[Sample] = []
@@ -270,19 +282,27 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=12.0, help="that the measurement takes, after the start")
     parser.add_argument("--hours", type=float, default=24.0, help="of the plants' clock that pass in them")
     parser.add_argument("--steps", type=int, default=40, help="of training a round")
+    parser.add_argument("--before", type=float, help="seconds for the start of everything; default: by the plants")
     parser.add_argument("--root", type=Path, help="folder for everything, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, help="all samples, JSON")
     options = parser.parse_args()
     root = options.root or Path(tempfile.mkdtemp(prefix="trunkline-soak-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
-        samples, told = soak(root, options.plants, options.minutes, options.hours, options.steps)
+        samples, told = soak(
+            root,
+            options.plants,
+            options.minutes,
+            options.hours,
+            options.steps,
+            options.before or 90.0 + 15.0 * options.plants,
+        )
     finally:
         if options.root is None:
             shutil.rmtree(root, ignore_errors=True)
     print_table(samples)
-    first = next(one for one in samples if one.hour >= 1.0)
-    beyond = print_growth(first, samples[-1])
+    # of three samples each: a connection that is being made, or a round that is being written, is no growth
+    beyond = print_growth(mean([one for one in samples if one.hour >= 0.9][:3]), mean(samples[-3:]))
     half = [one for one in samples if one.hour >= options.hours / 2]
     if len(half) > 1:
         each = 1000 * (half[-1].database - half[0].database) / max(1, half[-1].rounds - half[0].rounds)
