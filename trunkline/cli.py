@@ -528,7 +528,7 @@ def client_resume(site_dir: SiteDir, state: ClientState = None) -> None:
     from trunkline.client import pausing
 
     folder = state or site_dir / ".trunkline"
-    typer.echo("Training goes on." if pausing.resume(folder) else "There was no pause.")
+    typer.echo("The pause is over." if pausing.resume(folder) else "There was no pause.")
     if why := pausing.in_words(site_dir, folder):
         typer.echo(f"It still stands: {why}.")
 

@@ -85,7 +85,7 @@ def test_training_stands_within_5_s_and_goes_on_to_the_same_bytes(
     assert not came
     steps = len(looked)
     if by == "request":
-        assert "goes on" in command("resume", str(plant))
+        assert "is over" in command("resume", str(plant))
         assert "no pause" in command("resume", str(plant))
     else:
         time_is[0] = monday + timedelta(hours=17)
