@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.groups import pytest_xdist_make_scheduler  # noqa: F401 - a hook
+
 DATA = Path(os.environ.get("TRUNKLINE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
