@@ -395,6 +395,9 @@ OFFERS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, An
         lambda table: {"tasks": [{**table["tasks"][0], "unit": "unit 17"}, *table["tasks"][1:]]}, {}, "its tasks is not what",
     ),
     "a word in the version": (lambda table: {"version": "unit 17"}, {}, "its version is not what"),
+    "hours that site.toml does not have": (
+        lambda table: {"hours": {"zone": "Europe/Berlin"}}, {}, "its hours is not what",
+    ),
     "arrays beside": (lambda table: {}, {"diary": FEW}, "`diary` is not in this run's contract"),
 }  # fmt: skip
 
