@@ -16,7 +16,7 @@ from trunkline.client import consent, contracts, manifest
 from trunkline.client.app import app
 from trunkline.client.egress import ONCE, Door
 from trunkline.errors import StorageError, TamperError, TrustError
-from trunkline.exchange import PROBED, About, Arrays, GuardSettings, LocalPlan, Order, TrunkSpec
+from trunkline.exchange import PROBED, About, Arrays, GuardSettings, LocalPlan, Order, PlantHours, TrunkSpec
 from trunkline.flower import (
     CRASHED,
     DECLINED,
@@ -396,7 +396,7 @@ OFFERS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, An
     ),
     "a word in the version": (lambda table: {"version": "unit 17"}, {}, "its version is not what"),
     "hours that site.toml does not have": (
-        lambda table: {"hours": {"zone": "Europe/Berlin"}}, {}, "its hours is not what",
+        lambda table: {"hours": PlantHours(zone="Europe/Berlin").model_dump(mode="json")}, {}, "its hours is not what",
     ),
     "arrays beside": (lambda table: {}, {"diary": FEW}, "`diary` is not in this run's contract"),
 }  # fmt: skip
