@@ -94,7 +94,8 @@ def print_page(title: str, sections: Iterable[tuple[str, Rows]], found: Mapping[
         about = ", ".join(
             part for part in (site, f"round {one['round']}" if one.get("round") is not None else "") if part
         )
-        text = sentences(f"{about}: {one['text']}" if about else one["text"], one.get("remedy") or "")
+        named = not about or about in one["text"]  # what a run tells says it in its own words
+        text = sentences(one["text"] if named else f"{about}: {one['text']}", one.get("remedy") or "")
         incidents.append((f"{clock(one['at'], seconds=True)} {one['kind']}", text))
     for name, rows in (*sections, ("wrong", wrong), ("last incidents", incidents)):
         if rows:

@@ -21,7 +21,7 @@ LOOK_S = 0.5  # between two looks at the list of runs
 BEGIN_S = 45.0  # from a submission until its ServerApp must have begun; it loads torch, on a busy machine
 TRIES = 12  # submissions in a row without a new round until a run is given up
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0  # between them, doubling
-UNREACHED_S = 5.0  # a SuperLink that is silent for longer is told about
+FORMER = 20  # numbers of earlier submissions that are remembered, to tell them from runs of somebody else
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,8 @@ class Conductor:
 
     def _running(self, entry: Entry, number: int, how: str) -> None:
         self._begun[entry.key] = time.monotonic()
-        self.ledger.change(entry.key, state="running", number=number, note=how)
+        former = (*entry.former, entry.number)[-FORMER:] if entry.number else entry.former
+        self.ledger.change(entry.key, state="running", number=number, former=former, note=how)
         if how:
             self._say(f"{entry.name}: {how}.", entry, "recovery")
 

@@ -52,6 +52,7 @@ class Entry(Frozen):
     note: str = ""
     tries: int = 0
     round: int = 0
+    former: tuple[int, ...] = ()  # numbers of the submissions before, the last few
     stop: bool = False  # an operator wants it ended
 
     @property

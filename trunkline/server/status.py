@@ -247,7 +247,7 @@ def print_status(found: Mapping[str, Any], console: "Console") -> None:
         rows += [(one["name"], child_words(one, does.get(one["name"], ""))) for one in found["children"]]
     rows.append(("disk", disk_words(found)))
     runs: Rows = [(one["name"], run_words(one)) for one in found["listed"][:MOST_RUNS]]
-    known_numbers = {str(one.get("number")) for one in found["listed"]}
+    known_numbers = {str(number) for one in found["listed"] for number in (one.get("number"), *one.get("former", ()))}
     for one in found["runs"][: MOST_RUNS - len(runs)]:
         if str(one["run"]) not in known_numbers:
             told = f": {one['details']}" if one["details"] else ""
