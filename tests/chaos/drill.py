@@ -23,6 +23,7 @@ from tests.chaos.world import CENTRE, World, world
 from trunkline.config import parse_run
 
 POLL_S = 0.05
+TAKEN = "its folder is"  # what `server run` says once the centre has written the run down
 LONGEST_S = 180.0  # that faults may add to a run; undisturbed it takes some 20
 USUAL = 6.0  # and as often the time of the undisturbed run, for a machine that is busy with something else
 SETTLE_S = 150.0  # until everything runs again after a run
@@ -127,10 +128,15 @@ def drill(made: World, name: str, faults: Sequence[Fault], expected: Outcome | N
     began = time.monotonic()
     follower = made.run(toml, out)
     told, injector = Told(out, rounds), Injector(made, list(faults), out)
+    taken = False  # a run that was refused, because the disk is full say, has not begun and cannot be lost
     while not done.problems:
         made.tend()
         told.look()
-        injector.tick(told.reached)
+        taken = taken or TAKEN in made.log(name)
+        if taken:
+            injector.tick(told.reached)
+        elif follower.poll() is not None:
+            done.problems.append(f"the run was not taken: {made.log(name)}")
         spent = time.monotonic() - began
         if told.last == "done" and not injector.busy:
             break
