@@ -8,6 +8,12 @@ import pytest
 
 from tests.groups import pytest_xdist_make_scheduler  # noqa: F401 - a hook
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes takes longest, so it begins first: at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+
+
 DATA = Path(os.environ.get("TRUNKLINE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

@@ -169,6 +169,7 @@ class Attacker(threading.Thread):
                 self.statuses[status] += 1
 
 
+@pytest.mark.processes
 def test_ten_thousand_broken_requests(tmp_path: Path) -> None:
     federation, behind = Federation(tmp_path), Behind()
     # a smaller curve than sites have: what is tried here is not the arithmetic, and it is most of the time
