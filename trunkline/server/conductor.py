@@ -97,7 +97,7 @@ class Conductor:
         if ended is not None and not held:
             self._end(entry, ended)
             return
-        status, details = self._status(entry)
+        status, details = self._status(entry.number)
         if status.startswith("finished"):
             if held and number == entry.number:
                 return  # it is writing its last words
@@ -181,21 +181,17 @@ class Conductor:
             f"{entry.name}: {state}{'. ' + note if note else '.'}", entry, "failure" if state == "failed" else "note"
         )
 
-    def _status(self, entry: Entry) -> tuple[str, str]:
+    def _status(self, number: int) -> tuple[str, str]:
         try:
-            return run_status(self.address, entry.number, ca=self._authority())
+            return run_status(self.address, number, ca=self._authority())
         except DeploymentError as error:
             if "no run" in str(error):  # its database was lost, or put back from before
                 return "unknown", ""
             raise
 
     def _alive(self, number: int) -> bool:
-        try:
-            return not run_status(self.address, number, ca=self._authority())[0].startswith("finished")
-        except DeploymentError as error:
-            if "no run" in str(error):
-                return False
-            raise
+        status, _ = self._status(number)
+        return status != "unknown" and not status.startswith("finished")
 
     def _late(self, entry: Entry) -> bool:
         return time.monotonic() - self._begun.setdefault(entry.key, time.monotonic()) > BEGIN_S

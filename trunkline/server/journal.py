@@ -6,7 +6,7 @@ the very question that was asked: the same order, with the same arrays.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,3 @@ def update_digest(came: Came) -> str:
     arrays, header, metrics = came
     numbers = ",".join(f"{name}={value!r}" for name, value in sorted(metrics.items()))
     return hashlib.sha256(f"{Arrays(arrays).digest()}|{header}|{numbers}".encode()).hexdigest()
-
-
-def digests_of(admitted: Mapping[str, str]) -> dict[str, str]:
-    """site -> digest, by site."""
-    return dict(sorted(admitted.items()))

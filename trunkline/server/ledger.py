@@ -65,6 +65,7 @@ class Ledger:
 
     def __init__(self, state: Path) -> None:
         self.folder = state / "runs"
+        self._seen: dict[Path, tuple[tuple[int, int, int], Entry | None]] = {}  # the daemon looks twice a second
 
     def entries(self) -> list[Entry]:
         """Oldest first; a file that cannot be read is left out (`damaged` names it)."""
@@ -129,11 +130,15 @@ class Ledger:
     def _write(self, entry: Entry) -> None:
         write_atomic(self.folder / f"{entry.key}.json", json.dumps(entry.model_dump(mode="json"), indent=1).encode())
 
-    @staticmethod
-    def _read(path: Path) -> Entry | None:
+    def _read(self, path: Path) -> Entry | None:
+        """A run's file, parsed again only when it has changed; None where it is absent or damaged."""
         try:
-            return Entry.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError, ValueError):
+            found = path.stat()
+            mark = (found.st_mtime_ns, found.st_ino, found.st_size)
+            if path not in self._seen or self._seen[path][0] != mark:
+                self._seen[path] = mark, _parsed(path.read_bytes())
+            return self._seen[path][1]
+        except OSError:
             return None
 
     @contextmanager
@@ -150,6 +155,13 @@ class Ledger:
             yield
         finally:
             os.close(descriptor)
+
+
+def _parsed(data: bytes) -> Entry | None:
+    try:
+        return Entry.model_validate_json(data)
+    except (ValidationError, ValueError):
+        return None
 
 
 class Hold:
