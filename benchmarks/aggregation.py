@@ -30,8 +30,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from trunkline.exchange import Arrays, Update
-from trunkline.flower import LoopbackGrid, open_records, to_records
+from trunkline.flower.records import LoopbackGrid, open_records, to_records
+from trunkline.protocol.messages import Arrays, Update
 from trunkline.strategies.strategy import weighted_mean
 
 CASES = {"100x100k": (100, 100_000), "1000x100k": (1000, 100_000), "10x11m": (10, 11_000_000)}

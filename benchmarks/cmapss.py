@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from trunkline.config import read_run
+from trunkline.config.run import read_run
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.folders import prepare, site_folders
 from trunkline.simulations.simulate import simulate

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--site", type=Path, help="a site folder for `trunkline check`, FD004 say")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    trunkline = [sys.executable, "-m", "trunkline.cli"]
+    trunkline = [sys.executable, "-m", "trunkline.cli.app"]
     nothing = seconds([sys.executable, "-c", "pass"])
     result = {"python -c pass": nothing, "trunkline --help": seconds([*trunkline, "--help"])}
     if options.site:

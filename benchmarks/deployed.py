@@ -25,10 +25,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from trunkline.flower import app_digest, open_records, run_status, submit, to_records
-from trunkline.server.calls import ask
+from trunkline.flower.records import app_digest, open_records, run_status, submit, to_records
+from trunkline.server.rounds.messaging import ask
 
-TRUNKLINE = [sys.executable, "-m", "trunkline.cli"]
+TRUNKLINE = [sys.executable, "-m", "trunkline.cli.app"]
 RUN = """
 name = "round"
 rounds = {rounds}
@@ -199,8 +199,8 @@ NEAR = """
 import sys
 from pathlib import Path
 from trunkline.client import daemon
-from trunkline.config import read_site
-from trunkline.supervise import Supervisor
+from trunkline.config.run import read_site
+from trunkline.runtime.supervisor import Supervisor
 site, state, server, ca = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 children = daemon.children_of(read_site(site), site, server or "127.0.0.1:1", state, "deployed:client_app", door=False)
 if ca:  # straight at the SuperLink: its own certificate to trust, and none of ours to show
@@ -215,8 +215,8 @@ Supervisor(children, state).run()
 
 def large_trunks(root: Path, megabytes: int, repeats: int) -> dict[str, Any]:
     """Throughput through the gateway relative to straight at the SuperLink; medians of the same run."""
-    from trunkline.server.daemon import status
-    from trunkline.server.registry import Registry
+    from trunkline.server.membership.registry import Registry
+    from trunkline.server.operations.daemon import status
 
     app = root / "app"
     app.mkdir()

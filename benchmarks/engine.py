@@ -118,8 +118,8 @@ def model_and_rows(case: str, root: Path, rounds: int) -> Path:
     import torch
 
     from trunkline.client.site import open_site
-    from trunkline.config import parse_run
-    from trunkline.exchange import Order
+    from trunkline.config.run import parse_run
+    from trunkline.protocol.messages import Order
 
     run = parse_run(table_of(case, rounds), "benchmark")
     order = Order(run="bench", seed=run.seed, round=1, rounds=rounds, trunk=run.trunk, plan=run.training, lend=run.lend)
@@ -322,11 +322,11 @@ def flower(job: dict[str, Any]) -> dict[str, Any]:
 
 def trunkline(job: dict[str, Any]) -> dict[str, Any]:
     """`trunkline simulate` without the page of plots, which is drawn after the last round."""
-    import trunkline.server.page
+    import trunkline.server.reporting.html
 
-    trunkline.server.page.page = lambda report, predictions: ""  # type: ignore[assignment]
-    from trunkline.config import parse_run
-    from trunkline.server.report import read_report
+    trunkline.server.reporting.html.page = lambda report, predictions: ""  # type: ignore[assignment]
+    from trunkline.config.run import parse_run
+    from trunkline.server.reporting.report import read_report
     from trunkline.simulations.simulate import simulate
 
     out = Path(job["out"])
@@ -339,7 +339,7 @@ def trunkline(job: dict[str, Any]) -> dict[str, Any]:
     failed = sum(len(one["refused"]) for one in rounds)
     apart = None
     if "keep" in job:
-        from trunkline.server.checkpoint import Checkpoint
+        from trunkline.server.rounds.checkpoint import Checkpoint
 
         last = Checkpoint(out).load()
         assert last is not None
@@ -366,7 +366,7 @@ def noop_app() -> Any:
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
 
-    from trunkline.flower import to_records
+    from trunkline.flower.records import to_records
 
     app, answer = ClientApp(), np.full(int(os.environ["TRUNKLINE_BENCHMARK_ANSWER"]), 0.5, np.float32)
 
@@ -379,9 +379,9 @@ def noop_app() -> Any:
 
 def noop(job: dict[str, Any]) -> dict[str, Any]:
     """Rounds over a grid without training: asked, answered, summed."""
-    from trunkline.exchange import Arrays, Update
-    from trunkline.flower import LoopbackGrid, open_records, to_records
-    from trunkline.server.calls import ask
+    from trunkline.flower.records import LoopbackGrid, open_records, to_records
+    from trunkline.protocol.messages import Arrays, Update
+    from trunkline.server.rounds.messaging import ask
     from trunkline.strategies.strategy import weighted_mean
 
     os.environ["TRUNKLINE_BENCHMARK_ANSWER"] = str(job["answer"])
@@ -393,7 +393,7 @@ def noop(job: dict[str, Any]) -> dict[str, Any]:
     else:
         import ray
 
-        from trunkline.simulations import engine as simulation
+        from trunkline.simulations.ray import grid as simulation
 
         # the grid starts Ray as always, but for the hook
         ray.init = partial(ray.init, runtime_env={"worker_process_setup_hook": "engine.use_noop"})
@@ -723,7 +723,7 @@ def show(case: str, found: dict[str, dict[str, Any]]) -> None:
 
 def sites_10000(options: argparse.Namespace) -> dict[str, float] | None:
     """Ten thousand sites, a tenth of them a round, as a user gets it."""
-    from trunkline.config import CohortConfig
+    from trunkline.config.run import CohortConfig
 
     if "share" not in CohortConfig.model_fields:
         print("sites_10000: needs [cohort] share")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trunkline.exchange import Arrays, Update
+from trunkline.protocol.messages import Arrays, Update
 from trunkline.strategies.strategy import weighted_mean
 
 

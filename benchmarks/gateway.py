@@ -33,8 +33,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from trunkline import keys
-from trunkline.server.registry import REGISTRY, Book, Enrolled
+from trunkline.security import keys
+from trunkline.server.membership.registry import REGISTRY, Book, Enrolled
 
 CHUNK = 5 << 20
 PUSH, PULL, BEAT = "/v1/fleet/push-object", "/v1/fleet/pull-object", "/v1/fleet/send-node-heartbeat"
@@ -214,7 +214,7 @@ def main() -> None:
             *("--no-access-log", "--lifespan", "off"),
         ]
         gateway = [
-            *("-m", "trunkline.server.gateway", "--state", folder, "--listen", f"127.0.0.1:{ports['gateway']}"),
+            *("-m", "trunkline.server.gateway.gateway", "--state", folder, "--listen", f"127.0.0.1:{ports['gateway']}"),
             *("--upstream", f"127.0.0.1:{ports['direct']}"),
         ]
         processes = []

@@ -139,10 +139,10 @@ def federate(study: Study, strategy: str, seed: int, sites: list[Path], out: Pat
     from flwr.app import Context, RecordDict
 
     from trunkline.client.app import app as client_app
-    from trunkline.config import read_run
-    from trunkline.flower import LoopbackGrid
+    from trunkline.config.run import read_run
+    from trunkline.flower.records import LoopbackGrid
     from trunkline.server.app import app as server_app
-    from trunkline.server.report import read_report
+    from trunkline.server.reporting.report import read_report
     from trunkline.simulations.central import run_central
 
     settings = {"seed": seed, **study.strategies[strategy]}

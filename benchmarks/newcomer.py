@@ -22,10 +22,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from trunkline.client.adapt import Adapted, adapt_data
+from trunkline.client.adaptation.adapt import Adapted, adapt_data
 from trunkline.client.data.site_data import open_newcomer
-from trunkline.client.training import Resident, device, outputs_of
-from trunkline.config import parse_run
+from trunkline.client.training.loop import Resident, device, outputs_of
+from trunkline.config.run import parse_run
 from trunkline.models.trunk import TrunkModel
 from trunkline.release import RELEASE, read_release
 from trunkline.simulations.factories import write_sites

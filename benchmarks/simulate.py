@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from trunkline.config import parse_run
-from trunkline.exchange import Order, seed_of
-from trunkline.server.report import read_report
+from trunkline.config.run import parse_run
+from trunkline.protocol.messages import Order, seed_of
+from trunkline.server.reporting.report import read_report
 
 
 def bare(folders: list[Path], states: Path, table: dict, rounds: int) -> float:
@@ -24,7 +24,7 @@ def bare(folders: list[Path], states: Path, table: dict, rounds: int) -> float:
     import torch
 
     from trunkline.client.site import open_site
-    from trunkline.client.training import train_site
+    from trunkline.client.training.loop import train_site
 
     torch.set_num_threads(1)
     run = parse_run(dict(table), "benchmark")

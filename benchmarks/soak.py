@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.federation import Federation, events, rounds, within  # noqa: E402 - the tests' harness lies beside this folder
-from trunkline.hours import lasts, now  # noqa: E402
+from trunkline.protocol.opening_hours import lasts, now  # noqa: E402
 
 LIMIT = 0.05
 HELD = ("memory", "open files", "sockets", "files")  # kinds that may not grow by more

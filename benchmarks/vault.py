@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trunkline.client.vault import Entry, Vault
-from trunkline.sealing import make_seal
+from trunkline.client.state.vault import Entry, Vault
+from trunkline.security.encryption import make_seal
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TRUNKLINE = [sys.executable, "-m", "trunkline.cli"]
+TRUNKLINE = [sys.executable, "-m", "trunkline.cli.app"]
 CODE = re.compile(r"^ +((?:[A-Z2-7]{5}-){10}[A-Z2-7]{5})$", re.MULTILINE)
 
 
@@ -96,8 +96,8 @@ class Federation:
 
     def online(self) -> set[str]:
         from trunkline.errors import TrunklineError
-        from trunkline.server import daemon
-        from trunkline.server.registry import Registry
+        from trunkline.server.membership.registry import Registry
+        from trunkline.server.operations import daemon
 
         try:
             nodes = {one["node"] for one in daemon.status(self.server)["nodes"] if one["status"] == "online"}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trunkline.exchange import Arrays, Update
+from trunkline.protocol.messages import Arrays, Update
 from trunkline.strategies.strategy import State, Strategy
 
 

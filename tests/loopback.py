@@ -12,14 +12,14 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from trunkline.client.app import app as client_app
-from trunkline.client.egress import Door
-from trunkline.config import parse_run
-from trunkline.exchange import Arrays
-from trunkline.flower import LoopbackGrid, open_records
-from trunkline.progress import EVENTS
+from trunkline.client.policy.egress import Door
+from trunkline.config.run import parse_run
+from trunkline.flower.records import LoopbackGrid, open_records
+from trunkline.protocol.messages import Arrays
+from trunkline.runtime.progress import EVENTS
 from trunkline.server.app import app as server_app
-from trunkline.server.checkpoint import Checkpoint
-from trunkline.server.report import read_report
+from trunkline.server.reporting.report import read_report
+from trunkline.server.rounds.checkpoint import Checkpoint
 
 Tamper = Callable[[Message, Callable[[], Message]], Message | None]
 QUICK: dict[str, Any] = {
@@ -98,7 +98,7 @@ def federate(
     grid = grid or WatchedGrid(folders, out, tamper, plant)
     config = {"run-toml": json.dumps(table), "out": str(out), "resume": int(resume), "state": str(centre or "")}
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
-    with nullcontext() if page else patch("trunkline.server.page.page", lambda report, predictions: ""):
+    with nullcontext() if page else patch("trunkline.server.reporting.html.page", lambda report, predictions: ""):
         server_app(grid=grid, context=context)
     return grid
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from trunkline.errors import StorageError, TamperError
-from trunkline.exchange import Arrays, Frozen, TaskCard, TrunkSpec
-from trunkline.signature import Sign, Signature, Verdict, digest_of, judge, nobody_signed
-from trunkline.storage import Sealing, write_private
+from trunkline.protocol.messages import Arrays, Frozen, TaskCard, TrunkSpec
+from trunkline.runtime.storage import Sealing, write_private
+from trunkline.security.signatures import Sign, Signature, Verdict, digest_of, judge, nobody_signed
 
 FORMAT = 2  # 1 had no lineage and could not be signed
 READS = (1, FORMAT)

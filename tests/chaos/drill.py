@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.chaos.faults import KINDS, ROUNDS, STAGES, Fault, Injector, draw
 from tests.chaos.outcome import Outcome, differences, outcome_of, same_sites
 from tests.chaos.world import CENTRE, World, world
-from trunkline.config import parse_run
+from trunkline.config.run import parse_run
 
 POLL_S = 0.05
 TAKEN = "its folder is"  # what `server run` says once the centre has written the run down

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from tests.chaos.world import World
-from trunkline.client.access import open_seal
-from trunkline.client.vault import Vault
-from trunkline.config import RunConfig
+from trunkline.client.state.permissions import open_seal
+from trunkline.client.state.vault import Vault
+from trunkline.config.run import RunConfig
 from trunkline.errors import StorageError
-from trunkline.exchange import Arrays, Update
-from trunkline.server.checkpoint import Checkpoint
+from trunkline.protocol.messages import Arrays, Update
+from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.strategies import State, build_strategy
 
 CLOCK = ("seconds",)  # keys of report.json that are readings of a clock

@@ -17,7 +17,7 @@ from tests.chaos.machine import Clock, Disk
 from tests.chaos.outcome import Outcome, differences, outcome_of
 from tests.chaos.world import CENTRE, World, world
 from tests.federation import events
-from trunkline.config import parse_run
+from trunkline.config.run import parse_run
 
 SEED, RUNS, ROUNDS, MOST = 96652, 6, 5, 4  # a seed whose few runs hold every kind of fault: the first test says so
 NAMES = ["kiln-02", "mill-04", "press-01", "pump-03"]

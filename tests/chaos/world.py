@@ -15,7 +15,7 @@ from tests.chaos.machine import GO_ON, KILL, Clock, Disk, command_of, family, se
 from tests.chaos.proxy import Proxy
 from tests.federation import Federation, within
 from trunkline.errors import TrunklineError
-from trunkline.server import daemon
+from trunkline.server.operations import daemon
 
 CENTRE = "server"  # the name of its daemon, beside those of the plants
 COMMON = ("ListRuns", "list-runs", "ListNodes", "list-nodes")  # in lines of a log that say nothing
@@ -97,7 +97,7 @@ class World(Federation):
         if not part:
             return whole
         if part == "serverapp":
-            return [pid for pid in whole if "trunkline.server.launcher" in command_of(pid)]
+            return [pid for pid in whole if "trunkline.server.operations.app_guard" in command_of(pid)]
         try:
             status = json.loads((self.state_of(name) / "status.json").read_bytes())
         except (OSError, ValueError):

@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 from rich.console import Console
 
+from tests.client.data.preprocess.test_scale import cmapss_site
 from tests.client.data.sites import fleet, write_site, write_toml
-from tests.client.data.test_scale import cmapss_site
 from trunkline.client.check import CheckReport, check_site, render
 from trunkline.client.data import open_data
 

@@ -24,7 +24,7 @@ from flwr.app import Message
 
 import trunkline
 from tests.loopback import WatchedGrid, federate
-from trunkline.flower import app_digest, open_records
+from trunkline.flower.records import app_digest, open_records
 
 KEY = "TRUNKLINE_SAMPLE_KEY"
 SEALED_WITH = base64.b64encode(b"of samples only, secret to none.").decode()
@@ -87,8 +87,8 @@ def make(to: Path) -> None:
 
 
 def centre(state: Path) -> None:
-    from trunkline.server import authority
-    from trunkline.server.ledger import Ledger
+    from trunkline.server.membership import authority
+    from trunkline.server.operations.run_store import Ledger
 
     authority.init(state, "Samples", ("127.0.0.1",), f"env:{KEY}")
     authority.Authority.open(state).invite("kiln-02", 1.0)
@@ -96,13 +96,13 @@ def centre(state: Path) -> None:
 
 
 def back_up(state: Path, file: Path) -> None:
-    from trunkline.server import backup
+    from trunkline.server.operations import backup
 
     backup.back_up(state, file)
 
 
 def sealed(plants: list[Path], out: Path) -> None:
-    from trunkline.client.at_rest import seal_state
+    from trunkline.client.state.at_rest import seal_state
 
     seal_state(out / "state" / plants[0].name, f"env:{KEY}")
     with suppress(PowerCut):
@@ -111,9 +111,9 @@ def sealed(plants: list[Path], out: Path) -> None:
 
 
 def model(site_dir: Path, path: Path) -> None:
-    from trunkline.client.model_file import write_model
+    from trunkline.client.adaptation.model_file import write_model
     from trunkline.client.site import open_site
-    from trunkline.exchange import LocalPlan, Order, TrunkSpec
+    from trunkline.protocol.messages import LocalPlan, Order, TrunkSpec
 
     site = open_site({"site": str(site_dir), "state": str(site_dir / "state")})
     spec = TrunkSpec(width=4)
@@ -125,7 +125,7 @@ def model(site_dir: Path, path: Path) -> None:
 
 
 def search(plants: list[Path], path: Path) -> None:
-    from trunkline.config import parse_run
+    from trunkline.config.run import parse_run
     from trunkline.simulations.simulate import simulate
 
     out = path.parent / "searched"

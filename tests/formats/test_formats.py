@@ -12,36 +12,36 @@ import pytest
 import trunkline
 from tests.formats.make import KEY, ROUND, SEALED_WITH, SETTINGS, sites
 from tests.loopback import QUICK, WatchedGrid, federate, trunk_of
-from trunkline.client.consent import check_order
-from trunkline.client.contracts import every, read
-from trunkline.client.manifest import read_manifest
-from trunkline.client.model_file import read_model
+from trunkline.client.adaptation.model_file import read_model
+from trunkline.client.policy.consent import check_order
+from trunkline.client.policy.contracts import every, read
+from trunkline.client.policy.manifest import read_manifest
 from trunkline.client.site import open_site
-from trunkline.client.vault import Vault
+from trunkline.client.state.vault import Vault
 from trunkline.errors import ConfigError
-from trunkline.exchange import PROTOCOL, Offer, Order, Reply, Scorecard
-from trunkline.flower import app_digest
-from trunkline.keys import read_certificate
+from trunkline.flower.records import app_digest
+from trunkline.protocol.messages import PROTOCOL, Offer, Order, Reply, Scorecard
 from trunkline.release import open_release
-from trunkline.server import audit
-from trunkline.server.authority import Authority
-from trunkline.server.backup import restore
-from trunkline.server.checkpoint import Checkpoint
-from trunkline.server.ledger import Ledger
+from trunkline.runtime.storage import FORMAT, MAGIC, is_sealed
+from trunkline.security.keys import read_certificate
+from trunkline.server.membership import audit_log as audit
+from trunkline.server.membership.authority import Authority
+from trunkline.server.operations.backup import restore
+from trunkline.server.operations.run_store import Ledger
+from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.simulations.search import read_search
-from trunkline.storage import FORMAT, MAGIC, is_sealed
 
 HERE = Path(__file__).parent
 # file of the package that has a format number -> where the sample of each lies; {} is the number
 SAMPLES = {
-    "storage.py": ("v{}/run/checkpoint/round-000001.safetensors", "v{}/plant/vault"),
+    "runtime/storage.py": ("v{}/run/checkpoint/round-000001.safetensors", "v{}/plant/vault"),
     "release.py": ("v{}/trunk.safetensors",),
-    "client/model_file.py": ("v{}/model.safetensors",),
+    "client/adaptation/model_file.py": ("v{}/model.safetensors",),
     "client/data/split.py": ("v{}/plant/split.json",),
     "simulations/search.py": ("v{}/search.json",),
-    "server/registry.py": ("v{}/centre/registry.json",),
-    "server/backup.py": ("v{}/backup.tar",),
-    "server/ledger.py": ("v{}/centre/runs",),
+    "server/membership/registry.py": ("v{}/centre/registry.json",),
+    "server/operations/backup.py": ("v{}/backup.tar",),
+    "server/operations/run_store.py": ("v{}/centre/runs",),
 }
 SHELVES = range(1, FORMAT + 1)
 
@@ -135,7 +135,7 @@ def test_the_sealed_state_of_a_plant_opens_with_all_that_is_in_it(
 
 
 def question_of(state: Path, run: str) -> str:
-    from trunkline.sealing import find_seal
+    from trunkline.security.encryption import find_seal
 
     return str(Vault(state, run, seal=find_seal(state)).shelf.get(ROUND)[1]["question"])
 
@@ -143,7 +143,7 @@ def question_of(state: Path, run: str) -> str:
 def test_a_contract_from_before_a_key_was_known_holds_for_a_run_that_has_it_as_it_is_by_default(
     tmp_path: Path, key: None
 ) -> None:
-    from trunkline.client.contracts import write
+    from trunkline.client.policy.contracts import write
 
     state = copied("v1/plant", tmp_path / "state")
     (agreed,) = every(state)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.samples import batch, site, spec_of
-from trunkline.exchange import TrunkSpec
 from trunkline.models.backbones import BACKBONES
 from trunkline.models.norms import SiteNorm, group_norm
 from trunkline.models.trunk import TrunkModel
+from trunkline.protocol.messages import TrunkSpec
 
 WINDOWS = [name for name, backbone in BACKBONES.items() if backbone.reads == "windows"]
 norms = st.sampled_from(["group", "private", "private-group"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trunkline.client.data import SiteData, open_data
-from trunkline.config import TaskConfig, read_site
+from trunkline.config.run import TaskConfig, read_site
 from trunkline.errors import ConfigError, DataError
 from trunkline.models.labels import Places
 from trunkline.models.tasks import make_task

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from trunkline.exchange import TrunkSpec
 from trunkline.models.lora import LowRank, add_low_rank, merge_low_rank
 from trunkline.models.trunk import TrunkModel, build_model
+from trunkline.protocol.messages import TrunkSpec
 
 BODIES = [("tcn", 12), ("transformer", 12), ("mlp", None)]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tests.models.samples import batch, labels_of, site, spec_of, tasks_of
 from trunkline.errors import ConfigError, ContractError, SensorMismatch, StorageError
-from trunkline.exchange import Arrays, TrunkSpec
 from trunkline.models.backbones import BACKBONES
 from trunkline.models.backbones.backbone import Backbone
 from trunkline.models.trunk import TrunkModel, build_model, first_trunk
+from trunkline.protocol.messages import Arrays, TrunkSpec
 
 LENDS = [
     lend

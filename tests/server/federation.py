@@ -23,11 +23,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from trunkline import keys
-from trunkline.enrolment import Code
-from trunkline.server.gateway import Gateway
-from trunkline.server.registry import Book, Enrolled, Invitation, Registry
-from trunkline.server.routes import SOCKET, Limits
+from trunkline.security import keys
+from trunkline.security.enrolment import Code
+from trunkline.server.gateway.gateway import Gateway
+from trunkline.server.gateway.routes import SOCKET, Limits
+from trunkline.server.membership.registry import Book, Enrolled, Invitation, Registry
 
 PULL = "/v1/fleet/pull-messages"
 WAIT_S = 10.0

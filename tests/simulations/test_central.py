@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_site_life import write_site
-from trunkline.config import parse_run
+from tests.end_to_end.test_site_life import write_site
+from trunkline.config.run import parse_run
 from trunkline.errors import ConfigError
-from trunkline.server.report import read_report
+from trunkline.server.reporting.report import read_report
 from trunkline.simulations.folders import prepare, site_folders
 from trunkline.simulations.simulate import simulate
 

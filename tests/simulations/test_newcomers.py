@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.client.wearing import RUN, machines, plant, write_plant
+from tests.client.adaptation.wearing import RUN, machines, plant, write_plant
 from tests.loopback import federate
-from trunkline.client import adapt as adapt_module
-from trunkline.config import NewcomersConfig
+from trunkline.client.adaptation import adapt as adapt_module
+from trunkline.config.run import NewcomersConfig
 from trunkline.errors import ConfigError
 from trunkline.release import RELEASE, read_release
 from trunkline.simulations.newcomers import onboard, print_newcomers, set_apart

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from tests.loopback import QUICK, WatchedGrid, trunk_of
 from trunkline.client.site import Site
-from trunkline.client.training import Resident
-from trunkline.client.vault import Vault
-from trunkline.config import RunConfig, parse_run
+from trunkline.client.state.vault import Vault
+from trunkline.client.training.loop import Resident
+from trunkline.config.run import RunConfig, parse_run
 from trunkline.errors import ConfigError, DataError, QuorumError, StorageError
-from trunkline.server.rounds import run_rounds
+from trunkline.server.rounds.run import run_rounds
 from trunkline.simulations import search as searching
 from trunkline.simulations.search import FILE, WHO, Found, print_search, read_search, search
 

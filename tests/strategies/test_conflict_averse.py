@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from tests import laws
-from trunkline.exchange import LocalPlan, Update
+from trunkline.protocol.messages import LocalPlan, Update
 from trunkline.strategies import build_strategy
 from trunkline.strategies.conflict_averse import undisturbed
 from trunkline.strategies.strategy import weighted_mean

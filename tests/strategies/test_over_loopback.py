@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.end_to_end.test_resume import PowerCut, cut_at
 from tests.loopback import WatchedGrid, arrays_in, events_of, federate, trunk_of
-from tests.test_resume import PowerCut, cut_at
-from trunkline.client.vault import Vault
-from trunkline.flower import open_records
-from trunkline.server.checkpoint import Checkpoint
-from trunkline.server.report import read_report
+from trunkline.client.state.vault import Vault
+from trunkline.flower.records import open_records
+from trunkline.server.reporting.report import read_report
+from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.strategies import STRATEGIES
 
 OPTIONS = {

@@ -10,13 +10,13 @@ import polars as pl
 import pytest
 from flwr.app import Message
 
+from tests.end_to_end.test_resume import PowerCut
 from tests.loopback import WatchedGrid, arrays_in, events_of, federate
-from tests.server.test_hostile import changed
-from tests.test_resume import PowerCut
-from trunkline.flower import error_reply, open_records
+from tests.server.rounds.test_hostile import changed
+from trunkline.flower.records import error_reply, open_records
 from trunkline.release import COHORT_RELEASE, RELEASE, read_release
-from trunkline.server.checkpoint import Checkpoint
-from trunkline.server.report import read_report
+from trunkline.server.reporting.report import read_report
+from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.simulations.folders import prepare
 from trunkline.strategies import State
 

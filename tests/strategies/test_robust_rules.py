@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests import laws
 from trunkline.errors import QuorumError
-from trunkline.exchange import LocalPlan, Update
+from trunkline.protocol.messages import LocalPlan, Update
 from trunkline.strategies import build_strategy
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests import laws
 from trunkline.errors import ConfigError, ContractError
-from trunkline.exchange import Arrays, LocalPlan, TrunkSpec, Update
+from trunkline.protocol.messages import Arrays, LocalPlan, TrunkSpec, Update
 from trunkline.strategies import STRATEGIES, build_strategy
 from trunkline.strategies.strategy import ExactSum, Streamed, weighted_mean
 

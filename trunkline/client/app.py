@@ -3,11 +3,11 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from trunkline.client.rounds import answer_decide, answer_evaluate, answer_offer, answer_probe, answer_train
+from trunkline.client.handlers import answer_decide, answer_evaluate, answer_offer, answer_probe, answer_train
 from trunkline.client.site import open_site
 from trunkline.errors import ContractError
-from trunkline.exchange import Arrays, Order, read_header
-from trunkline.flower import open_records, to_records
+from trunkline.flower.records import open_records, to_records
+from trunkline.protocol.messages import Arrays, Order, read_header
 
 app = ClientApp()
 

@@ -13,7 +13,7 @@ from trunkline.client.data import Note, Problem, SiteData, Survey, WindowSet, su
 from trunkline.client.data.notes import counted, some
 from trunkline.client.data.split import PARTS
 from trunkline.errors import ConfigError
-from trunkline.sealing import find_seal
+from trunkline.security.encryption import find_seal
 
 MOST_CHANNELS = 60  # lines of the channel table; a thousand channels are nobody's page
 MARK = {"info": ("i", "cyan"), "warning": ("!", "yellow")}

@@ -13,16 +13,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from trunkline.client.access import open_seal
+from trunkline.client.availability import Pauses, free_memory
 from trunkline.client.data import SiteData, open_data
-from trunkline.client.pausing import Pauses, free_memory
-from trunkline.client.training import Resident, between_steps, device
-from trunkline.client.vault import check_whose
-from trunkline.config import SiteConfig, read_site
+from trunkline.client.state.permissions import open_seal
+from trunkline.client.state.vault import check_whose
+from trunkline.client.training.loop import Resident, between_steps, device
+from trunkline.config.run import SiteConfig, read_site
 from trunkline.errors import Away, ConfigError
-from trunkline.exchange import Conditions, Order, seed_of
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.sealing import Seal
+from trunkline.protocol.messages import Conditions, Order, seed_of
+from trunkline.security.encryption import Seal
 
 CURVE_SAMPLES = 2000  # validation windows a round's curve is drawn from; the final choice uses all of them
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trunkline.exchange import seed_of
 from trunkline.models.trunk import TrunkModel
+from trunkline.protocol.messages import seed_of
 
 RANK = 4
 SCALE = 2.0  # what the product counts (alpha / r of the paper): twice, so that the rate of full fine-tuning does

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trunkline.errors import ConfigError, ContractError, StorageError, TrunklineError, nearest
-from trunkline.exchange import Arrays, Part, TrunkSpec, seed_of
 from trunkline.models.backbones import BACKBONES
 from trunkline.models.backbones.backbone import Backbone
 from trunkline.models.norms import SiteNorm, group_norm
 from trunkline.models.stems import STEMS
 from trunkline.models.stems.raw import RawColumns
+from trunkline.protocol.messages import Arrays, Part, TrunkSpec, seed_of
 
 if TYPE_CHECKING:  # the centre builds first trunks without loading what tasks need
     from trunkline.models.tasks.task import Task

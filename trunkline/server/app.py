@@ -12,23 +12,23 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from trunkline.config import RunConfig, parse_run, read_run
+from trunkline.config.run import RunConfig, parse_run, read_run
 from trunkline.errors import ConfigError, StorageError, TrunklineError
-from trunkline.flower import LINK_LOST
-from trunkline.incidents import Incidents
-from trunkline.progress import EVENTS
+from trunkline.flower.records import LINK_LOST
 from trunkline.release import RELEASE
-from trunkline.server import audit
-from trunkline.server.authority import is_federation
-from trunkline.server.calls import is_far
-from trunkline.server.ledger import Hold, write_outcome
-from trunkline.server.registry import Registry
-from trunkline.server.report import write_report
-from trunkline.server.room import Lines, Room
-from trunkline.server.rounds import run_rounds
-from trunkline.server.signing import find_signer
-from trunkline.server.status import note_event
-from trunkline.signature import Sign
+from trunkline.runtime.incidents import Incidents
+from trunkline.runtime.progress import EVENTS
+from trunkline.security.signatures import Sign
+from trunkline.server.membership import audit_log as audit
+from trunkline.server.membership.authority import is_federation
+from trunkline.server.membership.registry import Registry
+from trunkline.server.operations.run_store import Hold, write_outcome
+from trunkline.server.operations.status import note_event
+from trunkline.server.releases.signing import find_signer
+from trunkline.server.reporting.report import write_report
+from trunkline.server.rounds.disk_wait import Lines, Room
+from trunkline.server.rounds.messaging import is_far
+from trunkline.server.rounds.run import run_rounds
 
 app = ServerApp()
 logger = logging.getLogger(__name__)

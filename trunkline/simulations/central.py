@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from trunkline.client.evaluation import Decision, decide_site, score_site
-from trunkline.client.rounds import alone
+from trunkline.client.handlers import alone
+from trunkline.client.model_selection.evaluation import Decision, decide_site, score_site
 from trunkline.client.site import Site, open_site
-from trunkline.client.training import Resident, steps_of, train_site
-from trunkline.config import RunConfig
+from trunkline.client.training.loop import Resident, steps_of, train_site
+from trunkline.config.run import RunConfig
 from trunkline.errors import ConfigError
-from trunkline.exchange import Order, TaskRow, seed_of
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
-from trunkline.server.report import RoundRecord, build_report
+from trunkline.protocol.messages import Order, TaskRow, seed_of
+from trunkline.server.reporting.report import RoundRecord, build_report
 
 
 def run_central(

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from trunkline.errors import ConfigError
-from trunkline.progress import EVENTS
+from trunkline.runtime.progress import EVENTS
 
 # what a run leaves in its folder
 OURS = ("checkpoint", "state", EVENTS, "report.json", "report.html", "trunk.safetensors", "search", "search.json")

@@ -21,11 +21,11 @@ from flwr.serverapp import Grid
 from rich.console import Console
 from rich.table import Table
 
-from trunkline.config import RunConfig, with_settings
+from trunkline.config.run import RunConfig, with_settings
 from trunkline.errors import ConfigError, DataError, StorageError, TrunklineError
-from trunkline.exchange import seed_of
-from trunkline.server.rounds import run_rounds
-from trunkline.storage import write_atomic
+from trunkline.protocol.messages import seed_of
+from trunkline.runtime.storage import write_atomic
+from trunkline.server.rounds.run import run_rounds
 from trunkline.strategies import build_strategy
 
 FILE = "search.json"

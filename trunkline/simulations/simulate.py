@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, RecordDict
 
-from trunkline.config import RunConfig, WorldConfig
+from trunkline.config.run import RunConfig, WorldConfig
 from trunkline.errors import ConfigError
-from trunkline.guards import guards_of
-from trunkline.progress import EVENTS
+from trunkline.privacy.guards import guards_of
 from trunkline.release import RELEASE
-from trunkline.server.report import read_report, write_report
+from trunkline.runtime.progress import EVENTS
+from trunkline.server.reporting.report import read_report, write_report
 from trunkline.strategies import build_strategy
 
 if TYPE_CHECKING:
-    from trunkline.server.plots import Predictions
-    from trunkline.simulations.desk import DeskGrid
-    from trunkline.simulations.engine import RayGrid
-    from trunkline.simulations.world import WorldGrid
+    from trunkline.server.reporting.plots import Predictions
+    from trunkline.simulations.ray.grid import RayGrid
+    from trunkline.simulations.ray.site_host import DeskGrid
+    from trunkline.simulations.world.network import WorldGrid
 
 
 def simulate(
@@ -80,7 +80,7 @@ def simulate(
             }
             context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
             if run.world != WorldConfig():  # after a search, which has all sites at its disposal
-                from trunkline.simulations import world as worlds
+                from trunkline.simulations.world import network as worlds
 
                 world = worlds.WorldGrid(grid, run, out, resume=resume)
             app(grid=world or grid, context=context)
@@ -99,10 +99,10 @@ def simulate(
 
 def _grid(folders: list[Path], states: list[Path], workers: int | None, address: str | None) -> "DeskGrid | RayGrid":
     if workers == 0:
-        from trunkline.simulations.desk import DeskGrid
+        from trunkline.simulations.ray.site_host import DeskGrid
 
         return DeskGrid(folders, states)
-    from trunkline.simulations.engine import RayGrid  # here, because importing and starting Ray takes seconds
+    from trunkline.simulations.ray.grid import RayGrid  # here, because importing and starting Ray takes seconds
 
     return RayGrid(folders, states, workers=workers, address=address)
 
@@ -115,7 +115,7 @@ def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":
     """The row-level predictions of simulated sites, for the plots; a deployed centre has none and finds none."""
     import safetensors
 
-    from trunkline.server.plots import Predictions  # here, because it brings matplotlib
+    from trunkline.server.reporting.plots import Predictions  # here, because it brings matplotlib
 
     found: dict[tuple[str, str], Predictions] = {}
     for row in read_report(out)["sites"]:

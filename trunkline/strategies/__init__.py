@@ -5,9 +5,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from trunkline.errors import ConfigError, nearest
-from trunkline.exchange import LocalPlan
+from trunkline.protocol.messages import LocalPlan
 from trunkline.strategies.central import Central
-from trunkline.strategies.cohorts import Cohorts
+from trunkline.strategies.clustered import Cohorts
 from trunkline.strategies.conflict_averse import ConflictAverse
 from trunkline.strategies.ditto import Ditto
 from trunkline.strategies.fedadam import FedAdam

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from trunkline.exchange import Arrays, Update
+from trunkline.protocol.messages import Arrays, Update
 from trunkline.strategies.strategy import Averaging, by_site, weighted_mean
 
 Matrix = NDArray[np.float64]

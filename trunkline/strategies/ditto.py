@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from trunkline.exchange import LocalPlan
+from trunkline.protocol.messages import LocalPlan
 from trunkline.strategies.strategy import Averaging
 
 

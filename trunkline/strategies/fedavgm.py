@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from pydantic import Field
 
-from trunkline.exchange import Arrays, Update
+from trunkline.protocol.messages import Arrays, Update
 from trunkline.strategies.strategy import Averaging, State
 
 

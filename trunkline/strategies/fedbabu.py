@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from trunkline.exchange import LocalPlan, Phase
+from trunkline.protocol.messages import LocalPlan, Phase
 from trunkline.strategies.strategy import Averaging
 
 

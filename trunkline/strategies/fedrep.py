@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from trunkline.exchange import Arrays, LocalPlan, Phase, Update
+from trunkline.protocol.messages import Arrays, LocalPlan, Phase, Update
 from trunkline.strategies.strategy import Averaging, State
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trunkline.exchange import Update
+from trunkline.protocol.messages import Update
 from trunkline.strategies.strategy import Averaging, by_site, on_equal_terms
 
 

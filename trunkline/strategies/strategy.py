@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trunkline.errors import ContractError
-from trunkline.exchange import Arrays, Frozen, LocalPlan, TrunkSpec, Update
+from trunkline.protocol.messages import Arrays, Frozen, LocalPlan, TrunkSpec, Update
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from trunkline.exchange import Update
+from trunkline.protocol.messages import Update
 from trunkline.strategies.strategy import Averaging, by_site, on_equal_terms
 
 

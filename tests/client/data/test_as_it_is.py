@@ -9,7 +9,7 @@ import pytest
 
 from tests.client.data.sites import fleet, write_site
 from trunkline.client.data import open_data
-from trunkline.client.data.scale import Scaler
+from trunkline.client.data.preprocess.scale import Scaler
 from trunkline.errors import DataError
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trunkline.client.data.layout import Layout
-from trunkline.client.data.reference import reference
+from trunkline.client.data.preprocess.reference import reference
 
 
 def layout_of(group: np.ndarray, order: np.ndarray, part: np.ndarray) -> Layout:

@@ -14,7 +14,7 @@ from tests.loopback import events_of, federate
 from trunkline.client.check import check_site
 from trunkline.client.data import open_data
 from trunkline.errors import DataError
-from trunkline.server.report import read_report
+from trunkline.server.reporting.report import read_report
 
 BAD: dict[str, tuple[dict[str, Any], pl.Expr | pl.Series, str]] = {
     "words for a number": (

@@ -11,11 +11,11 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from trunkline.config import LOSSES, ONLY_FOR, RunConfig, SiteConfig, TaskConfig, parse_run, read_site
+from trunkline.config.run import LOSSES, ONLY_FOR, RunConfig, SiteConfig, TaskConfig, parse_run, read_site
 from trunkline.errors import ConfigError
-from trunkline.exchange import LocalPlan
 from trunkline.models.tasks import TASKS
-from trunkline.server.page import CANDIDATES
+from trunkline.protocol.messages import LocalPlan
+from trunkline.server.reporting.html import CANDIDATES
 from trunkline.simulations.factories import FACTORIES
 from trunkline.simulations.search import DEFAULT_SPACE
 from trunkline.strategies import STRATEGIES, build_strategy

@@ -7,15 +7,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trunkline.client.data import clean
 from trunkline.client.data.layout import Layout
-from trunkline.client.data.lean import Beside, groups_seen, lay_beside
 from trunkline.client.data.notes import Findings, counted, some
+from trunkline.client.data.preprocess import clean
+from trunkline.client.data.preprocess.reference import MARK, reference
+from trunkline.client.data.preprocess.regimes import Regimes
+from trunkline.client.data.preprocess.scale import Scaler, moments, scale
+from trunkline.client.data.preprocess.shrinkage import Beside, groups_seen, lay_beside
 from trunkline.client.data.read import Table
-from trunkline.client.data.reference import MARK, reference
-from trunkline.client.data.regimes import Regimes
-from trunkline.client.data.scale import Scaler, moments, scale
-from trunkline.config import SiteConfig
+from trunkline.config.run import SiteConfig
 from trunkline.release import PooledScale
 
 AGE = "age"

@@ -7,14 +7,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trunkline.client.data import clean
 from trunkline.client.data.notes import Findings, counted
+from trunkline.client.data.preprocess import clean
 from trunkline.client.data.read import Table
 from trunkline.client.data.split import PARTS, TEST, TRAIN, VALIDATION, Shuffle, Split, divide, read_split
 from trunkline.client.data.windows import segments
-from trunkline.config import CLASSED, SiteConfig
+from trunkline.config.run import CLASSED, SiteConfig
 from trunkline.errors import DataError
-from trunkline.storage import Sealing
+from trunkline.runtime.storage import Sealing
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]

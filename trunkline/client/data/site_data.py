@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from trunkline.client.data.clean import ChannelStatistics
 from trunkline.client.data.inputs import AGE, read_categories, read_inputs
-from trunkline.client.data.kin import look_for_kin
 from trunkline.client.data.layout import Layout, deal, keep_apart, read_groups, sort_rows
+from trunkline.client.data.leakage import look_for_kin
 from trunkline.client.data.notes import Findings, Note, counted, some
+from trunkline.client.data.preprocess.clean import ChannelStatistics
+from trunkline.client.data.preprocess.scale import Scaler
 from trunkline.client.data.read import Table, read_table
-from trunkline.client.data.scale import Scaler
 from trunkline.client.data.split import PARTS, TEST, TRAIN, Split, write_split
 from trunkline.client.data.windows import WindowSet, ends_of
-from trunkline.config import CLASSED, SiteConfig, read_site
+from trunkline.config.run import CLASSED, SiteConfig, read_site
 from trunkline.errors import ConfigError, DataError
 from trunkline.models.labels import Labels, Places
 from trunkline.release import PooledScale
-from trunkline.storage import Sealing
+from trunkline.runtime.storage import Sealing
 
 if TYPE_CHECKING:
     from trunkline.models.tasks.task import Samples, Task

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from trunkline.client.data.folds import deal, missed
 from trunkline.client.data.notes import Findings
-from trunkline.config import SplitConfig
+from trunkline.config.run import SplitConfig
 from trunkline.errors import DataError, StorageError
-from trunkline.exchange import seed_of
-from trunkline.storage import Sealing, read_private, write_private
+from trunkline.protocol.messages import seed_of
+from trunkline.runtime.storage import Sealing, read_private, write_private
 
 FORMAT = 1
 PARTS = ("train", "validation", "test")

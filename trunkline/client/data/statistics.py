@@ -6,11 +6,11 @@ They travel once, with the Offer, where the run lends "scaler" and the site's ow
 import numpy as np
 from numpy.typing import NDArray
 
-from trunkline.client.data.scale import Scaler
+from trunkline.client.data.preprocess.scale import Scaler
 from trunkline.client.data.site_data import SiteData
-from trunkline.exchange import Arrays, Inputs
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
+from trunkline.protocol.messages import Arrays, Inputs
 
 FEWEST = 10  # values behind a mean that travels: the mean of one value is that value
 Floats = NDArray[np.float64]

@@ -6,8 +6,8 @@ from typing import ClassVar, Self
 from torch import Tensor, nn
 
 from trunkline.errors import ConfigError
-from trunkline.exchange import TrunkSpec
 from trunkline.models.backbones.backbone import Backbone, Size
+from trunkline.protocol.messages import TrunkSpec
 
 
 class Linear(Backbone):

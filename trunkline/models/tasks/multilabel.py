@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trunkline.config import TaskConfig
+from trunkline.config.run import TaskConfig
 from trunkline.errors import DataError
 from trunkline.models.tasks.crossentropy import yes_or_no
-from trunkline.models.tasks.highway import Highway, along, fit_tied
+from trunkline.models.tasks.skip_channels import Highway, along, fit_tied
 from trunkline.models.tasks.task import Labels, Metric, Samples, Task, effective_number, listed, numbers
 from trunkline.models.tasks.thresholds import choose_thresholds
 

@@ -21,7 +21,7 @@ from trunkline.simulations.factories.folder import (
     read_csv,
     toml,
     write_plants,
-)  # fmt: skip
+)
 
 FILE = "ai4i2020.csv"
 QUALITIES = ("L", "M", "H")

@@ -24,7 +24,7 @@ from trunkline.simulations.factories.folder import (
     parquet,
     toml,
     write_plants,
-)  # fmt: skip
+)
 
 FILE, RECORDS = "cwru_12k_drive_end.npz", "cwru_12k_drive_end_records.csv"
 LOADS = (0, 1, 2, 3)  # hp

@@ -20,7 +20,7 @@ from trunkline.simulations.factories.folder import (
     parquet,
     toml,
     write_plants,
-)  # fmt: skip
+)
 
 METERS = {"A": (36, 2), "B": (51, 3), "C": (43, 4), "D": (43, 4)}  # diagnostic numbers, conditions
 CONDITIONS = ("healthy", "fault-2", "fault-3", "fault-4")  # the files number the conditions; only 1 has a name there

@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from trunkline.errors import ConfigError, DataError
-from trunkline.storage import write_atomic
+from trunkline.runtime.storage import write_atomic
 
 SUMS = "SHA256SUMS"
 STATE = ".trunkline"  # what the plant's daemon keeps inside its site folder by default

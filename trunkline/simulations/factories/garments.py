@@ -20,7 +20,7 @@ from trunkline.simulations.factories.folder import (
     read_csv,
     toml,
     write_plants,
-)  # fmt: skip
+)
 
 FILE = "garments_worker_productivity.csv"
 TEAMS = 12

@@ -19,7 +19,7 @@ from trunkline.simulations.factories.folder import (
     parquet,
     toml,
     write_plants,
-)  # fmt: skip
+)
 
 FILE = "skab.parquet"
 PLANTS = ("valve1", "valve2", "other")  # the run without any anomaly is not part of the published protocol

@@ -19,7 +19,7 @@ from trunkline.simulations.factories.folder import (
     read_csv,
     toml,
     write_plants,
-)  # fmt: skip
+)
 
 FILE = "steel_plates_faults.csv"
 GRADES = ("A300", "A400")

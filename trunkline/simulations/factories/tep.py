@@ -23,7 +23,7 @@ from trunkline.simulations.factories.folder import (
     parquet,
     toml,
     write_plants,
-)  # fmt: skip
+)
 
 FILE = "tep.parquet"
 PLANTS = {"faults-01-07": range(1, 8), "faults-08-14": range(8, 15), "faults-15-21": range(15, 22)}

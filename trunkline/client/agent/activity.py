@@ -1,0 +1,85 @@
+"""What the plant's worker does at this moment, in `<state>/activity.json`: for `client status` and nobody else."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+
+from trunkline.client.agent.status import ACTIVITY
+from trunkline.errors import ContractError
+from trunkline.flower.records import open_records
+from trunkline.runtime.incidents import clean, keep, look_up
+
+WORDS = {"train": "training", "query": "looking at what is asked of it", "evaluate": "scoring"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One message of the centre, as far as it can be named.
+
+    Args:
+        kind: of Flower's message types, `train` say.
+        run: the name of the run; empty where the message says none. round, rounds: 0 likewise.
+    """
+
+    kind: str
+    run: str = ""
+    round: int = 0
+    rounds: int = 0
+
+    @classmethod
+    def of(cls, message: Message) -> "Task":
+        """Read from a message that anybody may have written: what is not as expected is left out."""
+        try:
+            order = json.loads(open_records(message.content)[1])
+            about = order.get("about") or {}
+            run, counts = about.get("name") or order.get("run"), (order.get("round"), about.get("rounds"))
+        except (ContractError, ValueError, AttributeError, RecursionError):
+            run, counts = "", (0, 0)
+        round, rounds = (one if type(one) is int and 0 <= one < 10**9 else 0 for one in counts)
+        return cls(message.metadata.message_type, clean(run)[:80] if isinstance(run, str) else "", round, rounds)
+
+    @property
+    def what(self) -> str:
+        """`training round 7 of 30`."""
+        text = WORDS.get(self.kind, clean(self.kind)[:32])
+        if self.kind != "train" or not self.round:
+            return text
+        return f"{text} round {self.round}" + (f" of {self.rounds}" if self.rounds else "")
+
+
+class Activity:
+    """The file; `begin` and `end` never raise, and nothing waits for the disk."""
+
+    def __init__(self, state: Path) -> None:
+        self.path = state / ACTIVITY
+        self.doing: Task | None = None
+        self._began = 0.0
+        self._last: dict[str, Any] = look_up(self.path).get("last") or {}
+        self._keep()
+
+    def begin(self, task: Task) -> None:
+        self.doing, self._began = task, time.monotonic()
+        self._keep()
+
+    def end(self, outcome: str = "without an answer") -> None:
+        """The task is over; nothing where none had begun, or it was ended already."""
+        if self.doing is None:
+            return
+        about = {**asdict(self.doing), "what": self.doing.what, "seconds": round(time.monotonic() - self._began, 2)}
+        self._last = {**about, "outcome": clean(outcome), "at": _now()}
+        self.doing = None
+        self._keep()
+
+    def _keep(self) -> None:
+        doing = {**asdict(self.doing), "what": self.doing.what} if self.doing else None
+        keep(self.path, {"pid": os.getpid(), "doing": doing, "since": _now(), "last": self._last})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

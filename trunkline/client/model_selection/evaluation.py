@@ -1,0 +1,324 @@
+"""How good the models are on rows nobody trained on, with an interval over what belongs together."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trunkline.client.model_selection.candidates import versions
+from trunkline.client.model_selection.gate import Tried, choose
+from trunkline.client.site import Part, Site
+from trunkline.client.state.vault import predictions_place
+from trunkline.client.training.loop import Resident, outputs_of, total_loss
+from trunkline.models.labels import known
+from trunkline.models.tasks.task import Task
+from trunkline.models.trunk import TrunkModel
+from trunkline.protocol.messages import Order, TaskRow, seed_of
+from trunkline.runtime.storage import write_private
+
+RESAMPLES = 1000  # of the bootstrap; the ends of a 95 % interval then rest on 25 resamples each
+FEWEST = 200  # of a test set so large that a site's evaluation would take minutes; its interval is the surer anyway
+WORK = 100_000_000  # numbers a bootstrap may look at, about a second
+
+Tasks = Mapping[str, Task]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A model's validation loss and each task's primary metric, for one point of the learning curves."""
+
+    loss: float
+    metrics: dict[str, float]
+
+
+def curve(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> Curve:
+    outputs = outputs_of(model, data, tasks)
+    labels = {name: column.cpu() for name, column in data.labels.items()}
+    metrics: dict[str, float] = {}
+    for name, task in tasks.items():
+        value = task.score(task.predict(outputs[name]), labels[name].numpy())
+        if value is not None and np.isfinite(value):
+            metrics[name] = value
+    return Curve(float(total_loss(outputs, labels, tasks)), metrics)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model on one task: what it predicts on the test rows.
+
+    `task` is a copy of the site's, calibrated for this model: two models decide at two thresholds.
+    """
+
+    task: Task
+    prediction: NDArray[Any]
+
+
+def paired_bootstrap(
+    one: Scored, other: Scored, labels: NDArray[np.float32], groups: NDArray[np.int32], seed: int
+) -> tuple[float, float] | None:
+    """95 % interval of (one minus other) of the primary metric, resampling whole test groups (Efron 1979).
+
+    Rows of one engine or coil are not independent, so groups are drawn, not rows; both models are scored on the same draw.
+    A very large test set is drawn less often, see FEWEST.
+
+    Returns:
+        None below two labelled groups: there is nothing to resample.
+    """
+    judged = np.flatnonzero(one.task.judged(labels))
+    codes, member = np.unique(groups[judged], return_inverse=True)
+    if len(codes) < 2:
+        return None
+    by_group = np.split(judged[np.argsort(member, kind="stable")], np.cumsum(np.bincount(member))[:-1])
+    draw = np.random.default_rng(seed)
+    numbers = 2 * len(judged) * one.prediction[:1].size
+    resamples = min(RESAMPLES, max(FEWEST, WORK // numbers))
+    differences = []
+    for _ in range(resamples):
+        rows = np.concatenate([by_group[place] for place in draw.integers(0, len(codes), len(codes))])
+        mine = one.task.score(one.prediction[rows], labels[rows])
+        theirs = other.task.score(other.prediction[rows], labels[rows])
+        if mine is not None and theirs is not None:  # a draw without a single failure has no F1
+            differences.append(mine - theirs)
+    if len(differences) < resamples // 2:
+        return None
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass
+class _Judge:
+    """One model before the site's validation and test rows, task by task; each forward pass is made once."""
+
+    site: Site
+    model: TrunkModel
+    tasks: dict[str, Task]
+    rows: Part  # what it was trained on
+    _own: dict[str, Task] = field(default_factory=dict)
+    _outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def own(self, name: str) -> Task:
+        """A copy of the task, settled for this model; `outputs` of training rows are looked at by kinds that want them only."""
+        if not self._own:
+            self._own = {one: copy.copy(task) for one, task in self.tasks.items()}
+            wanting = {one: task for one, task in self._own.items() if task.settles}
+            if wanting:
+                train = self.site.resident(self.rows)
+                for one, output in outputs_of(self.model, train, wanting).items():
+                    wanting[one].settle(output, train.labels[one].cpu().numpy())
+        return self._own[name]
+
+    def outputs(self, part: str, name: str) -> Tensor:
+        if part not in self._outputs:
+            resident = self.site.resident("test" if part == "test" else "validation")
+            self._outputs[part] = outputs_of(self.model, resident, self.tasks)
+        return self._outputs[part][name]
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A single model's predictions."""
+
+    judge: _Judge
+    name: str
+
+    @property
+    def task(self) -> Task:
+        return self.judge.own(self.name)
+
+    def predict(self, task: Task, part: str) -> NDArray[np.float32]:
+        return task.predict(self.judge.outputs(part, self.name))
+
+
+@dataclass(frozen=True)
+class _Together:
+    """An ensemble's predictions: the mean of what two models say, in values, probabilities, quantiles or scores."""
+
+    one: _Alone
+    other: _Alone
+
+    @property
+    def task(self) -> Task:
+        return self.one.task
+
+    def predict(self, task: Task, part: str) -> NDArray[np.float32]:
+        mean: NDArray[np.float32] = (
+            self.one.predict(self.one.task, part) + self.other.predict(self.other.task, part)
+        ) / 2.0
+        return mean
+
+
+Predictor = _Alone | _Together
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a site has settled for one task by its validation rows.
+
+    Args:
+        chosen: the candidate to use.
+        versions: candidate -> which of its versions it stands for.
+        decisions: candidate -> where it decides (`Task.decisions`).
+    """
+
+    chosen: str
+    versions: dict[str, int]
+    decisions: dict[str, dict[str, Any]]
+
+
+class _Lineup:
+    """The models a site's gate chooses from, each in one or several versions.
+
+    They are those given, fine-tuned and fused versions of the federated one where the plan has steps for them
+    (`candidates.versions`), and the ensemble of federated and local.
+    """
+
+    def __init__(
+        self, site: Site, models: Mapping[str, TrunkModel], order: Order, tasks: Mapping[str, dict[str, Task]] | None
+    ) -> None:
+        given, rows = tasks or {}, site.rows(order)
+        self.judges = {
+            name: [_Judge(site, model, given.get(name, site.data.tasks), rows)] for name, model in models.items()
+        }
+        for candidate, some in versions(site, models["federated"], order).items():
+            self.judges[candidate] = [_Judge(site, model, site.data.tasks, rows) for model in some.values()]
+        self.together = "local" in models and not given
+
+    def of(self, name: str) -> dict[str, list[Predictor]]:
+        """candidate -> its versions, for one task."""
+        found: dict[str, list[Predictor]] = {
+            who: [_Alone(judge, name) for judge in some] for who, some in self.judges.items()
+        }
+        if self.together:
+            one, other = (_Alone(self.judges[who][0], name) for who in ("federated", "local"))
+            found["ensemble"] = [_Together(one, other)]
+        return found
+
+
+def decide_site(
+    site: Site, models: Mapping[str, TrunkModel], order: Order, *, tasks: Mapping[str, dict[str, Task]] | None = None
+) -> dict[str, Decision]:
+    """What the site settles by its validation rows, task by task; no test row is looked at. Arguments as in `score_site`."""
+    return _decide(site, _Lineup(site, models, order, tasks), order.plan.hold)
+
+
+def _decide(site: Site, lineup: _Lineup, hold: str) -> dict[str, Decision]:
+    data, settled = site.data.validation, {}
+    for name in site.data.tasks:
+        tried: dict[str, Tried] = {}
+        candidates = lineup.of(name)
+        held = hold if hold in candidates else "federated"  # neither local nor ensemble where nobody trained alone
+        picked: dict[str, int] = {}
+        for who, some in candidates.items():
+            results = [_try(site, name, one) for one in some]
+            picked[who] = _best(results)
+            tried[who] = replace(
+                results[picked[who]], tries=len(results), half=who == "ensemble" and held != "ensemble"
+            )
+        chosen = choose(tried, data.labels[name], data.groups, held)
+        if trouble := tried[chosen].task.trouble:
+            site.tell(f"task {name}, model {chosen}: {trouble}")
+        settled[name] = Decision(chosen, picked, {who: one.task.decisions() for who, one in tried.items()})
+    return settled
+
+
+def score_site(
+    site: Site, models: Mapping[str, TrunkModel], order: Order, *,
+    tasks: Mapping[str, dict[str, Task]] | None = None, settled: Mapping[str, Decision] | None = None,
+) -> tuple[TaskRow, ...]:  # fmt: skip
+    """The site's rows of the worth-it report; its row-level predictions stay in its state folder.
+
+    Args:
+        models: name -> model. "federated" is what the strategy made for this site; "local", the twin that trained alone,
+            is absent where the run wanted no baseline. "shared", with a personal model, is the one that was averaged.
+        order: of the run; its seed is the bootstrap's and its plan says whether and how to fine-tune.
+        tasks: name of a model -> the tasks it was trained with, where they are not the site's own.
+        settled: task -> what was decided before these models saw the validation rows; None: they never did, and decide now.
+    """
+    lineup = _Lineup(site, models, order, tasks)
+    settled = settled or _decide(site, lineup, order.plan.hold)
+    rows = []
+    for name in site.data.tasks:
+        decision = settled[name]
+        scored: dict[str, Scored] = {}
+        for who, some in lineup.of(name).items():
+            if who in decision.versions:  # else it was not there when the others were judged
+                one = some[decision.versions[who]]
+                task = copy.copy(one.task)
+                task.take_decisions(decision.decisions[who])
+                scored[who] = Scored(task, one.predict(task, "test"))
+        rows.append(_row(site, name, scored, decision.chosen, order))
+        _keep_predictions(site, order.run, name, scored, decision.chosen)
+    return tuple(rows)
+
+
+def _try(site: Site, name: str, predictor: Predictor) -> Tried:
+    task, labels = copy.copy(predictor.task), site.data.validation.labels[name]
+    prediction = predictor.predict(task, "validation")
+    task.calibrate(prediction, labels)
+    return Tried(task, prediction, task.score(prediction, labels))
+
+
+def _best(results: list[Tried]) -> int:
+    """The first with the best validation figure; the first of all where there is none."""
+    better = 1.0 if results[0].task.card.better == "higher" else -1.0
+    values = [-np.inf if one.score is None else better * one.score for one in results]
+    return int(np.argmax(values))
+
+
+def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, order: Order) -> TaskRow:
+    data, task = site.data, site.data.tasks[name]
+    truth, groups = data.test.labels[name], data.test.groups
+    trained = (data.train, data.validation) if site.rows(order) == "all" else (data.train,)
+    shown = {who: one for who, one in scored.items() if who in ("local", "federated", chosen)}
+    measured = {who: one.task.measure(one.prediction, truth) for who, one in shown.items()}
+    primary, local = task.card.metric, scored.get("local")
+    intervals = {
+        who: paired_bootstrap(one, local, truth, groups, seed_of(order.seed, site.name, name))
+        for who, one in shown.items()
+        if local is not None and who != "local"
+    }
+    interval = intervals.get("federated")
+    if chosen == "local":
+        intervals["local"] = (0.0, 0.0) if interval is not None else None  # the same model: not a question of chance
+    others = sorted({metric for one in measured.values() for metric in one} - {primary})
+    candidates = {who: one.task.score(one.prediction, truth) for who, one in scored.items()}
+    return TaskRow(
+        **task.card.model_dump(),
+        n_train=sum(int(known(part.labels[name]).sum()) for part in trained),
+        n_validation=int(task.judged(data.validation.labels[name]).sum()),
+        n_test=int(task.judged(truth).sum()),
+        n_groups=len(np.unique(groups[task.judged(truth)])),
+        local=candidates.get("local"),
+        federated=candidates["federated"],
+        chosen=chosen,
+        interval=interval,
+        more={metric: {who: one.get(metric) for who, one in measured.items()} for metric in others},
+        candidates=candidates,
+        gated=candidates[chosen],
+        gated_interval=intervals.get(chosen),
+    )
+
+
+def _keep_predictions(site: Site, run: str, name: str, scored: dict[str, Scored], chosen: str) -> None:
+    """Row-level results for the plant's own plots. They are data: they lie beside the vault and no message has a type for them."""
+    test = site.data.test
+    kept = {who: one for who, one in scored.items() if who in ("local", "federated", chosen)}
+    tensors: dict[str, NDArray[Any]] = {
+        "truth": np.ascontiguousarray(test.labels[name]),
+        "groups": np.ascontiguousarray(test.groups),
+        "order": np.ascontiguousarray(test.order),
+        **{who: np.ascontiguousarray(one.prediction, dtype=np.float32) for who, one in kept.items()},
+    }
+    about = {
+        "chosen": chosen,
+        "task": site.data.tasks[name].config.model_dump(mode="json"),
+        "states": {who: one.task.state() for who, one in kept.items()},
+    }
+    place = predictions_place(run, name, tuple(site.config.tasks), sealed=site.seal is not None)
+    write_private(site.state / place, safetensors.numpy.save(tensors, {"about": json.dumps(about)}), site.seal, place)

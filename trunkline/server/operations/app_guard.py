@@ -1,0 +1,56 @@
+"""The centre's own door for code: what stands in for `flwr-serverapp` and runs nothing but the installed app.
+
+Whoever reaches a SuperLink's control interface can submit an app, and Flower starts its server side with the daemon's
+rights. Here the archive's digest is compared with that of the installed thin app before anything of it is unpacked; another
+ends its run as failed and stands in the audit log.
+
+Run as `python -m trunkline.server.operations.app_guard STATE ...`, by way of `STATE/bin/flwr-serverapp`, which Flower finds first.
+"""
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+import trunkline
+from trunkline.errors import DeploymentError, TrunklineError
+from trunkline.flower.records import app_digest, fab_digest, serverapp_main
+from trunkline.runtime.incidents import Incidents
+from trunkline.runtime.storage import write_atomic
+from trunkline.runtime.supervisor import pins_of
+from trunkline.server.membership import audit_log as audit
+
+logger = logging.getLogger("trunkline.launcher")
+
+
+def install(state: Path) -> Path:
+    """The folder that has to come first in a launcher's PATH."""
+    folder = state / "bin"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    script = folder / "flwr-serverapp"
+    text = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m trunkline.server.operations.app_guard {shlex.quote(str(state))} "$@"\n'
+    write_atomic(script, text.encode(), mode=0o700)  # a full disk must not leave an empty one, which would run nothing
+    return folder
+
+
+def check(state: Path, fab: bytes) -> None:
+    """Raises DeploymentError for any app but the installed one and those that the operator has pinned."""
+    digest = fab_digest(fab)
+    if digest in pins_of(app_digest(Path(trunkline.__file__).parent / "app"), state / "pins.txt"):
+        return
+    try:
+        audit.note(state, "refuse app", app=digest)
+    except TrunklineError as error:  # the refusal stands even where it cannot be written down
+        logger.error("%s", error)
+    text, remedy = f"refused the app {digest}: nothing of it was run", "Submit runs with `trunkline server run`."
+    Incidents(state).note("refusal", text, remedy=remedy, about=f"app {digest}")
+    raise DeploymentError(
+        f"the app {digest[:16]} is not the one installed at this centre; nothing of it was run. Submit runs with `trunkline server "
+        f"run`, or pin it: one digest a line in {state / 'pins.txt'}."
+    )
+
+
+if __name__ == "__main__":
+    _state = Path(sys.argv[1])
+    sys.argv = ["flwr-serverapp", *sys.argv[2:]]
+    serverapp_main(lambda fab: check(_state, fab))

@@ -1,0 +1,299 @@
+"""The worth-it report: site by task, what federation changed against the same network trained alone.
+
+`build_report` makes the one dictionary every view is made from (report.json, the contract for other tools);
+`write_report` puts it on disk with a self-contained page, `print_report` shows it in a terminal. No figure is worked
+out here that a site could not know of itself: intervals are made at the site and only judged here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trunkline import __version__
+from trunkline.config.run import RunConfig
+from trunkline.errors import StorageError
+from trunkline.protocol.messages import TaskRow
+from trunkline.runtime.storage import write_atomic
+from trunkline.server.reporting.summary import (
+    CAME,
+    Outcome,
+    Report,
+    Row,
+    after_gate,
+    difference,
+    gated_verdict_of,
+    interval,
+    metric,
+    outcome,
+    plain,
+    shown,
+    summary,
+    value,
+    verdict_of,
+)
+from trunkline.server.reporting.task_conflicts import conflicts_of
+
+if TYPE_CHECKING:
+    from trunkline.server.reporting.plots import Predictions
+
+WIDE = 118  # terminal columns from which every column of the table fits beside a site name of 20 letters
+WIDEST = 170  # from which there is room for every candidate as well
+NARROW = 64  # what the stacked columns need; a site name that does not fit beside them gets a line of its own
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reply that was set aside, and why, in words."""
+
+    site: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one round cost and brought.
+
+    Args:
+        round: from 1.
+        sites: whose updates were averaged.
+        refused: whose were set aside.
+        seconds: wall time from the first message to the new trunk.
+        bytes_up: of all replies together; bytes_down: of all messages to sites together.
+        train_loss: weighted mean over `sites`; None when no site reported one.
+        metrics: site -> metric name -> this round's value (`exchange.metric_names`): the learning curves.
+        admitted: site -> digest of the update that was counted; only at the centre of a deployment, and in no report.
+        buffer: updates that the step waited for, in a buffered run; 0: it is none.
+        staleness: in a buffered run site -> steps between the trunk it was given and this one, of each of its updates.
+    """
+
+    round: int
+    sites: list[str]
+    refused: list[Refusal]
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    train_loss: float | None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    admitted: dict[str, str] = field(default_factory=dict)
+    buffer: int = 0
+    staleness: dict[str, list[int]] = field(default_factory=dict)
+
+
+def build_report(
+    *,
+    run: RunConfig,
+    rows: Sequence[tuple[str, TaskRow]],
+    rounds: Sequence[RoundRecord],
+    trunk_parameters: int,
+    seconds: float,
+) -> Report:
+    """The report as plain values, ready for JSON: sites by name, their tasks in the order given, rounds in order.
+
+    A number that is not finite (a site's curve may diverge) becomes None, which JSON can say and NaN it cannot.
+    """
+    sites = [
+        {
+            "site": site,
+            **row.model_dump(mode="json", exclude={"n_groups"}),
+            "verdict": verdict(row),
+            "gated_verdict": gated_verdict_of(row.model_dump()),
+        }
+        for site, row in sorted(rows, key=lambda pair: pair[0])
+    ]
+    report: Report = {
+        "trunkline": __version__,
+        "run": {
+            "name": run.name,
+            "strategy": run.strategy.name,
+            "backbone": run.trunk.backbone,
+            "rounds": run.total_rounds,
+            "refit": run.refit,  # the second half of the rounds, on all labelled rows, made the models that are scored
+            "seed": run.seed,
+            "trunk_parameters": trunk_parameters,
+            "seconds": seconds,
+        },
+        "cohort": sorted({site for site, _ in rows}.union(*(one.sites for one in rounds))),
+        "sites": sites,
+        "conflicts": conflicts_of([one.metrics for one in rounds]),
+        "rounds": [
+            {
+                "round": one.round,
+                "sites": list(one.sites),
+                "refused": [{"site": refusal.site, "cause": refusal.cause} for refusal in one.refused],
+                "seconds": one.seconds,
+                "bytes_up": one.bytes_up,
+                "bytes_down": one.bytes_down,
+                "train_loss": one.train_loss,
+                "curves": one.metrics,
+            }
+            for one in rounds
+        ],
+    }
+    if run.cohort.mode == "buffered":
+        report["buffered"] = _buffered(run, rounds)
+        for told, one in zip(report["rounds"], rounds, strict=True):
+            told["staleness"] = one.staleness
+    found: Report = plain(report)
+    return found
+
+
+def _buffered(run: RunConfig, rounds: Sequence[RoundRecord]) -> Report:
+    """How the steps of a buffered run came about, and what each site had in them."""
+    every: dict[str, list[int]] = {}
+    for one in rounds:
+        for site, own in one.staleness.items():
+            every.setdefault(site, []).extend(own)
+    total = sum(map(len, every.values()))
+    return {
+        "buffer": rounds[-1].buffer if rounds else run.cohort.buffer,
+        "staleness_power": run.cohort.staleness_power,
+        "staleness_limit": run.cohort.staleness_limit,
+        "updates": total,
+        "staleness_mean": sum(map(sum, every.values())) / total if total else None,
+        "staleness_max": max(map(max, every.values()), default=None),
+        "sites": {
+            site: {"updates": len(own), "share": len(own) / total, "staleness_mean": sum(own) / len(own), "staleness_max": max(own)}
+            for site, own in sorted(every.items())
+        },
+    }  # fmt: skip
+
+
+def verdict(row: TaskRow) -> str:
+    """In plain words whether federation was worth it for this site and task.
+
+    Only the 95 % interval of federated minus local decides: while it contains 0, the test groups cannot tell the two
+    apart, however large the difference looks.
+    """
+    return verdict_of(row.model_dump())
+
+
+def write_report(report: Report, out: Path, predictions: "Mapping[tuple[str, str], Predictions] | None" = None) -> None:
+    """Write `out`/report.json and `out`/report.html; equal arguments give equal bytes.
+
+    Args:
+        predictions: (site, task) -> test rows, drawn into the page only; report.json never holds a row.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    from trunkline.server.reporting.html import page
+
+    text = json.dumps(plain(report), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(out / "report.json", f"{text}\n".encode())
+    write_atomic(out / "report.html", page(report, predictions or {}).encode())
+
+
+def read_report(out: Path) -> Report:
+    """The report in `out`/report.json.
+
+    Raises:
+        StorageError: there is none, or it is not a report.
+    """
+    path = out / "report.json"
+    try:
+        report = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StorageError(
+            f"{path}: no such file. A run writes it when it ends; "
+            "`trunkline simulate --resume` goes on with one that stopped."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{path}: cannot be read as a report ({error}). Run again with --resume to write it anew."
+        ) from None
+    if not isinstance(report, dict) or (missing := {"run", "sites", "rounds"} - report.keys()):
+        what = f"it has no `{min(missing)}`" if isinstance(report, dict) else "it is not a table"
+        raise StorageError(f"{path}: not a worth-it report: {what}. Give the output folder of a run.")
+    return report
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The table and the summary, in whatever width `console` has; no site name is ever cut."""
+    run, rows = report["run"], report["sites"]
+    console.print(Text(f"{shown(run['name'])}: is federation worth it?", style="bold"))
+    names = {row["site"] for row in rows}
+    width = console.width
+    if max(map(len, names), default=0) <= (20 if width >= WIDE else width - NARROW):
+        console.print(_table(rows, width=width, with_site=True))
+    else:
+        for name in sorted(names):
+            console.print(Text(shown(name), style="bold"), soft_wrap=True)
+            console.print(_table([row for row in rows if row["site"] == name], width=width, with_site=False))
+    if width < WIDE:
+        console.print(Text("* the one to use, chosen on validation data", style="dim"))
+    console.print()
+    for line in summary(report):
+        console.print(Text(shown(line)))
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------
+
+STYLES: dict[Outcome, str] = {"helps": "green", "hurts": "red", "same": "", "unknown": "dim"}
+
+
+def _table(rows: Sequence[Row], *, width: int, with_site: bool) -> Table:
+    """Two lines a site and task. A narrow terminal stacks the values and marks the one to use with a star."""
+    wide = width >= WIDE
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    if with_site:
+        table.add_column("site", no_wrap=True)
+    table.add_column("task" if wide else "task\nmetric (unit)", overflow="fold", min_width=12)
+    if wide:
+        table.add_column("metric (unit)", overflow="fold", min_width=8)
+        table.add_column("n test", justify="right", no_wrap=True)
+        table.add_column("local", justify="right", no_wrap=True)
+        table.add_column("federated", justify="right", no_wrap=True)
+    else:
+        table.add_column("local\nfederated", justify="right", no_wrap=True)
+    table.add_column("difference\n[95 % interval]", no_wrap=True)
+    if wide:
+        table.add_column("use\nreaches", no_wrap=True)
+    if width >= WIDEST:
+        table.add_column("other candidates", no_wrap=True)
+    table.add_column("verdict", min_width=14)
+    before = None
+    for row in rows:
+        if before not in (None, row["site"]):
+            table.add_section()
+        style = STYLES[outcome(row)]
+        task, unit = Text(shown(row["task"])), Text(shown(metric(row)), style="dim")
+        change = Text(difference(row), style=style) + Text("\n") + Text(interval(row), style="dim")
+        end = Text(shown(row["verdict"]), style=style)
+        cells = [Text(shown(row["site"]) if row["site"] != before else "")] if with_site else []
+        if wide:
+            values = [Text(value(row, who)) for who in ("local", "federated")]
+            cells += [task, unit, Text(f"{row['n_test']:,}"), *values, change, _used(row)]
+            if width >= WIDEST:
+                cells.append(_others(row))
+            cells.append(end)
+        else:
+            names = ["local", "federated"] + ([row["chosen"]] if row["chosen"] not in ("local", "federated") else [])
+            star = {who: "*" if row["chosen"] == who and value(row, who) != "-" else " " for who in names}
+            stacked = Text("\n".join(value(row, who) + star[who] for who in names))
+            if len(names) > 2:
+                unit = unit + Text(f"\n{shown(row['chosen'])}", style="")
+            cells += [task + Text("\n") + unit, stacked, change, end]
+        table.add_row(*cells)
+        before = row["site"]
+    return table
+
+
+def _used(row: Row) -> Text:
+    """What the gate chose, and what that reaches where it is no column of its own."""
+    of = after_gate(row)
+    name = Text(shown(row["chosen"]))
+    if row["chosen"] in ("local", "federated") or of == CAME:
+        return name
+    return name + Text("\n") + Text(value(row, "gated"), style=STYLES[outcome(row, of)])
+
+
+def _others(row: Row) -> Text:
+    kept = [who for who in row.get("candidates", {}) if who not in ("local", "federated", row["chosen"])]
+    return Text("\n".join(f"{shown(who)} {value(row, who)}" for who in kept), style="dim")

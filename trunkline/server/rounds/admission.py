@@ -1,0 +1,78 @@
+"""Replies -> admitted Updates, or a refusal that names its site. Nothing a site sends is trusted before it passed here."""
+
+import math
+from typing import TypeVar
+
+import numpy as np
+from pydantic import BaseModel
+
+from trunkline.errors import ContractError, Refused
+from trunkline.privacy.guards import at_server, guards_of
+from trunkline.protocol import messages as exchange
+from trunkline.protocol.messages import Arrays, Contract, Order, Reply, Update
+
+LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, far within the exact sum's range
+
+Header = TypeVar("Header", bound=BaseModel)
+
+
+def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
+    """A wire header, or Refused saying what is wrong with it and which side to update."""
+    try:
+        return exchange.read_header(kind, text, "server")
+    except ContractError as error:
+        raise Refused(f"{site}, round {round}: reply set aside. {str(error)[0].upper()}{str(error)[1:]}.") from None
+
+
+def admit(
+    site: str, contract: Contract, order: Order, arrays: Arrays, header: str, metrics: dict[str, float]
+) -> Update:
+    """An Update that may enter the sum, or the answer to a probe.
+
+    Args:
+        site: the name the server knows this node by, from its Offer.
+        contract: this site's allow-list in this run; for a probe `PROBED`.
+        order: what was asked.
+
+    Raises:
+        Refused: anything at all is not as the contract and the order have it; the text names site, round, cause, remedy.
+    """
+    reply = read_header(Reply, header, site, order.round)
+    try:
+        if reply.site != site:
+            raise ContractError(
+                f"it calls itself {reply.site!r}; the node was enrolled as {site!r}. Two daemons may share one site folder"
+            )
+        if reply.run != order.run:
+            raise ContractError(f"it answers run {reply.run!r}; this is {order.run!r}. Nothing to do: it is late")
+        if reply.round != order.round:
+            raise ContractError(f"it answers round {reply.round}. Nothing to do: a late reply is never added")
+        if reply.contract != order.contract:
+            raise ContractError(
+                "it was made for another contract. Restart the site's daemon so that it asks for the run anew"
+            )
+        if not math.isfinite(reply.weight) or not 0 < reply.weight <= order.weight_cap:
+            raise ContractError(
+                f"its weight is {reply.weight:g}; allowed is more than 0, at most {order.weight_cap} training windows"
+            )
+        contract.check(arrays, metrics)
+        for name, array in arrays.items():
+            largest = float(np.max(np.abs(array), initial=0.0))
+            if not math.isfinite(largest):
+                raise ContractError(
+                    f"`{name}` holds NaN or infinity. Look at the site's learning rate and its `trunkline check`"
+                )
+            if largest > LARGEST_CHANGE:
+                raise ContractError(
+                    f"`{name}` changes by {largest:.3g} in one round; allowed is {LARGEST_CHANGE:g}. Lower the learning rate"
+                )
+        for name, number in metrics.items():
+            if not math.isfinite(number):
+                raise ContractError(
+                    f"metric `{name}` is {number}. Look at the site's learning rate and its `trunkline check`"
+                )
+        arrays = at_server(guards_of(order.about.guards), arrays)
+    except ContractError as error:
+        what = "answer" if order.probe else "update"
+        raise Refused(f"{site}, round {order.round}: {what} set aside. {error}.") from None
+    return Update(site=site, run=reply.run, round=reply.round, delta=arrays, weight=reply.weight, metrics=metrics)

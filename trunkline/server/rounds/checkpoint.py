@@ -1,0 +1,71 @@
+"""State <-> file. A resumed run equals an undisturbed one: everything a round depends on is in here."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from trunkline.errors import ForeignState
+from trunkline.protocol.messages import Arrays
+from trunkline.runtime.storage import Shelf
+from trunkline.strategies import State
+
+
+class Checkpoint:
+    """The newest rounds of one run, under `out`/checkpoint.
+
+    Args:
+        out: folder of the run.
+        tell: called with a sentence when a damaged checkpoint is passed over.
+    """
+
+    def __init__(self, out: Path, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.shelf = Shelf(out / "checkpoint", keep=3, tell=tell, kind="checkpoint")
+
+    def save(self, state: State, meta: dict[str, Any], beside: Mapping[str, NDArray[Any]] = {}) -> None:
+        """Keep a round of the run whose key is `meta["key"]`.
+
+        Args:
+            beside: further arrays, by names of their own; `load` puts them into the meta as "beside".
+
+        Raises:
+            StorageError: it cannot be written (a full disk, say); the checkpoint before it stays.
+            ForeignState: checkpoints of another run are here; they stay.
+        """
+        self.shelf.owner = str(meta.get("key", ""))
+        tensors = {f"trunk/{name}": array for name, array in state.trunk.items()}
+        for moment, arrays in state.moments.items():
+            tensors |= {f"moment/{moment}/{name}": array for name, array in arrays.items()}
+        tensors |= {f"beside/{name}": array for name, array in beside.items()}
+        # names in order: safetensors sorts, and share() has an order of its own that digests depend on
+        names = {
+            "trunk": list(state.trunk),
+            "moments": {moment: list(arrays) for moment, arrays in state.moments.items()},
+        }
+        self.shelf.put(state.round, tensors, {"names": names, "notes": state.notes, **meta})
+
+    def load(self) -> tuple[State, dict[str, Any]] | None:
+        """The newest intact state, or None when no round was ever saved.
+
+        Raises:
+            StorageError: as `Shelf.newest`. ForeignState: the files here are of two runs, or of a newer Trunkline.
+        """
+        if len(runs := self.shelf.owners()) > 1:
+            raise ForeignState(
+                f"{self.shelf.folder}: holds checkpoints of {len(runs)} runs ({', '.join(map(repr, sorted(runs)))}), so nobody can say "
+                "which to go on with. Nothing was changed. Move those of the others away."
+            )
+        found = self.shelf.newest()
+        if found is None:
+            return None
+        round, tensors, meta = found
+        names: Any = meta["names"]
+        trunk = Arrays({name: tensors[f"trunk/{name}"] for name in names["trunk"]})
+        moments = {
+            moment: Arrays({name: tensors[f"moment/{moment}/{name}"] for name in order})
+            for moment, order in names["moments"].items()
+        }
+        notes: Any = meta.get("notes", {})
+        beside = {name.removeprefix("beside/"): array for name, array in tensors.items() if name.startswith("beside/")}
+        return State(trunk, moments, round, notes), {**meta, "beside": beside}

@@ -1,0 +1,344 @@
+"""Who takes part: offers from sites, the contract made of them, and the name behind each node."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+import trunkline
+from trunkline.config.run import CohortConfig
+from trunkline.errors import ContractError, QuorumError, Refused
+from trunkline.flower.records import DECLINED, PENDING, open_records, to_records
+from trunkline.protocol.messages import (
+    SITE_NAME,
+    UPDATE,
+    Arrays,
+    ArraySpec,
+    Contract,
+    Offer,
+    Order,
+    metric_names,
+    specs_of,
+)
+from trunkline.server.releases.release import check_statistics
+from trunkline.server.rounds.admission import read_header
+from trunkline.server.rounds.messaging import Answer, ask, now, pause
+
+GREET_S = 0.5  # pause between looks for new nodes while the cohort gathers
+GREET_MOST_S = 120.0  # longest one look waits for answers: a site reads its data before its first
+GREET_AGAIN_S = 30.0  # longest one look waits for answers when a run is taken up again
+CONSENT_S = 5.0  # pause between questions to a site whose plant has not decided yet
+SILENT_S = 60.0  # pause before a node is greeted again that did not answer
+
+
+@dataclass(frozen=True)
+class Member:
+    """One site of the cohort."""
+
+    site: str
+    node: int
+    offer: Offer
+    contract: Contract
+    first: Arrays  # what it starts its lent stem and heads from; empty when only the trunk is lent
+    once: Arrays = field(default_factory=Arrays)  # its scaler's statistics, for the release; never part of a round
+
+    @cached_property
+    def lends(self) -> tuple[str, ...]:
+        """Names of the arrays that go to it and come back."""
+        return tuple(spec.name for spec in self.contract.arrays)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its contract."""
+        return self.contract.digest()
+
+
+class Cohort:
+    """The sites of one run, by name.
+
+    Args:
+        greeting: the Order of round 0.
+        trunk: the lent trunk's arrays (empty when the trunk stays home); every member has to have exactly these.
+        tell: takes progress events.
+        roster: Flower's node id -> site, of all that are enrolled now; None where nobody has to be (a simulation).
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        config: CohortConfig,
+        greeting: Order,
+        trunk: Arrays,
+        tell: Callable[[dict[str, Any]], None],
+        roster: Callable[[], Mapping[int, str]] | None = None,
+    ) -> None:
+        self.roster = roster
+        self.grid = grid
+        self.config = config
+        self.greeting = greeting
+        self.tell = tell
+        self.trunk = specs_of(trunk)
+        self.members: dict[str, Member] = {}
+        self.specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.trunk}
+        self._greeted: set[int] = set()
+        self._pending: dict[int, float] = {}  # node whose plant has not decided -> when it is asked again
+        self._left_out: dict[str, str] = {}
+
+    def gather(self) -> None:
+        """Wait until min_sites, and every site named in run.toml, have made their offer.
+
+        Raises:
+            QuorumError: they did not within `gather_s`; the text says who came and who is missing.
+        """
+        end = now(self.grid) + self.config.gather_s
+        told: tuple[int, ...] = ()
+        while True:
+            self.greet(deadline_s=min(GREET_MOST_S, max(0.0, end - now(self.grid))))
+            missing = [site for site in self.config.sites if site not in self.members]
+            if len(self.members) >= self.config.min_sites and not missing:
+                return
+            if now(self.grid) >= end or (getattr(self.grid, "complete", False) and not self._pending):
+                came = ", ".join(sorted(self.members)) or "none"
+                lacking = f"; missing by name: {', '.join(missing)}" if missing else ""
+                why = " ".join(self._left_out.values())
+                raise QuorumError(
+                    f"{len(self.members)} of {self.config.min_sites} sites have joined ({came}{lacking}). {why + ' ' if why else ''}"
+                    "Start or mend the missing sites, or lower [cohort] min_sites, and run again."
+                )
+            if told != (greeted := tuple(sorted(self._greeted))):
+                told = greeted
+                self.tell(
+                    {
+                        "event": "gather",
+                        "sites": sorted(self.members),
+                        "wanted": max(self.config.min_sites, len(self.config.sites)),
+                    }
+                )
+            pause(self.grid, GREET_S, end - now(self.grid))
+
+    def keep(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """The members as plain values, and their arrays by `SITE/first/NAME` and `SITE/once/NAME`: for a checkpoint."""
+        about = {
+            site: {
+                "node": member.node,
+                "offer": member.offer.model_dump(mode="json"),
+                "first": list(member.first),
+                "once": list(member.once),
+            }
+            for site, member in sorted(self.members.items())
+        }
+        arrays = {
+            f"{site}/{part}/{name}": array
+            for site, member in self.members.items()
+            for part, of in (("first", member.first), ("once", member.once))
+            for name, array in of.items()
+        }
+        return about, arrays
+
+    def restore(self, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Members as `keep` gave them: a site that is away when a run is taken up again is a member still."""
+        for site, kept in about.items():
+            offer = Offer.model_validate(kept["offer"])
+            self.members[site] = Member(
+                site,
+                int(kept["node"]),
+                offer,
+                _contract(offer),
+                *(Arrays({name: arrays[f"{site}/{part}/{name}"] for name in kept[part]}) for part in ("first", "once")),
+            )
+            for spec in offer.arrays:
+                self.specs.setdefault(spec.name, spec)
+
+    def gather_again(self) -> None:
+        """Wait until enough of the restored members have been heard of; the others are waited for in their rounds.
+
+        Raises:
+            QuorumError: they were not within `outage_s`.
+        """
+        known = len(self.members)
+        needed = max(1, math.ceil(known * self.config.quorum))
+        end = now(self.grid) + self.config.outage_s
+        told = False
+        while True:
+            self.greet(deadline_s=min(GREET_AGAIN_S, max(0.0, end - now(self.grid))))
+            back = [site for site, member in self.members.items() if member.node in self._greeted]
+            if len(back) >= needed:
+                return
+            away = ", ".join(sorted(set(self.members) - set(back)))
+            if now(self.grid) >= end or getattr(self.grid, "complete", False):
+                raise QuorumError(
+                    f"{len(back)} of {known} sites are back, {needed} are needed (quorum {self.config.quorum:g}); missing: {away}. "
+                    "Start or mend them and run again with --resume."
+                )
+            if not told:
+                told = True
+                text = f"Taken up again with {len(back)} of {known} sites, {needed} are needed; missing: {away}. It goes on when they are back."
+                self.tell({"event": "waiting", "text": text})
+            pause(self.grid, GREET_S, end - now(self.grid))
+
+    def greet(self, deadline_s: float) -> None:
+        """Ask every node not yet known who it is. A node that restarted comes back under a new id, and its site moves to it.
+
+        A site whose plant leaves the decision to a person is asked again every few seconds, here and at later rounds.
+        """
+        roster = self.roster() if self.roster is not None else None
+        at = now(self.grid)
+        new = [
+            node
+            for node in self.grid.get_node_ids()
+            if node not in self._greeted
+            and self._pending.get(node, at) <= at
+            and (roster is None or node in roster)  # who just enrolled is in it in a moment
+        ]
+        if not new:
+            return
+        content = self.greeting.model_dump_json()
+        offers: dict[int, tuple[Offer, Arrays]] = {}
+        requests: dict[int, Callable[[], RecordDict]] = {node: lambda: to_records({}, content) for node in new}
+        for answer in ask(self.grid, "query", requests, round=0, deadline_s=deadline_s, resend_s=self.config.resend_s):
+            if answer.code == PENDING:
+                self._wait_for(answer)
+                continue
+            if answer.silent and not getattr(self.grid, "complete", False):  # hung, or cut off: it is asked again later
+                self._pending[answer.node] = now(self.grid) + SILENT_S
+                continue
+            self._greeted.add(answer.node)
+            self._pending.pop(answer.node, None)
+            if answer.content is None:
+                who, why = _told_by(answer) if answer.code == DECLINED else (f"node {answer.node}", answer.failure)
+                if UPDATE.format("site") in why:  # it cannot know to which version
+                    why += f" This server's Trunkline is {trunkline.__version__}."
+                self._leave_out(who, why)
+                continue
+            try:
+                came, header, _ = open_records(answer.content)
+                offer = read_header(Offer, header, f"node {answer.node}", 0)
+                offers[answer.node] = (offer, Arrays(came))
+            except ContractError as error:
+                self._leave_out(f"node {answer.node}", str(error))
+        self._agree_on_shapes(offers)
+        for node, (offer, arrays) in sorted(offers.items(), key=lambda item: item[1][0].site):
+            try:
+                if roster is not None and offer.site != roster[node]:
+                    raise Refused(
+                        f"its node is enrolled as {roster[node]!r} and it calls itself {offer.site!r}. Give its site.toml the name it "
+                        "was invited as."
+                    )
+                self._join(node, offer, arrays)
+            except ContractError as error:
+                self._leave_out(offer.site, str(error))
+
+    def gone(self, node: int) -> str:
+        """Why a node is not to be waited for any more; empty while it is enrolled, or where nobody has to be."""
+        if self.roster is None or node in self.roster():
+            return ""
+        return "Its certificate was revoked, or its site enrolled again with another."
+
+    def _lends(self, name: str) -> bool:
+        """Whether the run itself names the module an array belongs to: what a site offers never widens what may travel.
+
+        The trunk's own arrays are known exactly, because the centre has built one; of stems and heads it knows the module.
+        """
+        if name in {spec.name for spec in self.trunk}:
+            return True
+        part, _, rest = name.partition(".")
+        if part == "head":
+            return "heads" in self.greeting.lend or f"head.{rest.partition('.')[0]}" in self.greeting.lend
+        return part == "stem" and "stem" in self.greeting.lend
+
+    def _agree_on_shapes(self, offers: dict[int, tuple[Offer, Arrays]]) -> None:
+        """A lent stem or head has the shape most sites offer; who differs cannot be averaged with them and is told so."""
+        votes: dict[str, Counter[ArraySpec]] = {}
+        for offer, _ in sorted(offers.values(), key=lambda one: one[0].site):
+            for spec in filter(lambda spec: self._lends(spec.name), offer.arrays):
+                votes.setdefault(spec.name, Counter())[spec] += 1
+        for name, vote in votes.items():
+            self.specs.setdefault(name, vote.most_common(1)[0][0])
+
+    def _join(self, node: int, offer: Offer, arrays: Arrays) -> None:
+        if offer.run != self.greeting.run:
+            raise Refused(
+                f"it offered itself for run {offer.run!r}; this is {self.greeting.run!r}. Restart its daemon."
+            )
+        known = self.members.get(offer.site)
+        if known is not None and known.node != node and known.node in set(self.grid.get_node_ids()):
+            raise Refused(
+                f"another node that is online already calls itself {offer.site!r}. Give each site.toml its own `name`."
+            )
+        offered = {spec.name: spec for spec in offer.arrays}
+        if foreign := [name for name in offered if not self._lends(name)]:
+            raise Refused(
+                f"it offers `{foreign[0]}`, which this run does not lend ({', '.join(self.greeting.lend) or 'nothing'}). "
+                "Its Trunkline is another version, or not ours: update it."
+            )
+        for spec in self.trunk:
+            if spec.name not in offered:
+                raise Refused(
+                    f"it has no `{spec.name}`; this run's trunk has. Its Trunkline builds another {self.greeting.trunk.backbone!r}: update it."
+                )
+        for spec in offer.arrays:
+            wanted = self.specs[spec.name]
+            if spec != wanted:
+                remedy = (
+                    "its Trunkline builds another trunk: update it"
+                    if wanted in self.trunk
+                    else "its sensors or classes differ: lend the trunk only"
+                )
+                raise Refused(f"`{spec.name}` has shape {spec.shape}; this run has {wanted.shape} ({remedy}).")
+        contract = _contract(offer)
+        beyond = {spec.name: spec for spec in (*offer.arrays, *offer.once) if spec not in self.trunk}
+        Contract(arrays=tuple(beyond.values()), metrics=()).check(arrays, {})
+        once = arrays.only({spec.name: spec for spec in offer.once})
+        if "scaler" not in self.greeting.lend and once:
+            raise Refused(f"it offers `{next(iter(once))}`, which this run does not lend. Update its Trunkline.")
+        if foreign := [name for name in once if not name.startswith("scaler.")]:
+            raise Refused(f"it offers `{foreign[0]}` beside the round's arrays; only statistics may travel so.")
+        check_statistics(offer, once)
+        if "scaler" in self.greeting.lend and not once:
+            self.tell(
+                {
+                    "event": "note",
+                    "text": f"{offer.site} lends no scaler statistics: its policy in site.toml does not name them.",
+                }
+            )
+        self._left_out.pop(offer.site, None)
+        first = arrays.only({name: None for name in arrays if name not in once})
+        self.members[offer.site] = Member(offer.site, node, offer, contract, first, once)
+
+    def _wait_for(self, answer: Answer) -> None:
+        who, why = _told_by(answer)
+        if answer.node not in self._pending:
+            self._left_out[who] = f"{who} waits for its plant's consent: {why}"
+            self.tell({"event": "note", "text": self._left_out[who]})
+        self._pending[answer.node] = now(self.grid) + CONSENT_S
+
+    def _leave_out(self, who: str, why: str) -> None:
+        self._left_out[who] = f"{who} does not take part: {why}"
+        self.tell({"event": "note", "text": self._left_out[who]})
+
+    def first_arrays(self, trunk: Arrays) -> Arrays:
+        """What round 1 starts from: the server's trunk, and lent stems and heads as the first site by name built them."""
+        arrays = dict(trunk)
+        for site in sorted(self.members):
+            for name, array in self.members[site].first.items():
+                arrays.setdefault(name, array)
+        return Arrays(arrays)
+
+
+def _contract(offer: Offer) -> Contract:
+    """What a site with this offer may send in a round."""
+    metrics = tuple(name for name in metric_names(offer.tasks) if name in offer.metrics)
+    return Contract(arrays=offer.arrays, metrics=metrics)
+
+
+def _told_by(answer: Answer) -> tuple[str, str]:
+    """Site and reason of a refusal by a plant, whose text is `SITE: why`; a name that is none is not taken over."""
+    site, _, why = answer.failure.partition(": ")
+    return (site, why) if why and re.fullmatch(SITE_NAME, site) else (f"node {answer.node}", answer.failure)

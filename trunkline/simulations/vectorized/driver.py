@@ -1,0 +1,103 @@
+"""The driver's half of a crowd on Ray: one order a worker and round, one sum back."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from trunkline.errors import StateLost
+from trunkline.protocol.messages import Arrays, Order
+from trunkline.simulations.vectorized.worker import Part, wanted
+
+if TYPE_CHECKING:
+    from trunkline.simulations.ray.grid import RayGrid
+
+AT_ONCE = 512  # sites an order: a large round shows progress, and a small one costs one call a worker
+LOSSES = 2  # workers that may die with the same round in their hands before everybody is asked singly
+
+
+class Together:
+    """Which sites of a RayGrid are trained in stacks, by which worker, and what of them is only in memory.
+
+    Args:
+        grid: whose workers and sites they are.
+    """
+
+    def __init__(self, grid: "RayGrid") -> None:
+        self.grid = grid
+        self.pass_of: tuple[str, int] | None = None
+        self.actor_of: dict[int, Any] = {}  # node -> the worker process that holds its state
+        self.dirty = False  # whether a worker holds what its vaults do not
+        self.losses: dict[tuple[str, int], int] = {}  # (run, round) -> workers that died in it
+
+    @property
+    def holding(self) -> bool:
+        return bool(self.actor_of)
+
+    def answer(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+        """Parts of a round as they come; nodes that are in none are to be asked singly.
+
+        Raises:
+            StateLost: a worker died with what its sites had learnt since the last checkpoint.
+        """
+        if not wanted() or self.losses.get((order.run, order.round), 0) >= LOSSES:
+            self.actor_of = {}
+            return
+        if self.pass_of != (order.run, order.passed):
+            self._begin(order)
+        if not self.actor_of:
+            return
+        text, shared = order.model_dump_json(), ray.put(dict(arrays))
+        by_actor: dict[Any, list[int]] = {}
+        for node in nodes:
+            if node in self.actor_of:
+                by_actor.setdefault(self.actor_of[node], []).append(node)
+        running = {
+            actor.crowd_answer.remote(text, shared, mine[start : start + AT_ONCE]): actor
+            for actor, mine in by_actor.items()
+            for start in range(0, len(mine), AT_ONCE)
+        }
+        self.dirty = self.dirty or bool(running)
+        while running:
+            (ready, *_), _ = ray.wait(list(running), num_returns=1)
+            part: Part = self._get(ready, running.pop(ready), order)
+            del ready
+            yield part
+
+    def _begin(self, order: Order) -> None:
+        self.flush()
+        self.pass_of, self.actor_of = (order.run, order.passed), {}
+        text, waiting = order.model_dump_json(), []
+        for actor, contexts in self.grid.homes():
+            waiting.append((actor, actor.crowd_begin.remote(text, contexts)))
+        found = [(actor, self._get(reference, actor, order)) for actor, reference in waiting]
+        self.actor_of = {node: actor for actor, nodes in found for node in nodes}
+
+    def flush(self) -> None:
+        """Every site's state into its vault.
+
+        Raises:
+            StateLost: a worker is gone, and with it what its sites had learnt since they last were put away.
+        """
+        if not self.dirty:
+            return
+        waiting = [(actor, actor.crowd_flush.remote()) for actor in dict.fromkeys(self.actor_of.values())]
+        for actor, reference in waiting:
+            self._get(reference, actor, None)
+        self.dirty = False
+
+    def _get(self, reference: Any, actor: Any, order: Order | None) -> Any:
+        """What a worker answered. One that died is started anew, and crews are made again from the vaults."""
+        try:
+            return ray.get(reference)
+        except RayActorError:
+            if order is not None:
+                key = (order.run, order.round)
+                self.losses[key] = self.losses.get(key, 0) + 1
+            self.pass_of, self.actor_of, self.dirty = None, {}, False
+            when = f"Round {order.round}: " if order else ""
+            who = self.grid.replace(actor) or "a worker"
+            raise StateLost(
+                f"{when}{who} died, most likely out of memory, with what its sites had learnt since."
+            ) from None

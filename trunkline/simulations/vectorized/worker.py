@@ -1,0 +1,156 @@
+"""A round of many sites at once: each process trains its own in stacks and sends one sum.
+
+A message a site costs more than a small network's training, so in a simulation sites of equal kind (`client.crowd`) get
+one order together. Their updates are checked and added where they are, in the exact sum the server uses, and their state
+stays in memory until a checkpoint asks for it. Sites that fit no stack are left out of it and get their own message.
+"""
+
+import gc
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trunkline.client.site import Site, open_site
+from trunkline.protocol.messages import Arrays, Order
+from trunkline.server.rounds.admission import LARGEST_CHANGE
+from trunkline.simulations.vectorized.sites import Crew, Key, kind_of
+from trunkline.strategies.strategy import Streamed, largest_of
+
+FEWEST = 8  # sites of a kind below which a process trains them alone, byte for byte as at a plant
+SWITCH = "TRUNKLINE_BATCH"  # "0" in the environment: every site alone
+
+
+@dataclass(frozen=True)
+class Part:
+    """What some sites of one process came to in one round.
+
+    Args:
+        total: the sum of their updates.
+        metrics: node -> what it tells of the round, for each site in `total`.
+        problems: node -> why its update is not in it.
+    """
+
+    total: Streamed
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    problems: dict[int, str] = field(default_factory=dict)
+
+
+def wanted() -> bool:
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+class Crowd:
+    """The sites of one process, by what can be trained together.
+
+    Args:
+        nodes: node id -> its `node_config`; all sites of this process.
+    """
+
+    def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
+        self.nodes = dict(nodes)
+        self.pass_of: tuple[str, int] | None = None
+        self.crews: list[Crew] = []
+        self.crew_of: dict[int, tuple[Crew, str]] = {}
+
+    def begin(self, order: Order) -> list[int]:
+        """Make crews for a pass of a run, from what the vaults hold before `order`; the nodes that are in one.
+
+        Raises:
+            StorageError: a vault cannot be read.
+        """
+        self.flush()
+        self.pass_of, self.crews, self.crew_of = (order.run, order.passed), [], {}
+        kinds: dict[Key, list[tuple[int, Site]]] = {}
+        for node, config in self.nodes.items():
+            site = open_site(config)
+            kind = kind_of(site, order)
+            if kind is not None:
+                kinds.setdefault(kind, []).append((node, site))
+            else:
+                site.forget()
+        for members in kinds.values():
+            if len(members) < FEWEST:
+                continue
+            crew = Crew([site for _, site in members], order)
+            self.crews.append(crew)
+            self.crew_of |= {node: (crew, site.name) for node, site in members}
+        gc.collect()
+        gc.freeze()  # hundreds of sites are here for good: no need to look through them again at every collection
+        return list(self.crew_of)
+
+    def answer(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Part:
+        """One round of these nodes, all of them in a crew."""
+        total, metrics, problems = Streamed(), {}, {}
+        by_crew: dict[int, list[int]] = {}
+        for node in nodes:
+            by_crew.setdefault(id(self.crew_of[node][0]), []).append(node)
+        for crew in self.crews:
+            own = {self.crew_of[node][1]: node for node in by_crew.get(id(crew), [])}
+            if not own:
+                continue
+            for stack in crew.answer(list(own), order, arrays.only(crew.lent)):
+                largest = {name: largest_of(rows) for name, rows in stack.changes.items()}
+                most = np.max(list(largest.values()), axis=0) if largest else np.zeros(len(stack.names))
+                good = []
+                for at, (name, one) in enumerate(zip(stack.names, stack.told, strict=True)):
+                    if problem := _objection(float(most[at]), one.metrics):
+                        problems[own[name]] = problem
+                    else:
+                        good.append(at)
+                        metrics[own[name]] = one.metrics
+                if not good:
+                    continue
+                changes = stack.changes
+                if len(good) < len(stack.names):
+                    changes, largest = ({name: rows[good] for name, rows in one.items()} for one in (changes, largest))
+                weights = np.array([stack.told[at].weight for at in good])
+                told = [stack.told[at].metrics for at in good]
+                total.add_stack(order.run, order.round, changes, weights, told, largest)
+        return Part(total, metrics, problems)
+
+    def flush(self) -> None:
+        """Every site's state into its vault."""
+        for crew in self.crews:
+            crew.flush()
+
+
+def _objection(largest: float, metrics: Mapping[str, float]) -> str:
+    """What `server.intake.admit` would say against an update, "" where nothing."""
+    if not np.isfinite(largest):
+        return "it holds NaN or infinity. Look at the site's learning rate and its `trunkline check`"
+    if largest > LARGEST_CHANGE:
+        return f"a lent array changes by {largest:.3g} in one round; allowed is {LARGEST_CHANGE:g}. Lower the learning rate"
+    for name, number in metrics.items():
+        if not np.isfinite(number):
+            return f"metric `{name}` is {number}. Look at the site's learning rate and its `trunkline check`"
+    return ""
+
+
+class Alone:
+    """The crowd of a simulation without workers: in this process.
+
+    Args:
+        nodes: as of `Crowd`.
+    """
+
+    def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
+        self.crowd = Crowd(nodes)
+
+    def together(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+        """Parts of a round, one after the other; nodes that are in none are to be asked singly."""
+        if not wanted():
+            return
+        if self.crowd.pass_of != (order.run, order.passed):
+            self.crowd.begin(order)
+        mine = [node for node in nodes if node in self.crowd.crew_of]
+        for start in range(0, len(mine), 256):
+            yield self.crowd.answer(order, arrays, mine[start : start + 256])
+
+    @property
+    def holding(self) -> bool:
+        return bool(self.crowd.crews)
+
+    def flush(self) -> None:
+        self.crowd.flush()
