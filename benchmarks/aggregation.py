@@ -30,9 +30,11 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from trunkline.flower.records import LoopbackGrid, open_records, to_records
-from trunkline.protocol.messages import Arrays, Update
-from trunkline.strategies.strategy import weighted_mean
+from trunkline.flower.grid import LoopbackGrid
+from trunkline.flower.records import open_records, to_records
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
+from trunkline.strategies.streaming import weighted_mean
 
 CASES = {"100x100k": (100, 100_000), "1000x100k": (1000, 100_000), "10x11m": (10, 11_000_000)}
 

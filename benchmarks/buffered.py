@@ -29,14 +29,16 @@ from flwr.app import Context, Message, RecordDict
 from trunkline.client.model_selection.evaluation import curve
 from trunkline.client.site import open_site
 from trunkline.client.state.vault import Vault
-from trunkline.config.run import RunConfig, parse_run, parse_value, with_settings
+from trunkline.config.parsing import parse_value
+from trunkline.config.run import RunConfig, parse_run, with_settings
 from trunkline.protocol.messages import Order
 from trunkline.server.app import app
 from trunkline.server.reporting.report import read_report, write_report
 from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.ray.site_host import DeskGrid
-from trunkline.simulations.world.network import SECOND, WorldGrid, _Flight
+from trunkline.simulations.world.clock import SECOND
+from trunkline.simulations.world.network import WorldGrid, _Flight
 
 PLANTS, GROUPS, SLOW, TIMES = 20, 16, 0.25, 10.0
 PATIENCE_S = 1e6  # a deadline that nobody meets

@@ -25,7 +25,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from trunkline.flower.records import app_digest, open_records, run_status, submit, to_records
+from trunkline.flower.app_archive import app_digest
+from trunkline.flower.control import run_status, submit
+from trunkline.flower.records import open_records, to_records
 from trunkline.server.rounds.messaging import ask
 
 TRUNKLINE = [sys.executable, "-m", "trunkline.cli.app"]
@@ -198,8 +200,8 @@ def small_rounds(root: Path, rounds: int) -> dict[str, Any]:
 NEAR = """
 import sys
 from pathlib import Path
-from trunkline.client import daemon
-from trunkline.config.run import read_site
+from trunkline.client.agent import daemon
+from trunkline.config.site import read_site
 from trunkline.runtime.supervisor import Supervisor
 site, state, server, ca = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 children = daemon.children_of(read_site(site), site, server or "127.0.0.1:1", state, "deployed:client_app", door=False)

@@ -379,10 +379,12 @@ def noop_app() -> Any:
 
 def noop(job: dict[str, Any]) -> dict[str, Any]:
     """Rounds over a grid without training: asked, answered, summed."""
-    from trunkline.flower.records import LoopbackGrid, open_records, to_records
-    from trunkline.protocol.messages import Arrays, Update
+    from trunkline.flower.grid import LoopbackGrid
+    from trunkline.flower.records import open_records, to_records
+    from trunkline.protocol.arrays import Arrays
+    from trunkline.protocol.messages import Update
     from trunkline.server.rounds.messaging import ask
-    from trunkline.strategies.strategy import weighted_mean
+    from trunkline.strategies.streaming import weighted_mean
 
     os.environ["TRUNKLINE_BENCHMARK_ANSWER"] = str(job["answer"])
     sites = [Path(job["out"]) / f"site-{place:05d}" for place in range(job["sites"])]

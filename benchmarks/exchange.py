@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from trunkline.protocol.messages import Arrays, Update
-from trunkline.strategies.strategy import weighted_mean
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
+from trunkline.strategies.streaming import weighted_mean
 
 
 def updates(sites: int, parameters: int) -> Iterator[Update]:

@@ -140,7 +140,7 @@ def federate(study: Study, strategy: str, seed: int, sites: list[Path], out: Pat
 
     from trunkline.client.app import app as client_app
     from trunkline.config.run import read_run
-    from trunkline.flower.records import LoopbackGrid
+    from trunkline.flower.grid import LoopbackGrid
     from trunkline.server.app import app as server_app
     from trunkline.server.reporting.report import read_report
     from trunkline.simulations.central import run_central

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from trunkline.config.run import parse_run
-from trunkline.protocol.messages import Order, seed_of
+from trunkline.protocol.arrays import seed_of
+from trunkline.protocol.messages import Order
 from trunkline.server.reporting.report import read_report
 
 

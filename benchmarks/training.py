@@ -53,10 +53,10 @@ if importlib.util.find_spec("polars") is None:
 
 from trunkline.client.data import WindowSet  # noqa: E402
 from trunkline.client.training.loop import Resident, task_losses, train_site  # noqa: E402
-from trunkline.config.run import TaskConfig  # noqa: E402
+from trunkline.config.tasks import TaskConfig  # noqa: E402
 from trunkline.models.tasks.regression import Regression  # noqa: E402
 from trunkline.models.trunk import TrunkModel, build_model  # noqa: E402
-from trunkline.protocol.messages import LocalPlan, TrunkSpec  # noqa: E402
+from trunkline.protocol.plan import LocalPlan, TrunkSpec  # noqa: E402
 
 ROWS, CHANNELS, WINDOW, COLUMNS = 200_000, 14, 30, 64
 SITES, SAMPLES = 64, 32

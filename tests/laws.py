@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trunkline.protocol.messages import Arrays, Update
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
 from trunkline.strategies.strategy import State, Strategy
 
 

@@ -14,8 +14,9 @@ from flwr.app import Context, Message, RecordDict
 from trunkline.client.app import app as client_app
 from trunkline.client.policy.egress import Door
 from trunkline.config.run import parse_run
-from trunkline.flower.records import LoopbackGrid, open_records
-from trunkline.protocol.messages import Arrays
+from trunkline.flower.grid import LoopbackGrid
+from trunkline.flower.records import open_records
+from trunkline.protocol.arrays import Arrays
 from trunkline.runtime.progress import EVENTS
 from trunkline.server.app import app as server_app
 from trunkline.server.reporting.report import read_report

@@ -11,7 +11,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from trunkline.errors import ContractError
-from trunkline.flower.records import error_site, open_records, to_records
+from trunkline.flower.errors import error_site
+from trunkline.flower.records import open_records, to_records
 
 client_app = ClientApp()
 server_app = ServerApp()

@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from trunkline.errors import StorageError, TamperError
-from trunkline.protocol.messages import Arrays, Frozen, TaskCard, TrunkSpec
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.contract import TaskCard
+from trunkline.protocol.frozen import Frozen
+from trunkline.protocol.plan import TrunkSpec
 from trunkline.runtime.storage import Sealing, write_private
 from trunkline.security.signatures import Sign, Signature, Verdict, digest_of, judge, nobody_signed
 

@@ -14,7 +14,8 @@ from trunkline.client.state.permissions import open_seal
 from trunkline.client.state.vault import Vault
 from trunkline.config.run import RunConfig
 from trunkline.errors import StorageError
-from trunkline.protocol.messages import Arrays, Update
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
 from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.strategies import State, build_strategy
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from trunkline.client.training.loop import Resident
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import Task, make_task
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 
 torch.set_num_threads(1)
 SPEC = TrunkSpec(backbone="mlp", width=32)  # at 8, its norms see two channels and know only which is larger

@@ -13,10 +13,10 @@ from trunkline.cli.app import app as command_line
 from trunkline.client import availability as pausing
 from trunkline.client.availability import PAUSE, Pauses
 from trunkline.client.training.loop import between_steps, outputs_of, train_site
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import Away, DeploymentError
 from trunkline.protocol import opening_hours as hours
-from trunkline.protocol.messages import LocalPlan
+from trunkline.protocol.plan import LocalPlan
 
 SITE = 'name = "press-07"\n[data]\nfiles = "*.csv"\nchannels = ["a"]\n[tasks.t]\nkind = "regression"\ntarget = "t"\n'
 

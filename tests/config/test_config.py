@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from trunkline.config.run import parse_run, parse_value, read_run, read_site
+from trunkline.config.parsing import parse_value
+from trunkline.config.run import parse_run, read_run
+from trunkline.config.site import read_site
 from trunkline.errors import ConfigError
 
 SITE = """

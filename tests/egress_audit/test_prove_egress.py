@@ -23,7 +23,8 @@ import pytest
 
 from trunkline.client.policy import contracts
 from trunkline.client.policy.manifest import read_manifest
-from trunkline.config.run import parse_run, read_site
+from trunkline.config.run import parse_run
+from trunkline.config.site import read_site
 from trunkline.egress_audit import local_federation as stage
 from trunkline.egress_audit import private_values as private
 from trunkline.egress_audit import prove

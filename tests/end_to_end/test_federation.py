@@ -14,8 +14,8 @@ import pytest
 
 from tests.federation import events, federation, rounds, within
 from trunkline.client.state.identity import Identity
-from trunkline.flower.records import client_context
-from trunkline.runtime.supervisor import read_status
+from trunkline.flower.processes import client_context
+from trunkline.runtime.lock import read_status
 from trunkline.security.keys import fingerprint, load_certificate, read_certificate
 
 pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("federation")]

@@ -25,9 +25,11 @@ from trunkline.client.app import app as client_app
 from trunkline.client.handlers import answer_evaluate, answer_train
 from trunkline.client.site import open_site
 from trunkline.config.run import parse_run
-from trunkline.flower.records import LoopbackGrid
+from trunkline.flower.grid import LoopbackGrid
 from trunkline.models.trunk import first_trunk
-from trunkline.protocol.messages import Arrays, LocalPlan, Order, Phase, TrunkSpec
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import LocalPlan, Phase, TrunkSpec
 from trunkline.server.rounds.run import run_rounds
 
 pytestmark = pytest.mark.xdist_group("linear-law")  # one worker: the law is learnt once

@@ -12,7 +12,9 @@ from flwr.app import DEFAULT_TTL, Message
 
 from tests.loopback import events_of, federate, refusals_of, trunk_of
 from trunkline.client.app import app as client_app
-from trunkline.flower.records import AWAY, LoopbackGrid, open_records, stamp, to_records
+from trunkline.flower.errors import AWAY
+from trunkline.flower.grid import LoopbackGrid, stamp
+from trunkline.flower.records import open_records, to_records
 from trunkline.protocol import opening_hours as hours
 from trunkline.server.reporting.report import read_report
 from trunkline.server.rounds import availability as presence

@@ -154,7 +154,8 @@ def test_nothing_private_is_carried_into_the_second_pass(
     plants: list[Path], tmp_path: Path, whole: tuple[WatchedGrid, Path]
 ) -> None:
     from trunkline.client.handlers import answer_train
-    from trunkline.protocol.messages import Arrays, Order
+    from trunkline.protocol.arrays import Arrays
+    from trunkline.protocol.messages import Order
 
     grid, out = whole
     state = out / "state" / plants[0].name

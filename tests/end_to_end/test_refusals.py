@@ -18,7 +18,9 @@ from tests.federation import Federation, federation, free_port, within
 from trunkline.client.agent.join import _get
 from trunkline.client.state.identity import Identity
 from trunkline.errors import TrustError
-from trunkline.flower.records import app_digest, client_context, environment, run_status, submit
+from trunkline.flower.app_archive import app_digest
+from trunkline.flower.control import environment, run_status, submit
+from trunkline.flower.processes import client_context
 from trunkline.security.enrolment import HELLO_PATH, Code, Hello
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.operations import daemon
@@ -248,7 +250,7 @@ def test_a_plant_follows_no_redirect(plants: list[Path], tmp_path: Path, ours: b
     made.command(*own, "--admission", str(answer))
     identity = Identity.of(state)
     with redirecting(made.server) as (address, asked, lured):
-        program = [sys.executable, "-m", "trunkline.flower.records", "supernode", "--identity", str(identity.folder)]
+        program = [sys.executable, "-m", "trunkline.flower.processes", "supernode", "--identity", str(identity.folder)]
         stock = [str(Path(sys.executable).with_name("flower-supernode"))]
         flags = ["--superlink", address, "--root-certificates", str(identity.authority), "--port", str(free_port())]
         with (tmp_path / "supernode.log").open("wb") as log:

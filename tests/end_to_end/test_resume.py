@@ -127,7 +127,8 @@ def test_a_site_given_another_trunk_says_so(plants: list[Path], tmp_path: Path) 
     from trunkline.client.site import open_site
     from trunkline.errors import ContractError
     from trunkline.models.trunk import first_trunk
-    from trunkline.protocol.messages import LocalPlan, Order, TrunkSpec
+    from trunkline.protocol.messages import Order
+    from trunkline.protocol.plan import LocalPlan, TrunkSpec
 
     site = open_site({"site": str(plants[0]), "state": str(tmp_path)})
     order = Order(

@@ -14,7 +14,9 @@ from trunkline.client.site import Site, open_site
 from trunkline.client.training.loop import Resident, train_site
 from trunkline.errors import StorageError
 from trunkline.models.trunk import first_trunk
-from trunkline.protocol.messages import Arrays, LocalPlan, Order, TrunkSpec
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import LocalPlan, TrunkSpec
 
 SPEC = TrunkSpec(width=8)
 
@@ -109,7 +111,7 @@ def test_resident_windows_are_the_lazy_windows(site: Site) -> None:
 
 
 def test_a_phase_moves_its_own_parts_only(site: Site) -> None:
-    from trunkline.protocol.messages import Phase
+    from trunkline.protocol.plan import Phase
 
     model = site.model(order_of(1))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

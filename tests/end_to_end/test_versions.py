@@ -11,8 +11,9 @@ from flwr.app import Context, Message
 import trunkline
 from tests.loopback import WatchedGrid, events_of, federate, refusals_of
 from trunkline.errors import ContractError, QuorumError
-from trunkline.flower.records import LoopbackGrid, open_records, to_records
-from trunkline.protocol import messages as exchange
+from trunkline.flower.grid import LoopbackGrid
+from trunkline.flower.records import open_records, to_records
+from trunkline.protocol.header import read_header
 from trunkline.protocol.messages import PROTOCOL, Offer, Order, Reply, Scorecard
 
 HERE = trunkline.__version__
@@ -122,17 +123,17 @@ def test_a_site_that_was_updated_within_a_run_costs_its_own_update_and_the_serve
 @pytest.mark.parametrize("kind", [Order, Offer, Reply, Scorecard])
 def test_every_header_is_told_apart_by_its_protocol_before_anything_else(kind: type[Any]) -> None:
     with pytest.raises(ContractError, match=r"protocol 99.*the server's Trunkline .* is older than the site's"):
-        exchange.read_header(kind, '{"protocol": 99, "round": "what a round is then"}', "server")
+        read_header(kind, '{"protocol": 99, "round": "what a round is then"}', "server")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "{", '"x"', "[" * 100_000])
 def test_what_is_no_header_is_nobodys_version(text: str) -> None:
     with pytest.raises(ContractError, match="no JSON object, so the site is no Trunkline of ours"):
-        exchange.read_header(Reply, text, "server")
+        read_header(Reply, text, "server")
 
 
 def test_the_other_sides_words_do_not_reach_a_terminal_as_they_are() -> None:
     with pytest.raises(ContractError) as refused:
-        exchange.read_header(Reply, json.dumps({"protocol": 99, "version": "\x1b[2J" + "9" * 500}), "server")
+        read_header(Reply, json.dumps({"protocol": 99, "version": "\x1b[2J" + "9" * 500}), "server")
     assert "\x1b" not in str(refused.value)
     assert len(str(refused.value)) < 400

@@ -34,22 +34,12 @@ from hypothesis.extra import numpy as drawn
 
 import trunkline
 from trunkline.errors import ContractError, DataError, StorageError
-from trunkline.flower.records import (
-    HEADER_LIMIT,
-    PACK_SMALL,
-    LoopbackGrid,
-    Replies,
-    app_bytes,
-    app_digest,
-    error_site,
-    fab_digest,
-    open_records,
-    pack,
-    reason_of,
-    stamp,
-    to_records,
-    whole_or_nothing,
-)
+from trunkline.flower.app_archive import app_bytes, app_digest, fab_digest
+from trunkline.flower.errors import error_site, reason_of
+from trunkline.flower.grid import LoopbackGrid, stamp
+from trunkline.flower.processes import whole_or_nothing
+from trunkline.flower.records import HEADER_LIMIT, PACK_SMALL, open_records, pack, to_records
+from trunkline.flower.replies import Replies
 from trunkline.server.rounds.messaging import ask
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower with pathspec 1.x

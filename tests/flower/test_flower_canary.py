@@ -13,7 +13,8 @@ from flwr.app import Message
 
 import trunkline
 
-SOURCE = Path(trunkline.__file__).parent / "flower" / "records.py"
+ROOM = Path(trunkline.__file__).parent / "flower"
+SOURCE = ROOM / "private.py"
 PATCHED = [  # set or called from outside by `supernode_main`, so no import statement names them
     ("flwr.supernode.start_client_internal", "time"),
     ("flwr.supernode.start_client_internal", "_pull_and_store_message"),
@@ -43,9 +44,9 @@ PATCHED = [  # set or called from outside by `supernode_main`, so no import stat
 
 
 def imported() -> list[tuple[str, str]]:
-    """Every name that flower.py takes from Flower, read from its text so that the file need not import."""
-    tree = ast.parse(SOURCE.read_text())
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    """Every name that the package takes from Flower, read from its text so that no file need import."""
+    trees = [ast.parse(file.read_text()) for file in sorted(ROOM.glob("*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     return [
         (str(node.module), name.name) for node in nodes if str(node.module).startswith("flwr") for name in node.names
     ]
@@ -58,8 +59,8 @@ def expected() -> str:
 
 def moved(module: str, name: str) -> str:
     return (
-        f"{module}.{name} is gone: flwr {version('flwr')} is installed, trunkline/flower/records.py was written for "
-        f"{expected()}.*. Find what replaced it, mend trunkline/flower/records.py, and raise EXPECTED and the pin in pyproject.toml."
+        f"{module}.{name} is gone: flwr {version('flwr')} is installed, trunkline/flower/private.py was written for "
+        f"{expected()}.*. Find what replaced it, mend trunkline/flower/private.py, and raise EXPECTED and the pin in pyproject.toml."
     )
 
 
@@ -81,7 +82,7 @@ def test_every_private_name_is_where_it_was(module: str, name: str) -> None:
 
 def test_the_installed_flower_is_the_one_this_was_written_for() -> None:
     assert version("flwr").startswith(f"{expected()}."), (
-        f"flwr {version('flwr')} is installed; trunkline/flower/records.py was written for {expected()}.*: peers must match it, too"
+        f"flwr {version('flwr')} is installed; trunkline/flower/private.py was written for {expected()}.*: peers must match it, too"
     )
 
 
@@ -93,7 +94,8 @@ def test_flower_still_sleeps_the_three_seconds_that_the_launcher_shortens() -> N
 def test_a_round_through_the_loopback_grid() -> None:
     from flwr.clientapp import ClientApp
 
-    from trunkline.flower.records import LoopbackGrid, open_records, to_records
+    from trunkline.flower.grid import LoopbackGrid
+    from trunkline.flower.records import open_records, to_records
 
     app = ClientApp()
 

@@ -24,7 +24,8 @@ from flwr.app import Message
 
 import trunkline
 from tests.loopback import WatchedGrid, federate
-from trunkline.flower.records import app_digest, open_records
+from trunkline.flower.app_archive import app_digest
+from trunkline.flower.records import open_records
 
 KEY = "TRUNKLINE_SAMPLE_KEY"
 SEALED_WITH = base64.b64encode(b"of samples only, secret to none.").decode()
@@ -113,7 +114,8 @@ def sealed(plants: list[Path], out: Path) -> None:
 def model(site_dir: Path, path: Path) -> None:
     from trunkline.client.adaptation.model_file import write_model
     from trunkline.client.site import open_site
-    from trunkline.protocol.messages import LocalPlan, Order, TrunkSpec
+    from trunkline.protocol.messages import Order
+    from trunkline.protocol.plan import LocalPlan, TrunkSpec
 
     site = open_site({"site": str(site_dir), "state": str(site_dir / "state")})
     spec = TrunkSpec(width=4)

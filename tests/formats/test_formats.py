@@ -19,7 +19,7 @@ from trunkline.client.policy.manifest import read_manifest
 from trunkline.client.site import open_site
 from trunkline.client.state.vault import Vault
 from trunkline.errors import ConfigError
-from trunkline.flower.records import app_digest
+from trunkline.flower.app_archive import app_digest
 from trunkline.protocol.messages import PROTOCOL, Offer, Order, Reply, Scorecard
 from trunkline.release import open_release
 from trunkline.runtime.storage import FORMAT, MAGIC, is_sealed

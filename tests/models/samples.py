@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.backbones import BACKBONES
 from trunkline.models.tasks import Task, make_task
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 
 torch.set_num_threads(1)
 

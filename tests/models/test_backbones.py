@@ -9,7 +9,7 @@ from tests.models.samples import batch, site, spec_of
 from trunkline.models.backbones import BACKBONES
 from trunkline.models.norms import SiteNorm, group_norm
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 
 WINDOWS = [name for name, backbone in BACKBONES.items() if backbone.reads == "windows"]
 norms = st.sampled_from(["group", "private", "private-group"])

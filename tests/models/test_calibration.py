@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_calibration_error
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.binary import Binary
 from trunkline.models.tasks.calibration import ENOUGH, SHARPEST, calibration_error, logit, platt, sigmoid, temperature

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trunkline.client.data import SiteData, open_data
-from trunkline.config.run import TaskConfig, read_site
+from trunkline.config.site import read_site
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, DataError
 from trunkline.models.labels import Places
 from trunkline.models.tasks import make_task

@@ -6,7 +6,7 @@ import torch
 
 from trunkline.models.lora import LowRank, add_low_rank, merge_low_rank
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 
 BODIES = [("tcn", 12), ("transformer", 12), ("mlp", None)]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, DataError
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.ordinal import Ordinal, quadratic_kappa

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.models.samples import labels_of
-from trunkline.config.run import SiteConfig, TaskConfig
+from trunkline.config.site import SiteConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import Task, make_task
 from trunkline.models.tasks.skip_channels import Highway, along, fit_tied
 from trunkline.models.tasks.task import Samples
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 
 NAN = float("nan")
 CHANNELS = ("na", "nb", "nc", "ra", "rb", "rc", "speed")

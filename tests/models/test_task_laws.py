@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.models.samples import CONFIGS, labels_of, tasks_of, unlabelled
-from trunkline.config.run import CLASSED, TaskConfig
+from trunkline.config.tasks import CLASSED, TaskConfig
 from trunkline.errors import ConfigError, DataError, StorageError
 from trunkline.models.tasks import TASKS, Task, make_task
 from trunkline.models.trunk import build_model
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 
 NAN = float("nan")
 every_task = pytest.mark.parametrize("name", CONFIGS)

@@ -15,7 +15,8 @@ from trunkline.errors import ConfigError, ContractError, SensorMismatch, Storage
 from trunkline.models.backbones import BACKBONES
 from trunkline.models.backbones.backbone import Backbone
 from trunkline.models.trunk import TrunkModel, build_model, first_trunk
-from trunkline.protocol.messages import Arrays, TrunkSpec
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.plan import TrunkSpec
 
 LENDS = [
     lend

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from tests.loopback import arrays_in, federate, refusals_of, trunk_of
 from trunkline.errors import ContractError
 from trunkline.privacy.guards import Clip, at_server, at_site, guards_of, names, norm_of
-from trunkline.protocol.messages import Arrays, GuardSettings
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.plan import GuardSettings
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trunkline.config.run import SiteConfig, read_site
+from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import ConfigError
 from trunkline.protocol import opening_hours as hours
-from trunkline.protocol.messages import DAYS, Offer, PlantHours
-from trunkline.protocol.opening_hours import Calendar
+from trunkline.protocol.messages import Offer
+from trunkline.protocol.opening_hours import DAYS, Calendar, PlantHours
 
 HALF, QUARTER = timedelta(minutes=30), timedelta(minutes=15)
 # beside whole hours: clocks that move by half an hour, zones of 45 minutes, changes at midnight, in the south

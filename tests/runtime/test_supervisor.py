@@ -20,7 +20,9 @@ from trunkline.errors import ConfigError, DeploymentError
 from trunkline.runtime import supervisor as supervise
 from trunkline.runtime.health import clock
 from trunkline.runtime.incidents import recent
-from trunkline.runtime.supervisor import Child, Lock, Supervisor, make_secret, read_status
+from trunkline.runtime.lock import Lock, read_status
+from trunkline.runtime.programs import make_secret
+from trunkline.runtime.supervisor import Child, Supervisor
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="process groups of Linux")]
 SLEEP = "import time; time.sleep(60)"

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.x509.oid import NameOID
 
-from trunkline.protocol.messages import Arrays, TrunkSpec
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.plan import TrunkSpec
 from trunkline.release import Card, Figure, GuardUsed, Lineage, Membership
 from trunkline.security.keys import certificate_pem, new_signing_key
 from trunkline.server.releases.signing import AUTHORITY, issue_release_certificate, write_signer

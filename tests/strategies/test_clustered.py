@@ -5,7 +5,9 @@ import pytest
 
 from tests import laws
 from trunkline.errors import ConfigError
-from trunkline.protocol.messages import Arrays, LocalPlan, Update
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
+from trunkline.protocol.plan import LocalPlan
 from trunkline.strategies import build_strategy
 from trunkline.strategies.clustered import alike, sketch
 from trunkline.strategies.strategy import State

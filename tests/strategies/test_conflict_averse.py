@@ -5,10 +5,11 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from tests import laws
-from trunkline.protocol.messages import LocalPlan, Update
+from trunkline.protocol.messages import Update
+from trunkline.protocol.plan import LocalPlan
 from trunkline.strategies import build_strategy
 from trunkline.strategies.conflict_averse import undisturbed
-from trunkline.strategies.strategy import weighted_mean
+from trunkline.strategies.streaming import weighted_mean
 
 STRATEGY = build_strategy("conflict_averse", {}, LocalPlan())
 

@@ -13,7 +13,8 @@ from flwr.app import Message
 from tests.end_to_end.test_resume import PowerCut
 from tests.loopback import WatchedGrid, arrays_in, events_of, federate
 from tests.server.rounds.test_hostile import changed
-from trunkline.flower.records import error_reply, open_records
+from trunkline.flower.errors import error_reply
+from trunkline.flower.records import open_records
 from trunkline.release import COHORT_RELEASE, RELEASE, read_release
 from trunkline.server.reporting.report import read_report
 from trunkline.server.rounds.checkpoint import Checkpoint

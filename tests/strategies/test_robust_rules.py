@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from tests import laws
 from trunkline.errors import QuorumError
-from trunkline.protocol.messages import LocalPlan, Update
+from trunkline.protocol.messages import Update
+from trunkline.protocol.plan import LocalPlan
 from trunkline.strategies import build_strategy
 
 

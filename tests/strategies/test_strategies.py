@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from tests import laws
 from trunkline.errors import ConfigError, ContractError
-from trunkline.protocol.messages import Arrays, LocalPlan, TrunkSpec, Update
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
+from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.strategies import STRATEGIES, build_strategy
-from trunkline.strategies.strategy import ExactSum, Streamed, weighted_mean
+from trunkline.strategies.exact_sum import ExactSum
+from trunkline.strategies.streaming import Streamed, weighted_mean
 
 TRUNK = Arrays({"trunk.b": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "trunk.a": np.ones(4, np.float32)})
 

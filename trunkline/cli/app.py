@@ -584,7 +584,7 @@ def vault_seal(
 ) -> None:
     """Encrypt what the plant keeps, from now on and what is there already. Back the key up: nothing opens without it."""
     from trunkline.client.state import at_rest
-    from trunkline.config.run import read_site
+    from trunkline.config.site import read_site
 
     site = read_site(site_dir)
     at_rest.seal_state(state or site_dir / ".trunkline", key, tuple(site.tasks), typer.echo)
@@ -716,7 +716,8 @@ def client_prove_egress(
 
 def _read_run(path: Path, seed: int | None, strategy: str | None, settings: list[str] | None) -> Any:
     """The run file with the command line laid over it; strategy and options are checked here, before anything starts."""
-    from trunkline.config.run import parse_value, read_run
+    from trunkline.config.parsing import parse_value
+    from trunkline.config.run import read_run
     from trunkline.errors import ConfigError
     from trunkline.strategies import build_strategy
 

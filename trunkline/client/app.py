@@ -7,7 +7,9 @@ from trunkline.client.handlers import answer_decide, answer_evaluate, answer_off
 from trunkline.client.site import open_site
 from trunkline.errors import ContractError
 from trunkline.flower.records import open_records, to_records
-from trunkline.protocol.messages import Arrays, Order, read_header
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.header import read_header
+from trunkline.protocol.messages import Order
 
 app = ClientApp()
 

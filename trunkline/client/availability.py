@@ -13,11 +13,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from trunkline.config.run import SiteConfig, read_site
+from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import Away, ConfigError, DeploymentError, StorageError
 from trunkline.protocol import opening_hours as hours
+from trunkline.runtime.programs import account
 from trunkline.runtime.storage import write_atomic
-from trunkline.runtime.supervisor import account
 
 PAUSE = "pause.json"  # in the state folder, while a pause lasts
 LOOK_S = 0.5  # between two looks at the clock and at that file

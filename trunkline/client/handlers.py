@@ -16,21 +16,10 @@ from trunkline.client.state.vault import Entry, Question, State, Vault
 from trunkline.client.training.loop import train_site
 from trunkline.models.trunk import TrunkModel
 from trunkline.privacy.guards import at_site, guards_of
-from trunkline.protocol.messages import (
-    FIT,
-    PROBED,
-    Arrays,
-    Contract,
-    LocalPlan,
-    Offer,
-    Order,
-    Phase,
-    Reply,
-    Scorecard,
-    metric_names,
-    seed_of,
-    specs_of,
-)
+from trunkline.protocol.arrays import Arrays, seed_of, specs_of
+from trunkline.protocol.contract import FIT, PROBED, Contract, metric_names
+from trunkline.protocol.messages import Offer, Order, Reply, Scorecard
+from trunkline.protocol.plan import LocalPlan, Phase
 
 
 def answer_offer(site: Site, order: Order) -> tuple[Offer, Arrays]:

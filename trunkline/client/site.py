@@ -18,10 +18,12 @@ from trunkline.client.data import SiteData, open_data
 from trunkline.client.state.permissions import open_seal
 from trunkline.client.state.vault import check_whose
 from trunkline.client.training.loop import Resident, between_steps, device
-from trunkline.config.run import SiteConfig, read_site
+from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import Away, ConfigError
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.protocol.messages import Conditions, Order, seed_of
+from trunkline.protocol.arrays import seed_of
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import Conditions
 from trunkline.security.encryption import Seal
 
 CURVE_SAMPLES = 2000  # validation windows a round's curve is drawn from; the final choice uses all of them

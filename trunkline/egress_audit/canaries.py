@@ -17,7 +17,7 @@ from trunkline.client.data.formats import kind_of, load
 from trunkline.client.data.notes import Findings
 from trunkline.client.data.read import NUMBERS, find_files, roles_of
 from trunkline.client.state.vault import Entry, Vault
-from trunkline.config.run import POLICY, PolicyConfig, SiteConfig, read_site
+from trunkline.config.site import POLICY, PolicyConfig, SiteConfig, read_site
 from trunkline.errors import DataError
 from trunkline.runtime.storage import write_atomic
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trunkline.config.run import RunConfig
 from trunkline.errors import DeploymentError
-from trunkline.runtime.supervisor import accepts
+from trunkline.runtime.programs import accepts
 from trunkline.server.operations import daemon as centre_daemon
 from trunkline.server.operations.run_store import Ledger
 

@@ -12,11 +12,12 @@ from trunkline.client.data import SiteData
 from trunkline.client.data.formats import load
 from trunkline.client.data.read import NUMBERS, roles_of
 from trunkline.client.state.vault import Entry
-from trunkline.config.run import POLICY, SiteConfig
+from trunkline.config.site import POLICY, SiteConfig
 from trunkline.egress_audit.byte_search import Haystack, Runs
 from trunkline.egress_audit.canaries import Planted, patterns
 from trunkline.models.trunk import first_trunk
-from trunkline.protocol.messages import Arrays, Order
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
 
 MOST_VALUES = 1_000_000  # of a site's rows that are searched for, from the first on
 SHORTEST = 5  # letters of a name that could not stand there by chance

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from trunkline.client.policy import contracts
 from trunkline.client.policy.manifest import read_manifest
 from trunkline.client.state.vault import Entry
-from trunkline.config.run import CohortConfig, PolicyConfig, RunConfig, SiteConfig, parse_run, read_run, read_site
+from trunkline.config.run import CohortConfig, RunConfig, parse_run, read_run
+from trunkline.config.site import PolicyConfig, SiteConfig, read_site
 from trunkline.egress_audit.byte_search import Haystack, Runs
 from trunkline.egress_audit.canaries import (
     Planted,
@@ -36,7 +37,7 @@ from trunkline.egress_audit.private_values import canaries_of, data_of, look_for
 from trunkline.egress_audit.recorder import Recorder
 from trunkline.egress_audit.sockets import SocketWatch
 from trunkline.errors import ConfigError, DeploymentError
-from trunkline.protocol.messages import GuardSettings
+from trunkline.protocol.plan import GuardSettings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import seed_of
+from trunkline.protocol.arrays import seed_of
 
 RANK = 4
 SCALE = 2.0  # what the product counts (alpha / r of the paper): twice, so that the rate of full fine-tuning does

@@ -20,7 +20,8 @@ from trunkline.models.backbones.backbone import Backbone
 from trunkline.models.norms import SiteNorm, group_norm
 from trunkline.models.stems import STEMS
 from trunkline.models.stems.raw import RawColumns
-from trunkline.protocol.messages import Arrays, Part, TrunkSpec, seed_of
+from trunkline.protocol.arrays import Arrays, seed_of
+from trunkline.protocol.plan import Part, TrunkSpec
 
 if TYPE_CHECKING:  # the centre builds first trunks without loading what tasks need
     from trunkline.models.tasks.task import Task

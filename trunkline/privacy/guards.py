@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from trunkline.errors import ContractError
-from trunkline.protocol.messages import Arrays, GuardSettings
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.plan import GuardSettings
 
 TOLERANCE = 1e-5  # relative: how far beyond the bound a norm may be when another machine adds it up in another order
 

@@ -7,9 +7,100 @@ are put forward, an hour that never comes is not made up for.
 import os
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from typing import Literal, Self, get_args
+from zoneinfo import ZoneInfo, available_timezones
 
-from trunkline.errors import ConfigError
-from trunkline.protocol.messages import DAYS, PlantHours, closure_of, zone_of
+from pydantic import Field, field_validator, model_validator
+
+from trunkline.errors import ConfigError, nearest
+from trunkline.protocol.frozen import Frozen
+
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = get_args(Day)
+LONGEST_CLOSURE = timedelta(days=366)
+CLOSURE = "%Y-%m-%d %H:%M"  # how the two ends of a closure are written
+
+
+class WeekHours(Frozen):
+    """Hours that are the same every week, by the clock on the wall."""
+
+    hours: tuple[tuple[float, float], ...] = Field(
+        default=((0.0, 24.0),),
+        min_length=1,
+        max_length=48,
+        description="from and to; [22, 6] ends in the morning after",
+    )
+    days: tuple[Day, ...] = Field(default=DAYS, min_length=1, max_length=7, description="on which `hours` begin")
+
+    @model_validator(mode="after")
+    def _hours_of_a_day(self) -> Self:
+        for begin, end in self.hours:
+            if not (0.0 <= begin < 24.0 and 0.0 <= end <= 24.0) or begin == end:
+                raise ValueError(
+                    f"`hours` holds [{begin:g}, {end:g}]: two different hours of a day from 0 to 24; all day is [0, 24]"
+                )
+        return self
+
+
+class PlantHours(WeekHours):
+    """`[hours]` of site.toml: when a plant may train and be asked to. Part of its Offer, so that no round waits for it
+    at other times; `trunkline/protocol/opening_hours.py` reckons with it."""
+
+    zone: str = Field(max_length=64, description="time zone of the plant's clock, by its IANA name")
+    closed: tuple[str, ...] = Field(
+        default=(), max_length=100, description='besides: "2026-12-24 06:00 to 2026-12-27 06:00", by the same clock'
+    )
+
+    @field_validator("zone")
+    @classmethod
+    def _known(cls, zone: str) -> str:
+        zone_of(zone)
+        return zone
+
+    @field_validator("closed")
+    @classmethod
+    def _from_to(cls, closed: tuple[str, ...]) -> tuple[str, ...]:
+        for one in closed:
+            closure_of(one)
+        return closed
+
+
+@lru_cache(maxsize=64)
+def zone_of(name: str) -> ZoneInfo:
+    """The time zone of an IANA name.
+
+    Raises:
+        ValueError: there is none of this name; the text says so, and what to write.
+    """
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        close = nearest(name, available_timezones())
+        raise ValueError(
+            f"no time zone is called {name!r}{close} Write its IANA name, such as 'Europe/Berlin' or 'UTC'"
+        ) from None
+
+
+def closure_of(text: str) -> tuple[datetime, datetime]:
+    """Begin and end of one entry of `closed`, by the clock on the plant's wall, without a zone.
+
+    Raises:
+        ValueError: it is anything else; the text says what, and how to write it.
+    """
+    begin, to, end = text.partition(" to ")
+    try:
+        span = datetime.strptime(begin, CLOSURE), datetime.strptime(end, CLOSURE)
+    except ValueError:
+        span = None
+    # what strptime takes and strftime would not write (one digit for two, say) is not taken: one span, one way to say it
+    if span is None or not to or text != f"{span[0]:{CLOSURE}} to {span[1]:{CLOSURE}}":
+        raise ValueError(f"{text[:64]!r} is no closure; write it as '2026-12-24 06:00 to 2026-12-27 06:00'")
+    if not span[0] < span[1] <= span[0] + LONGEST_CLOSURE:
+        raise ValueError(
+            f"{text!r} ends before it begins, or lasts more than {LONGEST_CLOSURE.days} days; correct one of the two"
+        )
+    return span
+
 
 CLOCK = "TRUNKLINE_CLOCK"  # for tests only: "2026-11-23T00:00:00+00:00 x144" lets a day pass in ten minutes
 DAY = timedelta(days=1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trunkline.runtime import disk
 from trunkline.runtime.incidents import clean, recent, sentences
-from trunkline.runtime.supervisor import read_status
+from trunkline.runtime.lock import read_status
 
 if TYPE_CHECKING:
     from rich.console import Console

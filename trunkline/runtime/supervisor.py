@@ -1,18 +1,10 @@
-"""Keeps a daemon's child processes running, ends them with it, and says what stands still and why.
-
-Nothing that happens while it runs ends it but SIGTERM and SIGINT: a child that fails is started again, a disk that is full is
-waited for.
-"""
+"""A daemon's child processes: started in order, restarted when they fall, ended in reverse order."""
 
 import contextlib
 import ctypes
 import errno
-import fcntl
-import getpass
-import ipaddress
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -21,15 +13,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from trunkline.errors import DeploymentError, StorageError, TrunklineError
 from trunkline.runtime import disk
 from trunkline.runtime.incidents import Incidents, Kind, Lines, sentences
+from trunkline.runtime.lock import Lock
+from trunkline.runtime.programs import accepts, say
 from trunkline.runtime.storage import write_atomic
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # between an exit and the next start; doubles while starts fail
@@ -117,139 +111,6 @@ class _Running:
         if self.process is None and self.fell:
             return f"{name} is down ({self.last_exit})"
         return f"{name} keeps ending ({self.last_exit})" if self.falls >= OFTEN else ""
-
-
-@dataclass
-class Lock:
-    """One daemon a state folder: a file lock, which the system drops with the process however it dies.
-
-    Raises:
-        DeploymentError: another process holds it; the text names its pid.
-    """
-
-    state: Path
-    _descriptor: int = field(default=-1, init=False)
-
-    def __enter__(self) -> Self:
-        try:
-            self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._descriptor = os.open(self.state / "pid", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise DeploymentError(
-                f"{self.state}: cannot keep state here ({error.strerror}). Give another folder, or the right to write."
-            ) from None
-        if not self._take():
-            holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
-            os.close(self._descriptor)
-            raise DeploymentError(
-                f"{self.state}: a daemon with pid {holder or 'unknown'} already runs on this state folder. "
-                f"End it first (kill {holder or 'PID'}), or give the second one a state folder of its own."
-            ) from None
-        with contextlib.suppress(OSError):  # on a full disk the pid goes unsaid; the lock holds all the same
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
-        return self
-
-    def _take(self) -> bool:
-        for pause in (0.05, 0.2, 0.0):  # `read_status` holds it for an instant
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except OSError:
-                time.sleep(pause)
-        return False
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
-
-
-def read_status(state: Path) -> dict[str, Any]:
-    """The last `status.json` of a supervisor, with `running`: whether one holds the folder now.
-
-    Raises:
-        DeploymentError: no supervisor ever ran on this folder.
-    """
-    try:
-        status: dict[str, Any] = json.loads((state / "status.json").read_bytes())
-    except FileNotFoundError:
-        raise DeploymentError(
-            f"{state}: no daemon has run on this state folder yet. Start one, or name its folder."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DeploymentError(
-            f"{state / 'status.json'}: cannot be read: {error}. It is written anew at a start."
-        ) from None
-    try:
-        with (state / "pid").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        status["running"] = False
-    except FileNotFoundError:
-        status["running"] = False
-    except OSError:
-        status["running"] = True
-    return status
-
-
-def make_secret(path: Path) -> Path:
-    """A file of 48 random bytes for this account only, made once.
-
-    Raises:
-        DeploymentError: another account could read it.
-    """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(path, secrets.token_bytes(48))
-    if path.stat().st_mode & 0o077:
-        raise DeploymentError(f"{path}: other accounts can read this secret. Remove the file; a start makes a new one.")
-    return path
-
-
-def pins_of(own: str, extra: Path | None) -> set[str]:
-    """The pinned digests: of the installed thin app, and the first word of each line of `extra`."""
-    if extra is None or not extra.exists():
-        return {own}
-    lines = (line.split("#")[0].split() for line in extra.read_text().splitlines())
-    return {own, *(words[0] for words in lines if words)}
-
-
-def accepts(address: str, seconds: float = 0.5) -> bool:
-    """Whether somebody takes a connection at host:port."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds):
-            return True
-    except OSError:
-        return False
-
-
-def account() -> str:
-    """The name of the account this process runs under."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        return f"uid {os.getuid()}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def say(text: str) -> None:
-    """A line to whoever started the daemon, at once even into a file; on a full disk it is lost, and nothing else."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
-
-
-def program(name: str) -> str:
-    """The path of a program installed beside this Python, whatever PATH says."""
-    path = Path(sys.executable).parent / name
-    if not path.exists():
-        raise DeploymentError(f"{path}: not found. Install Trunkline again into this environment.")
-    return str(path)
 
 
 class Supervisor:

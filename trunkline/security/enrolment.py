@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import Field
 
 from trunkline.errors import TrustError
-from trunkline.protocol.messages import Frozen
+from trunkline.protocol.frozen import Frozen
 from trunkline.security.keys import fingerprint
 
 # the gateway answers these itself, by way of the registrar; all else it takes goes to Flower's fleet interface

@@ -19,7 +19,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import Field
 
 from trunkline.errors import TamperError, TrustError
-from trunkline.protocol.messages import Arrays, Frozen
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.frozen import Frozen
 from trunkline.security.keys import (
     certificate_pem,
     common_name,

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from trunkline.config.run import RunConfig, parse_run, read_run
 from trunkline.errors import ConfigError, StorageError, TrunklineError
-from trunkline.flower.records import LINK_LOST
+from trunkline.flower.replies import LINK_LOST
 from trunkline.release import RELEASE
 from trunkline.runtime.incidents import Incidents
 from trunkline.runtime.progress import EVENTS

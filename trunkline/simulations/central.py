@@ -18,7 +18,8 @@ from trunkline.errors import ConfigError
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import Order, TaskRow, seed_of
+from trunkline.protocol.arrays import seed_of
+from trunkline.protocol.messages import Order, TaskRow
 from trunkline.server.reporting.report import RoundRecord, build_report
 
 

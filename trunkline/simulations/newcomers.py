@@ -10,7 +10,8 @@ from rich.table import Table
 from trunkline.client.adaptation import evidence
 from trunkline.client.adaptation.adapt import adapt_data, label_of
 from trunkline.client.data.site_data import open_newcomer
-from trunkline.config.run import NewcomersConfig, read_site
+from trunkline.config.run import NewcomersConfig
+from trunkline.config.site import read_site
 from trunkline.errors import ConfigError, DataError
 from trunkline.release import read_release
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from trunkline.config.run import RunConfig, with_settings
 from trunkline.errors import ConfigError, DataError, StorageError, TrunklineError
-from trunkline.protocol.messages import seed_of
+from trunkline.protocol.arrays import seed_of
 from trunkline.runtime.storage import write_atomic
 from trunkline.server.rounds.run import run_rounds
 from trunkline.strategies import build_strategy

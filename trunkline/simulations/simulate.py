@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, RecordDict
 
-from trunkline.config.run import RunConfig, WorldConfig
+from trunkline.config.run import RunConfig
+from trunkline.config.world import WorldConfig
 from trunkline.errors import ConfigError
 from trunkline.privacy.guards import guards_of
 from trunkline.release import RELEASE

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trunkline.errors import ConfigError, nearest
-from trunkline.protocol.messages import LocalPlan
+from trunkline.protocol.plan import LocalPlan
 from trunkline.strategies.central import Central
 from trunkline.strategies.clustered import Cohorts
 from trunkline.strategies.conflict_averse import ConflictAverse

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from trunkline.protocol.messages import Arrays, Update
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
 from trunkline.strategies.strategy import Averaging, State
 
 Numbers = NDArray[np.floating[Any]]

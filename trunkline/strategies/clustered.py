@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationInfo, field_validator
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from trunkline.protocol.messages import Arrays, Update, seed_of
-from trunkline.strategies.strategy import Averaging, State, Streamed, weighted_mean
+from trunkline.protocol.arrays import Arrays, seed_of
+from trunkline.protocol.messages import Update
+from trunkline.strategies.strategy import Averaging, State
+from trunkline.strategies.streaming import Streamed, weighted_mean
 
 TRUNK = "cohort-"  # and the number: a cohort's trunk among the moments
 SKETCH = 1024  # numbers an update is folded to for comparison; a cosine is then right to about 1/32

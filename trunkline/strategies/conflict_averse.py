@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from trunkline.protocol.messages import Arrays, Update
-from trunkline.strategies.strategy import Averaging, by_site, weighted_mean
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
+from trunkline.strategies.strategy import Averaging
+from trunkline.strategies.streaming import by_site, weighted_mean
 
 Matrix = NDArray[np.float64]
 

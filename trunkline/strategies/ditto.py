@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from trunkline.protocol.messages import LocalPlan
+from trunkline.protocol.plan import LocalPlan
 from trunkline.strategies.strategy import Averaging
 
 

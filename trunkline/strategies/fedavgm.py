@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 from pydantic import Field
 
-from trunkline.protocol.messages import Arrays, Update
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
 from trunkline.strategies.strategy import Averaging, State
 
 

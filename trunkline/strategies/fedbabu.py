@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from trunkline.protocol.messages import LocalPlan, Phase
+from trunkline.protocol.plan import LocalPlan, Phase
 from trunkline.strategies.strategy import Averaging
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 from trunkline.strategies.strategy import Averaging
 
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from trunkline.protocol.messages import Arrays, LocalPlan, Phase, Update
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
+from trunkline.protocol.plan import LocalPlan, Phase
 from trunkline.strategies.strategy import Averaging, State
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trunkline.protocol.messages import Update
-from trunkline.strategies.strategy import Averaging, by_site, on_equal_terms
+from trunkline.strategies.strategy import Averaging
+from trunkline.strategies.streaming import by_site, on_equal_terms
 
 
 class Median(Averaging):

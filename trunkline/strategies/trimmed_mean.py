@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from trunkline.protocol.messages import Update
-from trunkline.strategies.strategy import Averaging, by_site, on_equal_terms
+from trunkline.strategies.strategy import Averaging
+from trunkline.strategies.streaming import by_site, on_equal_terms
 
 
 class TrimmedMean(Averaging):

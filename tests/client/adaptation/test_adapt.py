@@ -20,7 +20,7 @@ from trunkline.client.data.site_data import open_data, open_newcomer
 from trunkline.client.training.loop import Resident, device, outputs_of
 from trunkline.errors import DataError, StorageError, TrustError
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import Arrays
+from trunkline.protocol.arrays import Arrays
 from trunkline.release import RELEASE, Card, PooledScale, read_release
 
 pytestmark = pytest.mark.xdist_group("adapt")  # one worker: the release is trained once

@@ -8,7 +8,8 @@ import pytest
 
 from trunkline.client.agent import daemon, status
 from trunkline.errors import ConfigError, DeploymentError, TrustError
-from trunkline.runtime.supervisor import Lock, Supervisor
+from trunkline.runtime.lock import Lock
+from trunkline.runtime.supervisor import Supervisor
 from trunkline.security.encryption import make_seal
 
 

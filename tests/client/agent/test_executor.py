@@ -16,9 +16,10 @@ import pytest
 
 from tests.federation import TRUNKLINE, free_port, within
 from trunkline.errors import DeploymentError
-from trunkline.flower.records import app_digest, list_nodes, run_status, submit
+from trunkline.flower.app_archive import app_digest
+from trunkline.flower.control import list_nodes, run_status, submit
 from trunkline.runtime.incidents import recent
-from trunkline.runtime.supervisor import read_status
+from trunkline.runtime.lock import read_status
 
 pytestmark = [
     pytest.mark.processes,

@@ -12,9 +12,12 @@ from flwr.clientapp import ClientApp
 from trunkline.client.agent import executor as module
 from trunkline.client.agent.executor import Executor, Journal
 from trunkline.errors import DeploymentError, StorageError
-from trunkline.flower.records import CLIENT_APP, LoopbackGrid, answer, to_records
+from trunkline.flower.errors import answer
+from trunkline.flower.grid import LoopbackGrid
+from trunkline.flower.records import to_records
+from trunkline.flower.runtime import CLIENT_APP
 from trunkline.runtime.incidents import recent
-from trunkline.runtime.supervisor import make_secret
+from trunkline.runtime.programs import make_secret
 
 app = ClientApp()
 

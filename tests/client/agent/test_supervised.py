@@ -20,7 +20,7 @@ import pytest
 
 from tests.federation import TRUNKLINE, free_port, within
 from trunkline.runtime.incidents import recent
-from trunkline.runtime.supervisor import read_status
+from trunkline.runtime.lock import read_status
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="signals and mounts of Linux")]
 SITE_TOML = 'name = "press-07"\n[data]\nfiles = "*.csv"\nchannels = ["a"]\n[tasks.wear]\nkind = "regression"\ntarget = "wear"\nunit = "mm"\n'
@@ -168,7 +168,7 @@ def test_an_answer_that_the_vault_cannot_keep_costs_a_question_and_no_byte(
     from flwr.app import Message
 
     from tests.loopback import WatchedGrid, federate, trunk_of
-    from trunkline.flower.records import FULL
+    from trunkline.flower.errors import FULL
 
     if not os.path.ismount(small_disk):
         pytest.skip("a small file system is needed, and this account may not mount one")

@@ -15,7 +15,7 @@ from tests.client.data.test_read import refused
 from tests.client.data.test_split import PARTS, parts_of
 from trunkline.client.check import check_site
 from trunkline.client.data import open_data
-from trunkline.config.run import DataConfig, SplitConfig
+from trunkline.config.site import DataConfig, SplitConfig
 
 STAGE = {"stage": {"kind": "multiclass", "target": "stage"}}
 

@@ -13,9 +13,10 @@ from tests.loopback import federate
 from trunkline.client.model_selection.candidates import MIXES, finish, mixed, versions
 from trunkline.client.model_selection.evaluation import FEWEST, RESAMPLES, Scored, curve, paired_bootstrap
 from trunkline.client.site import open_site
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import make_task
-from trunkline.protocol.messages import LocalPlan, Order, TrunkSpec
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.server.reporting.plots import Predictions, drawings
 from trunkline.server.reporting.report import read_report
 from trunkline.simulations.simulate import predictions_below

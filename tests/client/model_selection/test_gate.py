@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trunkline.client.model_selection.gate import BLOCKS, UNITS, Tried, choose, units
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import make_task
 
 RUL = make_task("rul", TaskConfig(kind="regression", target="rul"))

@@ -16,21 +16,15 @@ from trunkline.client.app import app
 from trunkline.client.policy import consent, contracts, manifest
 from trunkline.client.policy.egress import ONCE, Door
 from trunkline.errors import StorageError, TamperError, TrustError
-from trunkline.flower.records import (
-    CRASHED,
-    DECLINED,
-    PENDING,
-    REFUSED,
-    RESTARTED,
-    LoopbackGrid,
-    answer,
-    error_reply,
-    open_records,
-    stamp,
-    to_records,
-)
+from trunkline.flower.errors import CRASHED, DECLINED, PENDING, REFUSED, RESTARTED, answer, error_reply
+from trunkline.flower.grid import LoopbackGrid, stamp
+from trunkline.flower.records import open_records, to_records
 from trunkline.models.trunk import first_trunk
-from trunkline.protocol.messages import PROBED, About, Arrays, GuardSettings, LocalPlan, Order, PlantHours, TrunkSpec
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.contract import PROBED
+from trunkline.protocol.messages import Order
+from trunkline.protocol.opening_hours import PlantHours
+from trunkline.protocol.plan import About, GuardSettings, LocalPlan, TrunkSpec
 from trunkline.security.encryption import make_seal
 
 SPEC = TrunkSpec(width=16)
@@ -545,7 +539,7 @@ def test_the_executor_holds_a_reply_until_it_can_be_written_down(
 
     from trunkline.client.agent import executor as module
     from trunkline.runtime.incidents import recent
-    from trunkline.runtime.supervisor import make_secret
+    from trunkline.runtime.programs import make_secret
 
     monkeypatch.setattr(module, "HOLD_S", 0.05)
     worker = module.Executor(

@@ -16,11 +16,14 @@ from trunkline.client.policy import consent, contracts
 from trunkline.client.site import Site, open_site
 from trunkline.client.state.at_rest import seal_state
 from trunkline.client.state.rekeying import rekey
-from trunkline.config.run import parse_run, read_site
+from trunkline.config.run import parse_run
+from trunkline.config.site import read_site
 from trunkline.errors import ConfigError, ContractError, Declined, Pending
 from trunkline.flower.records import open_records
 from trunkline.models.trunk import first_trunk
-from trunkline.protocol.messages import About, Conditions, GuardSettings, LocalPlan, Order, TrunkSpec, metric_names
+from trunkline.protocol.contract import metric_names
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import About, Conditions, GuardSettings, LocalPlan, TrunkSpec
 from trunkline.security.encryption import is_sealed, make_seal, sealed_by
 from trunkline.server.reporting.report import read_report
 

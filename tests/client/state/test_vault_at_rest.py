@@ -26,12 +26,14 @@ from trunkline.client.state.identity import records_key
 from trunkline.client.state.permissions import open_seal
 from trunkline.client.state.rekeying import rekey
 from trunkline.client.state.vault import Entry, Vault
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import DeploymentError, StorageError, TrustError
 from trunkline.models.trunk import first_trunk
-from trunkline.protocol.messages import Arrays, LocalPlan, Order, TrunkSpec
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import LocalPlan, TrunkSpec
+from trunkline.runtime.lock import Lock
 from trunkline.runtime.storage import write_atomic
-from trunkline.runtime.supervisor import Lock
 from trunkline.security.encryption import (
     SETTINGS,
     Seal,

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from tests.client.small import learnable, model_for, resident, tasks_for
 from trunkline.client.training.augmentation import Augmenter
 from trunkline.client.training.loop import task_losses, train_site
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import Task, make_task
-from trunkline.protocol.messages import Augment, LocalPlan
+from trunkline.protocol.plan import Augment, LocalPlan
 
 CPU = torch.device("cpu")
 WINDOWS = torch.from_numpy(np.random.default_rng(0).normal(size=(400, 6, 20)).astype(np.float32))

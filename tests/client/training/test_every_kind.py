@@ -14,7 +14,8 @@ from trunkline.client.check import check_site
 from trunkline.client.data import open_data
 from trunkline.client.site import Site
 from trunkline.client.training.loop import outputs_of, train_site
-from trunkline.protocol.messages import LocalPlan, Order, TrunkSpec
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.server.reporting.report import read_report
 
 SEASON = 8

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from trunkline.client.training.lbfgs import fit_whole, reseed
-from trunkline.protocol.messages import Augment, LocalPlan
+from trunkline.protocol.plan import Augment, LocalPlan
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

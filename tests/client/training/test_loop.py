@@ -14,11 +14,12 @@ from trunkline.client.data import open_data
 from trunkline.client.training import loop as training
 from trunkline.client.training.loop import Resident, train_site
 from trunkline.client.training.sampling import Batches, chances
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.labels import known
 from trunkline.models.tasks import Task, make_task
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import Arrays, LocalPlan, Phase, TrunkSpec, seed_of
+from trunkline.protocol.arrays import Arrays, seed_of
+from trunkline.protocol.plan import LocalPlan, Phase, TrunkSpec
 
 CPU = torch.device("cpu")
 EVERYTHING = ("trunk", "stem", "heads")

@@ -17,7 +17,8 @@ from trunkline.client.training.dual_cone import NonNegativeProjector
 from trunkline.client.training.loop import train_site
 from trunkline.client.training.loss_balancing import BALANCES, Conflicts, Famo, Uncertainty, gradients
 from trunkline.models.tasks import Task
-from trunkline.protocol.messages import LocalPlan, conflict_name
+from trunkline.protocol.contract import conflict_name
+from trunkline.protocol.plan import LocalPlan
 
 CPU = torch.device("cpu")
 LEARNT = sorted(set(BALANCES) - {"fixed"})
@@ -253,7 +254,8 @@ def test_what_balancing_remembers_goes_from_round_to_round_through_the_vault(
     from trunkline.client.site import open_site
     from trunkline.client.state.vault import Vault
     from trunkline.models.trunk import first_trunk
-    from trunkline.protocol.messages import Order, TrunkSpec
+    from trunkline.protocol.messages import Order
+    from trunkline.protocol.plan import TrunkSpec
 
     sites = [open_site({"site": str(folder), "state": str(tmp_path / folder.name)}) for folder in plants]
     site = next(one for one in sites if len(one.data.tasks) > 1 and one.config.data.window)

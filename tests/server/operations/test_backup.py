@@ -22,8 +22,8 @@ import pytest
 from tests.federation import federation, rounds, within
 from tests.formats.make import KEY, SEALED_WITH
 from trunkline.errors import DeploymentError, StorageError, TrunklineError
+from trunkline.runtime.lock import Lock, read_status
 from trunkline.runtime.storage import Shelf
-from trunkline.runtime.supervisor import Lock, read_status
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership import authority
 from trunkline.server.membership.authority import Authority

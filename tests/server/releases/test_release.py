@@ -13,7 +13,8 @@ from tests.client.adaptation.wearing import RUN, plant
 from tests.loopback import WatchedGrid, arrays_in, events_of, federate, trunk_of
 from trunkline.errors import StorageError
 from trunkline.flower.records import open_records, to_records
-from trunkline.protocol.messages import SCALER_ARRAYS, Arrays, Inputs, Offer
+from trunkline.protocol.arrays import SCALER_ARRAYS, Arrays
+from trunkline.protocol.messages import Inputs, Offer
 from trunkline.release import RELEASE, read_release, write_release, write_tensors
 from trunkline.server.releases.release import merge_scales, pool
 

@@ -20,7 +20,7 @@ from tests.loopback import WatchedGrid, events_of, federate, refusals_of, trunk_
 from tests.server.signed import Federation, named, small
 from trunkline import __version__
 from trunkline.cli.app import app
-from trunkline.config.run import SITE_SCHEMA
+from trunkline.config.site import SITE_SCHEMA
 from trunkline.errors import StorageError, TamperError, TrustError
 from trunkline.protocol.messages import PROTOCOL
 from trunkline.release import KEY, RELEASE, open_release, read_release, verify_release, write_release, write_tensors

@@ -20,7 +20,9 @@ from trunkline.client.state.vault import Vault
 from trunkline.config.run import parse_run
 from trunkline.errors import ConfigError, QuorumError
 from trunkline.flower.records import open_records
-from trunkline.protocol.messages import Arrays, LocalPlan, Update
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Update
+from trunkline.protocol.plan import LocalPlan
 from trunkline.server.reporting.report import read_report
 from trunkline.server.rounds.buffered import damped, damping, refuse
 from trunkline.simulations.world.network import WorldGrid

@@ -108,7 +108,7 @@ def trains_but(message: Message, honest: Callable[[], Message], answer: Message 
 
 
 def _crash(message: Message) -> Message:
-    from trunkline.flower.records import error_reply
+    from trunkline.flower.errors import error_reply
 
     return error_reply(message, "RuntimeError: out of memory")
 

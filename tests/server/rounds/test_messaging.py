@@ -7,7 +7,9 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from trunkline.flower.records import CRASHED, FULL, LoopbackGrid, error_reply, stamp, to_records
+from trunkline.flower.errors import CRASHED, FULL, error_reply
+from trunkline.flower.grid import LoopbackGrid, stamp
+from trunkline.flower.records import to_records
 from trunkline.server.rounds import messaging as calls
 from trunkline.server.rounds.messaging import Answer, ask
 

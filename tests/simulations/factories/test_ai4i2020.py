@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import ConfigError, DataError
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.factories.ai4i2020 import BLOCK, CHANNELS, FILE, MODES, QUALITIES, SENSORS

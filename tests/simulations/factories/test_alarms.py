@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trunkline.client.data import open_data
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import DataError
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.factories.alarms import (

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from trunkline.client.data import open_data
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import ConfigError, DataError
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.factories.cwru import BANDS, FILE, FRAMES, RECORDS, STRETCH, spectra, stretches

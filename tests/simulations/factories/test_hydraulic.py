@@ -9,7 +9,7 @@ import pytest
 
 from trunkline.client.check import check_site
 from trunkline.client.data import SiteData, open_data
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import ConfigError, DataError
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.factories.hydraulic import FLOWS, SECONDS, SLOW, TASKS, read_cycles

@@ -11,10 +11,12 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from trunkline.config.run import LOSSES, ONLY_FOR, RunConfig, SiteConfig, TaskConfig, parse_run, read_site
+from trunkline.config.run import RunConfig, parse_run
+from trunkline.config.site import SiteConfig, read_site
+from trunkline.config.tasks import LOSSES, ONLY_FOR, TaskConfig
 from trunkline.errors import ConfigError
 from trunkline.models.tasks import TASKS
-from trunkline.protocol.messages import LocalPlan
+from trunkline.protocol.plan import LocalPlan
 from trunkline.server.reporting.html import CANDIDATES
 from trunkline.simulations.factories import FACTORIES
 from trunkline.simulations.search import DEFAULT_SPACE

@@ -10,7 +10,7 @@ import pytest
 
 from trunkline.client.check import check_site
 from trunkline.client.data import open_data
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import ConfigError, DataError
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.factories.steel_energy import FILE, LOADS, READINGS, read_year

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from trunkline.client.data import open_data
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import DataError
 from trunkline.simulations.factories import write_sites
 from trunkline.simulations.factories.steel_plates import CHANNELS, FAULTS, FILE, GRADES, PLACES

@@ -18,7 +18,8 @@ from flwr.app import Message, RecordDict
 from tests.loopback import federate, refusals_of, trunk_of
 from tests.simulations.ray.site_hosts import VICTIM, Bulky, Deadly, NoOp, Slow, totals
 from trunkline.errors import DeploymentError
-from trunkline.flower.records import error_site, to_records
+from trunkline.flower.errors import error_site
+from trunkline.flower.records import to_records
 from trunkline.server.rounds.messaging import ask
 from trunkline.simulations.ray import grid as engine
 from trunkline.simulations.ray.grid import RayGrid

@@ -13,7 +13,9 @@ from trunkline.client.handlers import answer_train
 from trunkline.client.site import Site, open_site
 from trunkline.client.state.vault import Vault
 from trunkline.models.trunk import first_trunk
-from trunkline.protocol.messages import Arrays, LocalPlan, Order, Phase, TrunkSpec
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import LocalPlan, Phase, TrunkSpec
 from trunkline.simulations.vectorized.sites import Crew, kind_of
 
 ALIKE = 1e-4  # of the largest change of a round: what float32 leaves of sums in another order, after four steps

@@ -10,7 +10,7 @@ import pytest
 from tests.loopback import events_of, federate, trunk_of
 from tests.simulations.vectorized.test_sites import WORN, write
 from trunkline.config.run import parse_run
-from trunkline.protocol.messages import Arrays
+from trunkline.protocol.arrays import Arrays
 from trunkline.server.reporting.report import read_report
 from trunkline.simulations.simulate import simulate
 from trunkline.simulations.vectorized.worker import FEWEST, SWITCH, Crowd

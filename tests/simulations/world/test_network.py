@@ -18,24 +18,19 @@ from hypothesis import strategies as st
 
 from tests.loopback import QUICK, WatchedGrid, events_of, federate, refusals_of, trunk_of
 from trunkline.client.site import open_site
-from trunkline.config.run import DAYS, CalendarConfig, LocalPlan, RunConfig, parse_run
+from trunkline.config.run import RunConfig, parse_run
+from trunkline.config.world import CalendarConfig
 from trunkline.errors import ConfigError, DeploymentError, QuorumError, StorageError
 from trunkline.flower.records import to_records
-from trunkline.protocol.messages import Conditions, Order, TrunkSpec
+from trunkline.protocol.messages import Order
+from trunkline.protocol.opening_hours import DAYS
+from trunkline.protocol.plan import Conditions, LocalPlan, TrunkSpec
 from trunkline.server.reporting.report import read_report
 from trunkline.simulations.simulate import simulate
 from trunkline.simulations.vectorized.sites import kind_of
-from trunkline.simulations.world.network import (
-    HOUR,
-    JOURNAL,
-    SECOND,
-    WEEK,
-    Hours,
-    WorldGrid,
-    draw_places,
-    rows_seen,
-    time_to_target,
-)
+from trunkline.simulations.world.clock import HOUR, SECOND, WEEK, Hours
+from trunkline.simulations.world.network import JOURNAL, WorldGrid, time_to_target
+from trunkline.simulations.world.sites import draw_places, rows_seen
 
 NIGHT = [{"share": 1.0, "hours": [[22, 6]]}]
 SHIFTS = [{"share": 0.5, "hours": [[6, 14]], "days": ["mon", "tue", "wed", "thu", "fri"]}]

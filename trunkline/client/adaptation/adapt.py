@@ -36,7 +36,8 @@ from trunkline.errors import DataError
 from trunkline.models.lora import add_low_rank, merge_low_rank
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.protocol.messages import Arrays, Augment, LocalPlan, Part, Phase, seed_of
+from trunkline.protocol.arrays import Arrays, seed_of
+from trunkline.protocol.plan import Augment, LocalPlan, Part, Phase
 from trunkline.release import Card, open_release
 from trunkline.security.signatures import Verdict
 

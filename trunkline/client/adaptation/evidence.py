@@ -29,7 +29,7 @@ from trunkline.errors import StorageError
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import seed_of
+from trunkline.protocol.arrays import seed_of
 from trunkline.runtime.storage import read_private, write_private
 from trunkline.security.encryption import seal_of
 

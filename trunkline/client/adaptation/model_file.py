@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from trunkline.client.data import Scaler
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import StorageError, TrunklineError
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, build_model
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 from trunkline.release import read_tensors, write_tensors
 from trunkline.runtime.storage import read_private
 from trunkline.security.encryption import seal_of

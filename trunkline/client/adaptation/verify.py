@@ -10,7 +10,7 @@ from rich.text import Text
 
 from trunkline.client.state.identity import Identity
 from trunkline.errors import ConfigError, TrustError
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 from trunkline.release import Card, Figure, Lineage
 from trunkline.security.keys import read_certificate, spoken
 from trunkline.security.signatures import Verdict

@@ -17,10 +17,11 @@ from trunkline.client.agent.membership_monitor import Keeper
 from trunkline.client.state.identity import Identity
 from trunkline.client.state.permissions import open_seal
 from trunkline.client.state.vault import check_whose
-from trunkline.config.run import SiteConfig, read_site
+from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
-from trunkline.flower.records import environment
-from trunkline.runtime.supervisor import Child, Supervisor, is_loopback, make_secret, say
+from trunkline.flower.control import environment
+from trunkline.runtime.programs import is_loopback, make_secret, say
+from trunkline.runtime.supervisor import Child, Supervisor
 from trunkline.security.encryption import without_key
 from trunkline.security.keys import check_clock, read_certificate
 
@@ -133,7 +134,15 @@ def children_of(
             str(identity.node_key),
         ]
     node = [
-        *(sys.executable, "-m", "trunkline.flower.records", "supernode", "--node-file", str(state / "node.json"), *own),
+        *(
+            sys.executable,
+            "-m",
+            "trunkline.flower.processes",
+            "supernode",
+            "--node-file",
+            str(state / "node.json"),
+            *own,
+        ),
         *transport,
         *("--superlink", server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)),
         *("--host", "127.0.0.1", "--port", runtime.rpartition(":")[2], "--node-config", config),

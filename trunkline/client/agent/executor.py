@@ -27,24 +27,13 @@ import trunkline
 from trunkline.client.agent.activity import Activity, Task
 from trunkline.client.policy.egress import Door
 from trunkline.errors import ContractError, DeploymentError, StorageError, TrunklineError
-from trunkline.flower.records import (
-    CLIENT_APP,
-    CRASHED,
-    DECLINED,
-    FULL,
-    PENDING,
-    REFUSED,
-    RESTARTED,
-    NodeRuntime,
-    NodeTask,
-    answer,
-    app_digest,
-    error_reply,
-)
+from trunkline.flower.app_archive import app_digest
+from trunkline.flower.errors import CRASHED, DECLINED, FULL, PENDING, REFUSED, RESTARTED, answer, error_reply
+from trunkline.flower.runtime import CLIENT_APP, NodeRuntime, NodeTask
 from trunkline.runtime import disk
 from trunkline.runtime.incidents import Incidents, Kind
+from trunkline.runtime.programs import accepts, pins_of
 from trunkline.runtime.storage import write_atomic
-from trunkline.runtime.supervisor import accepts, pins_of
 
 BEAT_S = 15.0  # a task's token expires 60 s after its last heartbeat
 LEAVE_S = 6.0  # how long a task may go on after SIGTERM; the supervisor kills after 8

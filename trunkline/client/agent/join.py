@@ -27,10 +27,10 @@ from pydantic import BaseModel, Field, ValidationError
 import trunkline
 from trunkline.client.state.at_rest import seal_state
 from trunkline.client.state.identity import Identity, records_key
-from trunkline.config.run import read_site
+from trunkline.config.site import read_site
 from trunkline.errors import TrustError
-from trunkline.flower.records import client_context
-from trunkline.protocol.messages import Frozen
+from trunkline.flower.processes import client_context
+from trunkline.protocol.frozen import Frozen
 from trunkline.runtime.storage import write_atomic
 from trunkline.security.encryption import find_seal, make_seal
 from trunkline.security.enrolment import (

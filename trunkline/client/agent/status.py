@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trunkline.client.availability import in_words
 from trunkline.runtime.health import base_of, child_words, clock, daemon_words, disk_words, print_page
 from trunkline.runtime.incidents import look_up
-from trunkline.runtime.supervisor import accepts
+from trunkline.runtime.programs import accepts
 
 if TYPE_CHECKING:
     from rich.console import Console

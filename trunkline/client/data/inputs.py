@@ -15,7 +15,7 @@ from trunkline.client.data.preprocess.regimes import Regimes
 from trunkline.client.data.preprocess.scale import Scaler, moments, scale
 from trunkline.client.data.preprocess.shrinkage import Beside, groups_seen, lay_beside
 from trunkline.client.data.read import Table
-from trunkline.config.run import SiteConfig
+from trunkline.config.site import SiteConfig
 from trunkline.release import PooledScale
 
 AGE = "age"

@@ -12,7 +12,8 @@ from trunkline.client.data.preprocess import clean
 from trunkline.client.data.read import Table
 from trunkline.client.data.split import PARTS, TEST, TRAIN, VALIDATION, Shuffle, Split, divide, read_split
 from trunkline.client.data.windows import segments
-from trunkline.config.run import CLASSED, SiteConfig
+from trunkline.config.site import SiteConfig
+from trunkline.config.tasks import CLASSED
 from trunkline.errors import DataError
 from trunkline.runtime.storage import Sealing
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from trunkline.client.data.layout import Layout
 from trunkline.client.data.notes import Findings, counted
 from trunkline.client.data.split import PARTS, Split
-from trunkline.config.run import CLASSED, SiteConfig
+from trunkline.config.site import SiteConfig
+from trunkline.config.tasks import CLASSED
 from trunkline.models.labels import Labels
 
 FEWEST = 20  # groups; below it a run of equal labels is no pattern

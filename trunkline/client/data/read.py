@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trunkline.client.data.formats import Role, columns_of, kind_of, load
 from trunkline.client.data.notes import Findings, counted, some
-from trunkline.config.run import POLICY, SiteConfig
+from trunkline.config.site import POLICY, SiteConfig
 from trunkline.errors import DataError, nearest
 
 MISSING = ("", "na", "n/a", "nan", "null", "none", "-", "?")  # how exports write "no value", compared without case

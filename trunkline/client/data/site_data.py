@@ -17,7 +17,8 @@ from trunkline.client.data.preprocess.scale import Scaler
 from trunkline.client.data.read import Table, read_table
 from trunkline.client.data.split import PARTS, TEST, TRAIN, Split, write_split
 from trunkline.client.data.windows import WindowSet, ends_of
-from trunkline.config.run import CLASSED, SiteConfig, read_site
+from trunkline.config.site import SiteConfig, read_site
+from trunkline.config.tasks import CLASSED
 from trunkline.errors import ConfigError, DataError
 from trunkline.models.labels import Labels, Places
 from trunkline.release import PooledScale

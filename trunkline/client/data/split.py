@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from trunkline.client.data.folds import deal, missed
 from trunkline.client.data.notes import Findings
-from trunkline.config.run import SplitConfig
+from trunkline.config.site import SplitConfig
 from trunkline.errors import DataError, StorageError
-from trunkline.protocol.messages import seed_of
+from trunkline.protocol.arrays import seed_of
 from trunkline.runtime.storage import Sealing, read_private, write_private
 
 FORMAT = 1

@@ -10,7 +10,8 @@ from trunkline.client.data.preprocess.scale import Scaler
 from trunkline.client.data.site_data import SiteData
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
-from trunkline.protocol.messages import Arrays, Inputs
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Inputs
 
 FEWEST = 10  # values behind a mean that travels: the mean of one value is that value
 Floats = NDArray[np.float64]

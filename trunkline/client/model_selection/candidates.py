@@ -11,7 +11,9 @@ import torch
 from trunkline.client.site import Site
 from trunkline.client.training.loop import train_site
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import LocalPlan, Order, Part, Phase, seed_of
+from trunkline.protocol.arrays import seed_of
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import LocalPlan, Part, Phase
 
 QUARTERS = (1, 2, 4)  # after so many quarters of the fine-tuning a version is kept: stopping early is a choice as well
 MIXES = (0.25, 0.5, 0.75)  # shares of the fine-tuned weights in the average of the two

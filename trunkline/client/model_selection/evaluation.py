@@ -19,7 +19,8 @@ from trunkline.client.training.loop import Resident, outputs_of, total_loss
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import Order, TaskRow, seed_of
+from trunkline.protocol.arrays import seed_of
+from trunkline.protocol.messages import Order, TaskRow
 from trunkline.runtime.storage import write_private
 
 RESAMPLES = 1000  # of the bootstrap; the ends of a 95 % interval then rest on 25 resamples each

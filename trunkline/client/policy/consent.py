@@ -9,10 +9,12 @@ from pathlib import Path
 
 from trunkline.client.policy.contracts import Consent, Verdict, bytes_round, in_bytes, known, read, write
 from trunkline.client.site import Site
-from trunkline.config.run import PolicyConfig
+from trunkline.config.site import PolicyConfig
 from trunkline.errors import ContractError, Declined, Pending
-from trunkline.protocol.messages import FIT, Conditions, Offer, Order, changed_terms
-from trunkline.runtime.supervisor import account
+from trunkline.protocol.contract import FIT, changed_terms
+from trunkline.protocol.messages import Offer, Order
+from trunkline.protocol.plan import Conditions
+from trunkline.runtime.programs import account
 from trunkline.security.keys import now
 
 BY_POLICY = "policy"

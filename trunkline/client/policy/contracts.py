@@ -8,7 +8,10 @@ from pydantic import ValidationError
 
 from trunkline.errors import ContractError, StorageError
 from trunkline.privacy.guards import names
-from trunkline.protocol.messages import ArraySpec, Contract, Frozen, Inputs, Order, TaskCard, terms_digest
+from trunkline.protocol.arrays import ArraySpec
+from trunkline.protocol.contract import Contract, TaskCard, terms_digest
+from trunkline.protocol.frozen import Frozen
+from trunkline.protocol.messages import Inputs, Order
 from trunkline.runtime.storage import read_private, write_private
 from trunkline.security.encryption import Seal, find_seal
 

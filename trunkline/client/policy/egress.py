@@ -23,34 +23,15 @@ from trunkline.client.policy.consent import check_order, check_size, lets_go, ob
 from trunkline.client.policy.contracts import Consent, read
 from trunkline.client.policy.manifest import chain_of
 from trunkline.client.state.identity import records_key
-from trunkline.config.run import SiteConfig, read_site
+from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import ContractError
-from trunkline.flower.records import (
-    AWAY,
-    CRASHED,
-    DECLINED,
-    FULL,
-    PENDING,
-    REFUSED,
-    RESTARTED,
-    error_reply,
-    open_records,
-    safe_text,
-    to_records,
-)
+from trunkline.flower.errors import AWAY, CRASHED, DECLINED, FULL, PENDING, REFUSED, RESTARTED, error_reply, safe_text
+from trunkline.flower.records import open_records, to_records
 from trunkline.models.tasks import Task, make_task
 from trunkline.privacy.guards import at_server, guards_of, norm_of
-from trunkline.protocol.messages import (
-    PROBED,
-    PROTOCOL,
-    SCALER_ARRAYS,
-    Arrays,
-    Contract,
-    Offer,
-    Order,
-    Reply,
-    Scorecard,
-)
+from trunkline.protocol.arrays import SCALER_ARRAYS, Arrays
+from trunkline.protocol.contract import PROBED, Contract
+from trunkline.protocol.messages import PROTOCOL, Offer, Order, Reply, Scorecard
 from trunkline.security.encryption import find_seal
 
 MODELS = ("federated", "local", "shared", "ensemble", "finetuned", "fused")  # that a scorecard may compare

@@ -21,8 +21,8 @@ from trunkline.client.state.identity import RECORDS
 from trunkline.client.state.permissions import make_private, open_seal, private_files
 from trunkline.client.state.vault import Vault, predictions_place
 from trunkline.errors import StorageError, TrustError
+from trunkline.runtime.lock import Lock
 from trunkline.runtime.storage import SET_ASIDE, is_sealed, read_private, write_atomic, write_private
-from trunkline.runtime.supervisor import Lock
 from trunkline.security.encryption import OVERHEAD, SETTINGS, Seal, find_seal, key_name, make_seal, sealed_by
 
 if TYPE_CHECKING:

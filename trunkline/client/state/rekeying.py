@@ -13,8 +13,8 @@ from pathlib import Path
 from trunkline.client.state.at_rest import Kept, Tell, kept, silent, status
 from trunkline.client.state.permissions import open_seal
 from trunkline.errors import StorageError, TrustError
+from trunkline.runtime.lock import Lock
 from trunkline.runtime.storage import write_atomic
-from trunkline.runtime.supervisor import Lock
 from trunkline.security.encryption import (
     Seal,
     absolute,

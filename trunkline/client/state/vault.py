@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trunkline.errors import ForeignState, StorageError
-from trunkline.protocol.messages import Arrays
+from trunkline.protocol.arrays import Arrays
 from trunkline.runtime.storage import Shelf, read_private, write_private
 from trunkline.security.encryption import Seal
 

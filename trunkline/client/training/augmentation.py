@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trunkline.models.tasks.task import Task
-from trunkline.protocol.messages import Augment, seed_of
+from trunkline.protocol.arrays import seed_of
+from trunkline.protocol.plan import Augment
 
 
 class Sample(NamedTuple):

@@ -24,7 +24,8 @@ from trunkline.client.training.loss_balancing import BALANCES, Conflicts
 from trunkline.client.training.sampling import Batches, chances
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
-from trunkline.protocol.messages import LocalPlan, Part, seed_of
+from trunkline.protocol.arrays import seed_of
+from trunkline.protocol.plan import LocalPlan, Part
 
 SCORE_BATCH = 2048  # windows a forward pass; 2048 x 64 x 14 floats is 7 MB
 LOOKS = 4  # steps of a round, spread over it, in which the tasks' gradients are compared

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trunkline.models.tasks.task import Task
-from trunkline.protocol.messages import conflict_name
+from trunkline.protocol.contract import conflict_name
 
 PACE = 0.05  # of a log-variance: it follows a loss that changes within some 20 steps
 RATE, DECAY = 0.025, 1e-3  # of FAMO's logits, as in its paper

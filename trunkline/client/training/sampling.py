@@ -7,10 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trunkline.config.run import CLASSED
+from trunkline.config.tasks import CLASSED
 from trunkline.models.labels import Labels, known
 from trunkline.models.tasks.task import Task, effective_number
-from trunkline.protocol.messages import seed_of
+from trunkline.protocol.arrays import seed_of
 
 
 class Batches:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 
 
 class Size(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from trunkline.errors import ConfigError
 from trunkline.models.backbones.backbone import Backbone, Size
-from trunkline.protocol.messages import TrunkSpec
+from trunkline.protocol.plan import TrunkSpec
 
 
 class Linear(Backbone):

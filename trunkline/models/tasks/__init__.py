@@ -1,6 +1,6 @@
 """Task kinds: one file each, and one line here."""
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, nearest
 from trunkline.models.tasks.anomaly import Anomaly
 from trunkline.models.tasks.binary import Binary

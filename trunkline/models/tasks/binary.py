@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks.calibration import ENOUGH, best_cut, calibration_error, logit, platt, sigmoid
 from trunkline.models.tasks.crossentropy import yes_or_no
 from trunkline.models.tasks.task import Labels, Metric, Task, effective_number, numbers, shares

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import DataError
 from trunkline.models.labels import Places
 from trunkline.models.tasks.task import Labels, Metric, Samples, Task, known, numbers

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, DataError, nearest
 from trunkline.models.tasks.calibration import EDGE, ENOUGH, calibration_error, soften, temperature
 from trunkline.models.tasks.crossentropy import one_of_many

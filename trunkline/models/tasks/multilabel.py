@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import DataError
 from trunkline.models.tasks.crossentropy import yes_or_no
 from trunkline.models.tasks.skip_channels import Highway, along, fit_tied

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trunkline.config.run import TaskConfig
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, DataError, StorageError, nearest
 from trunkline.models.labels import Labels, Places, known
-from trunkline.protocol.messages import TaskCard
+from trunkline.protocol.contract import TaskCard
 
 __all__ = ["BETA", "Labels", "Metric", "Samples", "Task", "effective_number", "known", "listed", "numbers", "shares"]
 

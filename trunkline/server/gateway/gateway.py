@@ -27,7 +27,7 @@ from typing import Any
 
 from trunkline.errors import DeploymentError, StorageError, TrunklineError
 from trunkline.runtime.incidents import Incidents
-from trunkline.runtime.supervisor import say
+from trunkline.runtime.programs import say
 from trunkline.security import keys
 from trunkline.server.gateway.authentication import Caller, Peer, Replays, Trust, admit, handshake_words
 from trunkline.server.gateway.connection import START, Denied, Lost, Pool, Wire, copy, dial, dial_unix

@@ -32,7 +32,7 @@ from starlette.routing import Route
 
 import trunkline
 from trunkline.errors import DeploymentError, TrunklineError, TrustError
-from trunkline.flower.records import list_nodes, register_node, unregister_node
+from trunkline.flower.control import list_nodes, register_node, unregister_node
 from trunkline.security.enrolment import (
     AUTHORITY_PATH,
     HELLO_PATH,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from trunkline.errors import TamperError, TrustError
-from trunkline.runtime.supervisor import account
+from trunkline.runtime.programs import account
 from trunkline.security.encryption import find_seal
 from trunkline.security.hash_chain import Chain, Link
 from trunkline.security.keys import key_id, load_key, now

@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import Field, ValidationError
 
 from trunkline.errors import TrustError
-from trunkline.protocol.messages import Frozen
+from trunkline.protocol.frozen import Frozen
 from trunkline.runtime.storage import write_atomic
 from trunkline.security.encryption import find_seal, make_seal
 from trunkline.security.enrolment import Admission, Code, JoinFile, JoinRequest

@@ -14,7 +14,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from trunkline.errors import StorageError
-from trunkline.protocol.messages import SITE_NAME, Frozen
+from trunkline.protocol.frozen import Frozen
+from trunkline.protocol.plan import SITE_NAME
 from trunkline.runtime.storage import write_atomic
 
 REGISTRY = "registry.json"

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import trunkline
 from trunkline.errors import DeploymentError, TrunklineError
-from trunkline.flower.records import app_digest, fab_digest, serverapp_main
+from trunkline.flower.app_archive import app_digest, fab_digest
+from trunkline.flower.processes import serverapp_main
 from trunkline.runtime.incidents import Incidents
+from trunkline.runtime.programs import pins_of
 from trunkline.runtime.storage import write_atomic
-from trunkline.runtime.supervisor import pins_of
 from trunkline.server.membership import audit_log as audit
 
 logger = logging.getLogger("trunkline.launcher")

@@ -29,9 +29,10 @@ from pydantic import Field, ValidationError
 
 import trunkline
 from trunkline.errors import DeploymentError, ForeignState, StorageError, TrunklineError
-from trunkline.protocol.messages import PROTOCOL, Frozen
+from trunkline.protocol.frozen import Frozen
+from trunkline.protocol.messages import PROTOCOL
+from trunkline.runtime.lock import read_status
 from trunkline.runtime.storage import write_atomic
-from trunkline.runtime.supervisor import read_status
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership.authority import is_federation, read_federation
 from trunkline.server.operations.run_store import HOLD, Entry, Ledger

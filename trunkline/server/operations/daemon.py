@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 
 import trunkline
 from trunkline.errors import DeploymentError
-from trunkline.flower.records import environment, list_nodes
-from trunkline.runtime.supervisor import Child, Supervisor, accepts, is_loopback, make_secret, program, read_status, say
+from trunkline.flower.control import environment, list_nodes
+from trunkline.runtime.lock import read_status
+from trunkline.runtime.programs import accepts, is_loopback, make_secret, program, say
+from trunkline.runtime.supervisor import Child, Supervisor
 from trunkline.security.encryption import without_key
 from trunkline.security.keys import check_clock
 from trunkline.server.gateway.routes import socket_path

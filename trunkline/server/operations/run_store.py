@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from trunkline.errors import DeploymentError, StorageError
-from trunkline.protocol.messages import Frozen
+from trunkline.protocol.frozen import Frozen
 from trunkline.runtime.storage import write_atomic
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trunkline.errors import DeploymentError, TrunklineError
-from trunkline.flower.records import run_status, stop_run, submit
+from trunkline.flower.control import run_status, stop_run, submit
 from trunkline.runtime.incidents import Incidents, Kind
 from trunkline.runtime.storage import Shelf
 from trunkline.server.operations.run_store import Entry, Ledger, held_by, read_outcome

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trunkline.errors import DeploymentError, TrunklineError
-from trunkline.flower.records import list_nodes, list_runs
+from trunkline.flower.control import list_nodes, list_runs
 from trunkline.runtime.health import Rows, base_of, child_words, clock, daemon_words, disk_words, print_page
 from trunkline.runtime.incidents import Incidents, Kind, look_up
+from trunkline.runtime.lock import read_status
 from trunkline.runtime.progress import EVENTS
-from trunkline.runtime.supervisor import read_status
 from trunkline.server.membership.authority import is_federation, read_federation, sites, warnings
 
 if TYPE_CHECKING:

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import trunkline
-from trunkline.config.run import SITE_SCHEMA, RunConfig
+from trunkline.config.run import RunConfig
+from trunkline.config.site import SITE_SCHEMA
 from trunkline.errors import ContractError
-from trunkline.protocol.messages import PROTOCOL, SCALER_ARRAYS, Arrays, Offer
+from trunkline.protocol.arrays import SCALER_ARRAYS, Arrays
+from trunkline.protocol.messages import PROTOCOL, Offer
 from trunkline.release import (
     RELEASE,
     Card,

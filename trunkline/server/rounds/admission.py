@@ -8,8 +8,10 @@ from pydantic import BaseModel
 
 from trunkline.errors import ContractError, Refused
 from trunkline.privacy.guards import at_server, guards_of
-from trunkline.protocol import messages as exchange
-from trunkline.protocol.messages import Arrays, Contract, Order, Reply, Update
+from trunkline.protocol import header as headers
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.contract import Contract
+from trunkline.protocol.messages import Order, Reply, Update
 
 LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, far within the exact sum's range
 
@@ -19,7 +21,7 @@ Header = TypeVar("Header", bound=BaseModel)
 def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
     """A wire header, or Refused saying what is wrong with it and which side to update."""
     try:
-        return exchange.read_header(kind, text, "server")
+        return headers.read_header(kind, text, "server")
     except ContractError as error:
         raise Refused(f"{site}, round {round}: reply set aside. {str(error)[0].upper()}{str(error)[1:]}.") from None
 

@@ -17,8 +17,13 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused
-from trunkline.flower.records import AWAY, PUSH_LOST, LocalGrid, Replies, error_site, open_records, pack
-from trunkline.protocol.messages import Arrays, LocalPlan, Order, Update
+from trunkline.flower.errors import AWAY, error_site
+from trunkline.flower.grid import LocalGrid
+from trunkline.flower.records import open_records, pack
+from trunkline.flower.replies import PUSH_LOST, Replies
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order, Update
+from trunkline.protocol.plan import LocalPlan
 from trunkline.server.reporting.report import Refusal, RoundRecord
 from trunkline.server.rounds.admission import admit
 from trunkline.server.rounds.cohort import Member

@@ -7,7 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from trunkline.errors import ForeignState
-from trunkline.protocol.messages import Arrays
+from trunkline.protocol.arrays import Arrays
 from trunkline.runtime.storage import Shelf
 from trunkline.strategies import State
 

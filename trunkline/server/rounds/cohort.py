@@ -15,18 +15,13 @@ from numpy.typing import NDArray
 import trunkline
 from trunkline.config.run import CohortConfig
 from trunkline.errors import ContractError, QuorumError, Refused
-from trunkline.flower.records import DECLINED, PENDING, open_records, to_records
-from trunkline.protocol.messages import (
-    SITE_NAME,
-    UPDATE,
-    Arrays,
-    ArraySpec,
-    Contract,
-    Offer,
-    Order,
-    metric_names,
-    specs_of,
-)
+from trunkline.flower.errors import DECLINED, PENDING
+from trunkline.flower.records import open_records, to_records
+from trunkline.protocol.arrays import Arrays, ArraySpec, specs_of
+from trunkline.protocol.contract import Contract, metric_names
+from trunkline.protocol.header import UPDATE
+from trunkline.protocol.messages import Offer, Order
+from trunkline.protocol.plan import SITE_NAME
 from trunkline.server.releases.release import check_statistics
 from trunkline.server.rounds.admission import read_header
 from trunkline.server.rounds.messaging import Answer, ask, now, pause

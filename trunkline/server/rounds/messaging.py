@@ -8,7 +8,10 @@ from typing import Any, Protocol
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
-from trunkline.flower.records import FULL, PUSH_LOST, RESTARTED, LocalGrid, Replies, error_site, pack
+from trunkline.flower.errors import FULL, RESTARTED, error_site
+from trunkline.flower.grid import LocalGrid
+from trunkline.flower.records import pack
+from trunkline.flower.replies import PUSH_LOST, Replies
 
 # Flower's own codes for a node that went away or a message that was lost: the site did nothing wrong, so it is asked again
 # (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died). A plant's full disk is waited for, until the

@@ -21,23 +21,16 @@ from pydantic import ValidationError
 
 from trunkline.config.run import RunConfig, with_settings
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, StateLost
-from trunkline.flower.records import AWAY, LoopbackGrid, open_records, to_records
+from trunkline.flower.errors import AWAY
+from trunkline.flower.grid import LoopbackGrid
+from trunkline.flower.records import open_records, to_records
 from trunkline.models.trunk import first_trunk
 from trunkline.privacy.guards import guards_of
 from trunkline.protocol import opening_hours as hours
-from trunkline.protocol.messages import (
-    FIT,
-    PROBED,
-    About,
-    Arrays,
-    GuardSettings,
-    Order,
-    Scorecard,
-    TaskRow,
-    Twin,
-    Update,
-    seed_of,
-)
+from trunkline.protocol.arrays import Arrays, seed_of
+from trunkline.protocol.contract import FIT, PROBED
+from trunkline.protocol.messages import Order, Scorecard, TaskRow, Update
+from trunkline.protocol.plan import About, GuardSettings, Twin
 from trunkline.release import COHORT_RELEASE, RELEASE, Figure, GuardUsed
 from trunkline.runtime.storage import write_atomic
 from trunkline.security.signatures import Sign
@@ -54,7 +47,7 @@ from trunkline.server.rounds.disk_wait import Room
 from trunkline.server.rounds.messaging import Answer, Late, ask, is_far, now, pause
 from trunkline.server.rounds.update_journal import Came, Journal, question_of, update_digest
 from trunkline.strategies import State, Strategy, build_strategy
-from trunkline.strategies.strategy import Streamed
+from trunkline.strategies.streaming import Streamed
 
 Tell = Callable[[dict[str, Any]], None]
 Roster = Callable[[], Mapping[int, str]]

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trunkline.errors import StorageError
-from trunkline.protocol.messages import Arrays, Order
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
 from trunkline.runtime.storage import Shelf
 
 Came = tuple[

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from trunkline.errors import ConfigError, DataError
-from trunkline.protocol.messages import seed_of
+from trunkline.protocol.arrays import seed_of
 from trunkline.simulations.factories.folder import Files, Plant, Wish, toml, write_plants
 
 FLEETS = ("FD001", "FD002", "FD003", "FD004")

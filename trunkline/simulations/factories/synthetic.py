@@ -19,7 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from trunkline.errors import ConfigError
-from trunkline.protocol.messages import seed_of
+from trunkline.protocol.arrays import seed_of
 from trunkline.simulations.factories.folder import Files, Plant, Wish, toml, write_plants
 
 Matrix = NDArray[np.float64]

@@ -29,8 +29,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import trunkline
 from trunkline.errors import DeploymentError
-from trunkline.flower.records import CRASHED, LocalGrid, error_reply, message_of, stamp
-from trunkline.protocol.messages import Arrays, Order
+from trunkline.flower.errors import CRASHED, error_reply
+from trunkline.flower.grid import LocalGrid, message_of, stamp
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
 from trunkline.simulations.ray.serialization import Buffer, Shared, Sharing, equal, pack, unpack
 from trunkline.simulations.ray.site_host import Desk, check_opened, node_configs
 from trunkline.simulations.vectorized.driver import Together

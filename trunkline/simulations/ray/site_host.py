@@ -9,8 +9,10 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from trunkline.errors import DataError, TrunklineError
-from trunkline.flower.records import CRASHED, LoopbackGrid, Scalar, answer, error_reply
-from trunkline.protocol.messages import Arrays, Order
+from trunkline.flower.errors import CRASHED, answer, error_reply
+from trunkline.flower.grid import LoopbackGrid, Scalar
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
 from trunkline.simulations.vectorized.worker import Alone, Part
 
 

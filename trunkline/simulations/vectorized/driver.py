@@ -7,7 +7,8 @@ import ray
 from ray.exceptions import RayActorError
 
 from trunkline.errors import StateLost
-from trunkline.protocol.messages import Arrays, Order
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
 from trunkline.simulations.vectorized.worker import Part, wanted
 
 if TYPE_CHECKING:

@@ -26,7 +26,10 @@ from trunkline.client.training.loop import LOOKS, SCORE_BATCH, Resident, device,
 from trunkline.client.training.sampling import Batches
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, tensors_of
-from trunkline.protocol.messages import Arrays, Augment, GuardSettings, LocalPlan, Order, conflict_name, seed_of
+from trunkline.protocol.arrays import Arrays, seed_of
+from trunkline.protocol.contract import conflict_name
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import Augment, GuardSettings, LocalPlan
 
 SIZES = (64, 128, 256, 32, 8, 1)  # sites in one stack: which is fastest depends on network and machine, so it is tried
 TRIES = 3  # stacks of each size in that trial: one to warm up, and the better of the others counts

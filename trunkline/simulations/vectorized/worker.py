@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trunkline.client.site import Site, open_site
-from trunkline.protocol.messages import Arrays, Order
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import Order
 from trunkline.server.rounds.admission import LARGEST_CHANGE
 from trunkline.simulations.vectorized.sites import Crew, Key, kind_of
-from trunkline.strategies.strategy import Streamed, largest_of
+from trunkline.strategies.exact_sum import largest_of
+from trunkline.strategies.streaming import Streamed
 
 FEWEST = 8  # sites of a kind below which a process trains them alone, byte for byte as at a plant
 SWITCH = "TRUNKLINE_BATCH"  # "0" in the environment: every site alone

@@ -1,220 +1,31 @@
-"""A world around a simulated federation: shifts and weekends, slow sites, thin lines, lost replies, liars.
-
-`WorldGrid` wraps any LocalGrid and brings a virtual clock. What the sites compute is real; when it happens is not: a
-wait takes the clock to the next thing that happens, so a week of rounds lasts as long as its training. Every chance
-comes from (run seed, site, round, what), so the same world is lived through on any number of workers.
-
-Labels that come late and inputs that drift are told to the sites with each order (`exchange.Conditions`), by the
-virtual time at which the round's first order went out: a site knows no clock, and a repeated question stays the same.
-"""
+"""A Grid over another one, on a virtual clock: links, outages, slow sites, attacks."""
 
 import heapq
 import itertools
 import json
 import math
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
-from trunkline.client.training.loop import steps_of
-from trunkline.config.run import DAYS, CalendarConfig, RunConfig, read_site
-from trunkline.errors import ConfigError, DeploymentError, StorageError
-from trunkline.flower.records import LocalGrid, open_records, to_records
-from trunkline.protocol.messages import Conditions, LocalPlan, Order, seed_of
-from trunkline.server.rounds.admission import LARGEST_CHANGE
+from trunkline.config.run import RunConfig
+from trunkline.config.site import read_site
+from trunkline.errors import DeploymentError, StorageError
+from trunkline.flower.grid import LocalGrid
+from trunkline.flower.records import open_records
+from trunkline.protocol.messages import Order
+from trunkline.protocol.plan import Conditions
 from trunkline.server.rounds.checkpoint import Checkpoint
+from trunkline.simulations.world.attacks import lied
+from trunkline.simulations.world.clock import HOUR, SECOND, WEEK, VirtualClock
+from trunkline.simulations.world.sites import Place, chance, draw_places, rows_seen
 
 JOURNAL = "world.jsonl"  # in a run's folder: where the world stood after each round, for --resume
-# Virtual time is counted in whole microseconds: sums of them are exact, so an opening hour is never missed by rounding
-SECOND = 1_000_000
-HOUR = 3600 * SECOND
-WEEK = 168 * HOUR
-MEGABYTE = 1e6  # bytes
-LIE_MOST = 0.9 * LARGEST_CHANGE  # a lie that intake refuses would test intake, and not the strategy
-Deltas = dict[str, NDArray[Any]]
-
-
-class VirtualClock:
-    """The clock of a world, which starts at 0.
-
-    Args:
-        first: from a time (us) to that of the first event up to there, or that time itself.
-    """
-
-    def __init__(self, first: Callable[[int], int]) -> None:
-        self.at = 0  # us
-        self._first = first
-
-    def monotonic(self) -> float:
-        return self.at / SECOND
-
-    def sleep(self, seconds: float, /) -> None:
-        """Go on at once to the first thing that happens, and by `seconds` at most."""
-        # rounded up and at least 1 us: who sleeps until a deadline must wake behind it, or would sleep for ever
-        self.at = max(self.at, self._first(self.at + max(1, math.ceil(seconds * SECOND))))
-
-
-class Hours:
-    """When a site can be reached and works: the same every week of virtual time.
-
-    Args:
-        calendar: None: always.
-        ahead: hours the site's own clock is ahead of Monday 0:00 when virtual time starts.
-    """
-
-    def __init__(self, calendar: CalendarConfig | None, ahead: float = 0.0) -> None:
-        pieces: list[tuple[int, int]] = [(0, WEEK)] if calendar is None else []
-        for day, (begin, end) in itertools.product(calendar.days, calendar.hours) if calendar else ():
-            start = round((24 * DAYS.index(day) + begin - ahead) * HOUR) % WEEK
-            stop = start + round((end - begin) * HOUR) % (24 * HOUR)
-            stop = start + 24 * HOUR if stop == start else stop  # [0, 24]
-            pieces += [(start, min(stop, WEEK))] + ([(0, stop - WEEK)] if stop > WEEK else [])
-        self._open: list[tuple[int, int]] = []  # of a week, ascending, apart
-        for start, stop in sorted(pieces):
-            if self._open and start <= self._open[-1][1]:
-                self._open[-1] = (self._open[-1][0], max(stop, self._open[-1][1]))
-            else:
-                self._open.append((start, stop))
-        self._starts = [start for start, _ in self._open]
-        self._week = sum(stop - start for start, stop in self._open)
-
-    @property
-    def always(self) -> bool:
-        return self._week == WEEK
-
-    def online(self, at: int) -> bool:
-        place = bisect_right(self._starts, at % WEEK) - 1
-        return place >= 0 and at % WEEK < self._open[place][1]
-
-    def opens(self, at: int) -> int:
-        """The first time after `at` at which an hour of work begins."""
-        place = bisect_right(self._starts, at % WEEK)
-        begin = at - at % WEEK
-        return begin + (self._starts[place] if place < len(self._starts) else WEEK + self._starts[0])
-
-    def spend(self, at: int, work: int) -> int:
-        """When `work` us of these hours have passed since `at`: what a shift does not finish waits for the next."""
-        if work <= 0 or self.always:
-            return at + max(work, 0)
-        at += (work - 1) // self._week * WEEK
-        work -= (work - 1) // self._week * self._week
-        while True:
-            if not self.online(at):
-                at = self.opens(at)
-            place = bisect_right(self._starts, at % WEEK) - 1
-            left = self._open[place][1] - at % WEEK
-            if work <= left:
-                return at + work
-            at, work = at + left, work - left
-
-
-@dataclass(frozen=True)
-class Place:
-    """What the draw made of one site."""
-
-    site: str
-    hours: Hours
-    zone: float
-    speed: float
-    up: float  # us a byte
-    down: float
-    drifts: bool
-    hostile: bool
-
-
-def draw_places(run: RunConfig, sites: Sequence[str]) -> list[Place]:
-    """The world's sites, in the order of `sites`. Shares are dealt, not thrown: a quarter of 20 sites is 5 of them.
-
-    Raises:
-        ConfigError: a hostile site is named that is none of `sites`.
-    """
-    world = run.world
-    if unknown := [name for name in world.hostile_sites if name not in sites]:
-        raise ConfigError(
-            f"[world] hostile_sites names {unknown[0]!r}; the sites are {', '.join(sorted(sites))}. Correct the list."
-        )
-    calendars = _deal(run.seed, "calendar", sites, [one.share for one in world.calendars])
-    speeds = _deal(run.seed, "speed", sites, [share for share, _ in world.speeds])
-    links = _deal(run.seed, "link", sites, [share for share, _ in world.links])
-    liars = _deal(run.seed, "hostile", sites, [world.hostile_share])
-    drifting = _deal(run.seed, "drift", sites, [world.drift_share if world.drift_week else 0.0])
-    known: dict[tuple[int | None, float], Hours] = {}
-    places = []
-    for site in sites:
-        own = calendars.get(site)
-        zone = world.zones[int(_chance(run.seed, site, "zone") * len(world.zones))] if world.zones else 0.0
-        if (own, zone) not in known:
-            known[own, zone] = Hours(None if own is None else world.calendars[own], world.start_hour + zone)
-        link = _spread(run.seed, site, "link", world.link_spread) * (
-            world.links[links[site]][1] if site in links else 1
-        )
-        places.append(
-            Place(
-                site=site,
-                hours=known[own, zone],
-                zone=zone,
-                speed=_spread(run.seed, site, "speed", world.speed_spread)
-                * (world.speeds[speeds[site]][1] if site in speeds else 1),
-                up=SECOND / (MEGABYTE * world.up_mb_s * link) if world.up_mb_s else 0.0,
-                down=SECOND / (MEGABYTE * world.down_mb_s * link) if world.down_mb_s else 0.0,
-                drifts=site in drifting,
-                hostile=site in world.hostile_sites or site in liars,
-            )
-        )
-    return places
-
-
-def _deal(seed: int, what: str, sites: Sequence[str], shares: Sequence[float]) -> dict[str, int]:
-    """Site -> the place in `shares` it was dealt; who is left over is not in it."""
-    order = sorted(sites, key=lambda site: (seed_of(seed, "world", site, what), site))
-    ends = [round(end * len(sites)) for end in itertools.accumulate(shares)]
-    return {
-        site: number
-        for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
-        for site in order[begin:end]
-    }
-
-
-def _chance(seed: int, *what: object) -> float:
-    """A number from 0 to below 1 that belongs to `what`."""
-    return (seed_of(seed, "world", *what) >> 10) / 2.0**53
-
-
-def _spread(seed: int, site: str, what: str, sigma: float) -> float:
-    return math.exp(sigma * float(np.random.default_rng(seed_of(seed, "world", site, what)).standard_normal()))
-
-
-def rows_seen(plan: LocalPlan, rows: int) -> int:
-    """Training rows that pass through the federated model in a round; twice where a personal one trains beside it."""
-    each = rows if plan.optimizer == "lbfgs" else min(plan.batch_size, rows)
-    return steps_of(plan, rows) * each * (2 if plan.personal else 1) if rows else 0
-
-
-def _flip(deltas: Deltas, draw: np.random.Generator) -> Deltas:
-    return {name: -array for name, array in deltas.items()}
-
-
-def _hundredfold(deltas: Deltas, draw: np.random.Generator) -> Deltas:
-    return {name: np.clip(-100.0 * array, -LIE_MOST, LIE_MOST).astype(array.dtype) for name, array in deltas.items()}
-
-
-def _random(deltas: Deltas, draw: np.random.Generator) -> Deltas:
-    return {name: draw.normal(size=array.shape).astype(array.dtype) for name, array in deltas.items()}
-
-
-LIES: Mapping[str, Callable[[Deltas, np.random.Generator], Deltas]] = {
-    "sign-flip": _flip,
-    "scale": _hundredfold,
-    "random": _random,
-}
 
 
 @dataclass
@@ -421,7 +232,7 @@ class WorldGrid(Grid):
             if not self._buffered:
                 self._trained, self._asked = set(), {}
         tries = self._tries[node, kind] = self._tries.get((node, kind), 0) + 1
-        drops = _chance(self.config.seed, place.site, round, "drop-out") < self.world.drop_out
+        drops = chance(self.config.seed, place.site, round, "drop-out") < self.world.drop_out
         away = not place.hours.online(now) and node not in self._returning
         if away or (drops and 0 < round <= self.config.total_rounds and kind != "evaluate"):
             return f"unheard-{next(self._numbers)}"  # nobody is there: silence, as in a plant
@@ -431,7 +242,7 @@ class WorldGrid(Grid):
             if conditions != Conditions():
                 message.content = _under(message.content, conditions)
         if not joins:
-            flight.lost = _chance(self.config.seed, place.site, round, "reply", kind, tries) < self.world.reply_loss
+            flight.lost = chance(self.config.seed, place.site, round, "reply", kind, tries) < self.world.reply_loss
             size = _bytes(message.content)
             flight.came = place.hours.spend(max(now, self._line.get(node, 0)), math.ceil(size * place.down))
             self._line[node] = flight.came
@@ -509,7 +320,7 @@ class WorldGrid(Grid):
             table = json.loads(header)
             self._rows[flight.node] = int(table["weight"])
             if place.hostile:
-                reply.content = _lied(flight.order, self.world.lie, place.site, arrays, table, metrics)
+                reply.content = lied(flight.order, self.world.lie, place.site, arrays, table, metrics)
         start = max(flight.came, self._free.get(flight.node, 0))
         done = max(flight.bound, place.hours.spend(start, self._work(flight, self._rows.get(flight.node, 0))))
         size = 0 if reply.has_error() else _bytes(reply.content)
@@ -546,17 +357,6 @@ def _bytes(content: RecordDict) -> int:
     arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
     texts = sum(len(str(text)) for record in content.config_records.values() for text in record.values())
     return arrays + texts + 8 * sum(len(record) for record in content.metric_records.values())
-
-
-def _lied(
-    order: Order, lie: str, site: str, deltas: Deltas, header: dict[str, Any], metrics: Mapping[str, float]
-) -> RecordDict:
-    draw = np.random.default_rng(seed_of(order.seed, "world", site, order.round, "lie"))
-    if (
-        lie == "sign-flip"
-    ):  # alone it would only slow a mean down, so who lies this way also claims all the weight there is
-        header["weight"] = float(order.weight_cap)
-    return to_records(LIES[lie](deltas, draw), json.dumps(header), metrics)
 
 
 def time_to_target(report: Mapping[str, Any], loss: float) -> float | None:

@@ -13,7 +13,7 @@ from tests.client.data.test_read import refused
 from trunkline.client.data import SiteData, open_data
 from trunkline.client.data.preprocess import clean
 from trunkline.client.data.windows import segments
-from trunkline.config.run import CleanConfig, Missing
+from trunkline.config.site import CleanConfig, Missing
 
 
 def filled_by_hand(values: list[float], group: list[int], order: list[float], policy: Missing) -> list[float]:

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trunkline.config.run import CleanConfig, Missing
+from trunkline.config.site import CleanConfig, Missing
 
 LARGEST = 1e30  # beyond it squares leave float64's range and no sensor measures it: counted as impossible
 Floats = NDArray[np.float64]
