@@ -31,7 +31,7 @@ from trunkline.client.site import open_site
 from trunkline.client.state.vault import Vault
 from trunkline.config.parsing import parse_value
 from trunkline.config.run import RunConfig, parse_run, with_settings
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.server.app import app
 from trunkline.server.reporting.report import read_report, write_report
 from trunkline.server.rounds.checkpoint import Checkpoint
@@ -73,13 +73,13 @@ class Watched(WorldGrid):
         expires = self.clock.at + round(self.config.cohort.deadline_s * SECOND)
         if kind == "train" and self.config.cohort.mode == "rounds" and self._free.get(node, 0) > expires:
             return f"unheard-{next(self._numbers)}"
-        order = Order.model_validate_json(str(message.content.config_records["header"]["json"]))
+        request = RoundRequest.model_validate_json(str(message.content.config_records["header"]["json"]))
         pushed = super()._push(message)
         if kind == "train" and not pushed.startswith("unheard"):
             site = open_site(self.inner.contexts[node].node_config)
-            entry = Vault(site.state, order.run).before(order.round + 1)
+            entry = Vault(site.state, request.run).before(request.round + 1)
             assert entry is not None
-            self.private[node, order.round] = entry.private
+            self.private[node, request.round] = entry.private
         return pushed
 
     def _resolve(self, flight: _Flight) -> int:
@@ -100,14 +100,16 @@ class Watched(WorldGrid):
         assert found is not None and found[0].round == round
         at = self.ended[round]
         run = self.config
-        order = Order(run="look", seed=run.seed, round=1, rounds=1, trunk=run.trunk, plan=run.training, lend=run.lend)
+        request = RoundRequest(
+            run="look", seed=run.seed, round=1, rounds=1, trunk=run.trunk, plan=run.training, lend=run.lend
+        )
         losses = {}
         for node, place in self.places.items():
             site = open_site(self.inner.contexts[node].node_config)
-            model = site.model(order)
-            model.adopt(found[0].trunk, order.lend)
+            model = site.model(request)
+            model.adopt(found[0].trunk, request.lend)
             if done := [told for us, told in self.finished[node] if us <= at * SECOND]:
-                model.restore(self.private[node, max(done)], order.lend)
+                model.restore(self.private[node, max(done)], request.lend)
             losses[place.site] = curve(model, site.resident("curve"), site.data.tasks).loss
         self.seen.append((at, losses))
 

@@ -119,15 +119,17 @@ def model_and_rows(case: str, root: Path, rounds: int) -> Path:
 
     from trunkline.client.site import open_site
     from trunkline.config.run import parse_run
-    from trunkline.protocol.messages import Order
+    from trunkline.protocol.messages import RoundRequest
 
     run = parse_run(table_of(case, rounds), "benchmark")
-    order = Order(run="bench", seed=run.seed, round=1, rounds=rounds, trunk=run.trunk, plan=run.training, lend=run.lend)
+    request = RoundRequest(
+        run="bench", seed=run.seed, round=1, rounds=rounds, trunk=run.trunk, plan=run.training, lend=run.lend
+    )
     inputs, labels = [], []
     model = None
     for folder in sorted((root / "sites").iterdir()):
         site = open_site({"site": str(folder), "state": str(root / "read" / folder.name)})
-        model = model or site.model(order)
+        model = model or site.model(request)
         data = site.resident("train")
         x, _ = data.batch(torch.arange(len(data)))
         task = site.data.tasks["level"]
@@ -531,8 +533,8 @@ def _ranks(job: dict[str, Any]) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    order = Path(job["out"]) / "job.json"
-    order.write_text(json.dumps(job))
+    request = Path(job["out"]) / "job.json"
+    request.write_text(json.dumps(job))
     children = []
     for rank in range(job["workers"]):
         places = {
@@ -540,12 +542,12 @@ def _ranks(job: dict[str, Any]) -> dict[str, Any]:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench",
         }  # fmt: skip
         code = "import engine, sys; engine.child(*sys.argv[1:])"
-        command = [sys.executable, "-c", code, "pfl", str(order), f"{order}.{rank}"]
+        command = [sys.executable, "-c", code, "pfl", str(request), f"{request}.{rank}"]
         settings = {**os.environ, **{name: str(value) for name, value in places.items()}}
         children.append(subprocess.Popen(command, env=settings))
     if any(one.wait(LIMIT_S) for one in children):
         raise RuntimeError("a rank of pfl failed; its own words are above")
-    found: dict[str, Any] = json.loads(Path(f"{order}.0").read_text())
+    found: dict[str, Any] = json.loads(Path(f"{request}.0").read_text())
     return found
 
 
@@ -609,8 +611,8 @@ def contest(role: str, job: dict[str, Any], environment: dict[str, str]) -> dict
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         out = Path(scratch) / "out"
         out.mkdir()
-        order, answer, log = (Path(scratch) / name for name in ("job.json", "answer.json", "log"))
-        order.write_text(json.dumps({**job, "out": str(out)}))
+        request, answer, log = (Path(scratch) / name for name in ("job.json", "answer.json", "log"))
+        request.write_text(json.dumps({**job, "out": str(out)}))
         mark = Path(scratch).name
         settings = {
             **{name: value for name, value in os.environ.items() if name != "TRUNKLINE_BATCH"}, **environment,
@@ -620,7 +622,7 @@ def contest(role: str, job: dict[str, Any], environment: dict[str, str]) -> dict
                 [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", ""), environment.get("PYTHONPATH", "")]
             ),
         }  # fmt: skip
-        command = [sys.executable, "-c", "import engine, sys; engine.child(*sys.argv[1:])", role, order, answer]
+        command = [sys.executable, "-c", "import engine, sys; engine.child(*sys.argv[1:])", role, request, answer]
         with Memory(mark) as memory, log.open("w") as said:
             code = subprocess.run(
                 command, env=settings, stdout=said, stderr=said, timeout=LIMIT_S, check=False
@@ -631,9 +633,9 @@ def contest(role: str, job: dict[str, Any], environment: dict[str, str]) -> dict
         return {**found, "peak_mib": memory.peak}
 
 
-def child(role: str, order: str, answer: str) -> None:
+def child(role: str, request: str, answer: str) -> None:
     """Entry of a contestant's process."""
-    Path(answer).write_text(json.dumps(ROLES[role](json.loads(Path(order).read_text()))))
+    Path(answer).write_text(json.dumps(ROLES[role](json.loads(Path(request).read_text()))))
 
 
 def rate_of(found: dict[str, Any], sites: int) -> float:

@@ -24,7 +24,7 @@ import torch
 
 from trunkline.client.adaptation.adapt import Adapted, adapt_data
 from trunkline.client.data.site_data import open_newcomer
-from trunkline.client.training.loop import Resident, device, outputs_of
+from trunkline.client.training.loop import DeviceDataset, device, outputs_of
 from trunkline.config.run import parse_run
 from trunkline.models.trunk import TrunkModel
 from trunkline.release import RELEASE, read_release
@@ -50,7 +50,7 @@ RUN: dict[str, Any] = {
 
 def rmse(adapted: Adapted, model: TrunkModel) -> float:
     test, task = adapted.site.test, adapted.workshop.tasks[TASK]
-    outputs = outputs_of(model, Resident.of(test, device()), {TASK: task})[TASK]
+    outputs = outputs_of(model, DeviceDataset.of(test, device()), {TASK: task})[TASK]
     return float(task.measure(task.predict(outputs), test.labels[TASK])["rmse"] or 0.0)
 
 

@@ -16,7 +16,7 @@ from statistics import median
 
 from trunkline.config.run import parse_run
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.server.reporting.report import read_report
 
 
@@ -29,11 +29,11 @@ def bare(folders: list[Path], states: Path, table: dict, rounds: int) -> float:
 
     torch.set_num_threads(1)
     run = parse_run(dict(table), "benchmark")
-    order = Order(
+    request = RoundRequest(
         run="bench", seed=run.seed, round=1, rounds=rounds, trunk=run.trunk, plan=run.training, lend=("trunk",)
     )
     sites = [open_site({"site": str(folder), "state": str(states / folder.name)}) for folder in folders]
-    models = [site.model(order) for site in sites]
+    models = [site.model(request) for site in sites]
     seconds = []
     for round in range(rounds):
         start = time.perf_counter()

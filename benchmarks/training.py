@@ -52,7 +52,7 @@ if importlib.util.find_spec("polars") is None:
     sys.modules["polars"] = _Absent("polars", (), {})  # type: ignore[assignment]
 
 from trunkline.client.data import WindowSet  # noqa: E402
-from trunkline.client.training.loop import Resident, task_losses, train_site  # noqa: E402
+from trunkline.client.training.loop import DeviceDataset, task_losses, train_site  # noqa: E402
 from trunkline.config.tasks import TaskConfig  # noqa: E402
 from trunkline.models.tasks.regression import Regression  # noqa: E402
 from trunkline.models.trunk import TrunkModel, build_model  # noqa: E402
@@ -65,7 +65,7 @@ RUNGS = ("bare", "+ windows", "+ losses", "+ schedule", "train_site")
 
 def data_of(
     rows: int, window: int | None, channels: int, seed: int, where: torch.device
-) -> tuple[Resident, Regression]:
+) -> tuple[DeviceDataset, Regression]:
     """One group of `rows` rows, of which each that a whole window ends at is a sample; and the task fitted to it."""
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(rows, channels)).astype(np.float32)
@@ -78,10 +78,10 @@ def data_of(
         window=window, labels={"level": labels[ends]}, groups=np.zeros(len(ends), np.int32),
         order=ends.astype(np.float64), group_names=("all",),
     )  # fmt: skip
-    return Resident.of(windows, where), task
+    return DeviceDataset.of(windows, where), task
 
 
-def on_host(data: Resident) -> Resident:
+def on_host(data: DeviceDataset) -> DeviceDataset:
     """The same rows as they are kept where they do not fit on the device: in the host's memory, sent batch by batch."""
     rows = {name: getattr(data, name).cpu() for name in ("values", "categorical", "first", "ends")}
     return replace(data, **rows, goes=data.values.device)
@@ -95,7 +95,7 @@ def autocast(where: torch.device) -> torch.autocast:
     return torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda")
 
 
-def bare(model: TrunkModel, data: Resident, task: Regression, plan: LocalPlan, rung: int) -> None:
+def bare(model: TrunkModel, data: DeviceDataset, task: Regression, plan: LocalPlan, rung: int) -> None:
     """`plan.steps` steps; `rung` counts what of train_site is in them, as RUNGS says."""
     where = data.values.device
     view = data.values.unfold(0, data.window or 1, 1)  # (samples, channels, window), nothing copied
@@ -127,7 +127,7 @@ def bare(model: TrunkModel, data: Resident, task: Regression, plan: LocalPlan, r
     float(total)
 
 
-def graphed(model: TrunkModel, data: Resident, task: Regression, plan: LocalPlan) -> Callable[[], None]:
+def graphed(model: TrunkModel, data: DeviceDataset, task: Regression, plan: LocalPlan) -> Callable[[], None]:
     """The bare steps, each one replay of a CUDA graph."""
     where = data.values.device
     view = data.values.unfold(0, data.window or 1, 1)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from trunkline.client.training.loop import Resident
+from trunkline.client.training.loop import DeviceDataset
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import Task, make_task
 from trunkline.models.trunk import TrunkModel, build_model
@@ -15,11 +15,11 @@ torch.set_num_threads(1)
 SPEC = TrunkSpec(backbone="mlp", width=32)  # at 8, its norms see two channels and know only which is larger
 
 
-def resident(labels: Mapping[str, np.ndarray], *, window: int | None = None, channels: int = 4) -> Resident:
+def resident(labels: Mapping[str, np.ndarray], *, window: int | None = None, channels: int = 4) -> DeviceDataset:
     """Drawn inputs beside the given labels; the first of them follows from the inputs, if it is asked for by name."""
     rows = len(next(iter(labels.values())))
     values = np.random.default_rng(1).normal(size=(rows, channels)).astype(np.float32)
-    return Resident(
+    return DeviceDataset(
         values=torch.from_numpy(values),
         categorical=torch.zeros(rows, 0, dtype=torch.int64),
         first=torch.zeros(rows, dtype=torch.int64),

@@ -117,9 +117,9 @@ def cut(when: Callable[[dict[str, Any]], bool], node: int) -> dict[int, Any]:
 @pytest.mark.parametrize(
     "when",
     [
-        lambda order: order["decide"],
-        lambda order: order["round"] == 4 and not order["decide"],
-        lambda order: order["round"] == 6,
+        lambda request: request["decide"],
+        lambda request: request["round"] == 4 and not request["decide"],
+        lambda request: request["round"] == 6,
     ],
     ids=["deciding", "first round again", "last round"],
 )
@@ -155,7 +155,7 @@ def test_nothing_private_is_carried_into_the_second_pass(
 ) -> None:
     from trunkline.client.handlers import answer_train
     from trunkline.protocol.arrays import Arrays
-    from trunkline.protocol.messages import Order
+    from trunkline.protocol.messages import RoundRequest
 
     grid, out = whole
     state = out / "state" / plants[0].name
@@ -165,7 +165,7 @@ def test_nothing_private_is_carried_into_the_second_pass(
         if (kind, node) == ("train", 2) and json.loads(open_records(content)[1])["round"] == 4
     )
     arrays, header, _ = open_records(content)
-    order = Order.model_validate_json(header)
+    request = RoundRequest.model_validate_json(header)
     (sent,) = [
         open_records(content)[0]
         for kind, node, content in grid.up
@@ -173,7 +173,7 @@ def test_nothing_private_is_carried_into_the_second_pass(
     ]
     stranger = open_site({"site": str(plants[0]), "state": str(tmp_path)})
     assert not (tmp_path / "vault").exists() and (state / "vault").exists()
-    _, entry = answer_train(stranger, order, Arrays(arrays))
+    _, entry = answer_train(stranger, request, Arrays(arrays))
     assert {name: array.tobytes() for name, array in entry.delta.items()} == {
         name: array.tobytes() for name, array in sent.items()
     }

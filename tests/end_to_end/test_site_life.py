@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from trunkline.client.handlers import answer_evaluate, answer_offer, answer_train, contract_of
 from trunkline.client.site import Site, open_site
-from trunkline.client.training.loop import Resident, train_site
+from trunkline.client.training.loop import DeviceDataset, train_site
 from trunkline.errors import StorageError
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 
 SPEC = TrunkSpec(width=8)
@@ -47,8 +47,8 @@ def write_site(
     return folder
 
 
-def order_of(round: int, rounds: int = 2, **changes: object) -> Order:
-    return Order(
+def order_of(round: int, rounds: int = 2, **changes: object) -> RoundRequest:
+    return RoundRequest(
         run="r", seed=1, round=round, rounds=rounds, trunk=SPEC, plan=LocalPlan(steps=2, batch_size=16), lend=("trunk",)
     ).model_copy(update=changes)
 
@@ -106,7 +106,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 def test_resident_windows_are_the_lazy_windows(site: Site) -> None:
     index = np.array([0, 1, 5, len(site.data.train) - 1])
-    x, _ = Resident.of(site.data.train, torch.device("cpu")).batch(torch.from_numpy(index))
+    x, _ = DeviceDataset.of(site.data.train, torch.device("cpu")).batch(torch.from_numpy(index))
     np.testing.assert_array_equal(x.numpy(), site.data.train.batch(index))
 
 
@@ -212,9 +212,9 @@ def test_versions_that_are_damaged_are_trained_again_and_the_next_round_is_the_s
                 file.write_bytes(data)
         entries = []
         for one in (plant, same):
-            order = order_of(round, 6)
-            order = order.model_copy(update={"contract": contract_of(one, trunk).digest()})
-            entries.append(answer_train(one, order, trunk)[1])
+            request = order_of(round, 6)
+            request = request.model_copy(update={"contract": contract_of(one, trunk).digest()})
+            entries.append(answer_train(one, request, trunk)[1])
         assert entries[0].delta.digest() == entries[1].delta.digest(), round
         for name, array in entries[1].private.items():
             np.testing.assert_array_equal(entries[0].private[name], array)
@@ -225,9 +225,9 @@ def test_where_what_was_asked_is_damaged_too_the_plant_says_so_and_goes_back(sit
     plant = Site(site.folder, tmp_path / "plant", site.data, plant=True)
     trunk = first_trunk(SPEC, 1)
     answer_offer(plant, order_of(0, 6))
-    order = order_of(1, 6).model_copy(update={"contract": contract_of(plant, trunk).digest()})
-    answer_train(plant, order, trunk)
+    request = order_of(1, 6).model_copy(update={"contract": contract_of(plant, trunk).digest()})
+    answer_train(plant, request, trunk)
     for file in plant.state.glob("vault/*/**/round-*"):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(StorageError, match="none of its 1 versions is intact"):
-        answer_train(plant, order.model_copy(update={"round": 2}), trunk)
+        answer_train(plant, request.model_copy(update={"round": 2}), trunk)

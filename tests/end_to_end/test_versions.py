@@ -14,7 +14,7 @@ from trunkline.errors import ContractError, QuorumError
 from trunkline.flower.grid import LoopbackGrid
 from trunkline.flower.records import open_records, to_records
 from trunkline.protocol.header import read_header
-from trunkline.protocol.messages import PROTOCOL, Offer, Order, Reply, Scorecard
+from trunkline.protocol.messages import PROTOCOL, Offer, Reply, RoundRequest, Scorecard
 
 HERE = trunkline.__version__
 SMALL: dict[str, Any] = {
@@ -120,7 +120,7 @@ def test_a_site_that_was_updated_within_a_run_costs_its_own_update_and_the_serve
     assert "Update Trunkline at the server" in text
 
 
-@pytest.mark.parametrize("kind", [Order, Offer, Reply, Scorecard])
+@pytest.mark.parametrize("kind", [RoundRequest, Offer, Reply, Scorecard])
 def test_every_header_is_told_apart_by_its_protocol_before_anything_else(kind: type[Any]) -> None:
     with pytest.raises(ContractError, match=r"protocol 99.*the server's Trunkline .* is older than the site's"):
         read_header(kind, '{"protocol": 99, "round": "what a round is then"}', "server")

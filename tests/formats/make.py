@@ -114,12 +114,12 @@ def sealed(plants: list[Path], out: Path) -> None:
 def model(site_dir: Path, path: Path) -> None:
     from trunkline.client.adaptation.model_file import write_model
     from trunkline.client.site import open_site
-    from trunkline.protocol.messages import Order
+    from trunkline.protocol.messages import RoundRequest
     from trunkline.protocol.plan import LocalPlan, TrunkSpec
 
     site = open_site({"site": str(site_dir), "state": str(site_dir / "state")})
     spec = TrunkSpec(width=4)
-    order = Order(run="sample", seed=1, round=0, rounds=1, trunk=spec, plan=LocalPlan(), lend=("trunk",))
+    order = RoundRequest(run="sample", seed=1, round=0, rounds=1, trunk=spec, plan=LocalPlan(), lend=("trunk",))
     data = site.data
     write_model(
         path, site.model(order), spec, data.tasks, data.scaler, site.config.data.window, data.category_names, 1, {}

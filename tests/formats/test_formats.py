@@ -20,7 +20,7 @@ from trunkline.client.site import open_site
 from trunkline.client.state.vault import Vault
 from trunkline.errors import ConfigError
 from trunkline.flower.app_archive import app_digest
-from trunkline.protocol.messages import PROTOCOL, Offer, Order, Reply, Scorecard
+from trunkline.protocol.messages import PROTOCOL, Offer, Reply, RoundRequest, Scorecard
 from trunkline.release import open_release
 from trunkline.runtime.storage import FORMAT, MAGIC, is_sealed
 from trunkline.security.keys import read_certificate
@@ -131,7 +131,7 @@ def test_the_sealed_state_of_a_plant_opens_with_all_that_is_in_it(
     assert all(np.isfinite(array).all() for array in entry.delta.values())
     links, _ = read_manifest(state)
     assert [link.body["kind"] for link in links] == ["offer", "update"]
-    check_order(site.name, agreed.order, agreed)
+    check_order(site.name, agreed.request, agreed)
 
 
 def question_of(state: Path, run: str) -> str:
@@ -149,7 +149,7 @@ def test_a_contract_from_before_a_key_was_known_holds_for_a_run_that_has_it_as_i
     (agreed,) = every(state)
     older = {name: value for name, value in agreed.terms.items() if name not in ("twin", "weight_cap")}
     write(state, agreed.model_copy(update={"terms": older}))
-    check_order("kiln-02", agreed.order, read(state, agreed.run))
+    check_order("kiln-02", agreed.request, read(state, agreed.run))
 
 
 def test_settings_from_before_a_key_was_known_are_those_of_a_run_file_without_it(
@@ -209,7 +209,7 @@ def test_plants_of_older_versions_answer_for_the_app_that_runs_are_submitted_wit
 
 def test_headers_of_this_protocol_read_as_they_were_sent() -> None:
     folder = HERE / "wire" / f"v{PROTOCOL}"
-    for name, kind in (("order", Order), ("offer", Offer), ("reply", Reply), ("scorecard", Scorecard)):
+    for name, kind in (("order", RoundRequest), ("offer", Offer), ("reply", Reply), ("scorecard", Scorecard)):
         text = (folder / f"{name}.json").read_text()
         assert holds(kind.model_validate_json(text).model_dump(mode="json"), json.loads(text)), name
 

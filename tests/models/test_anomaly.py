@@ -25,7 +25,7 @@ DAY = 86_400.0
 def task(channels: int = 2, window: int | None = 4, *, clock: bool = False, **keys: object) -> Anomaly:
     made = make_task("leak", TaskConfig(kind="anomaly", target="leak", **keys))  # type: ignore[arg-type]
     assert isinstance(made, Anomaly)
-    made.expect(Samples(tuple(f"c{place}" for place in range(channels)), window, clock))
+    made.bind_inputs(Samples(tuple(f"c{place}" for place in range(channels)), window, clock))
     return made
 
 
@@ -40,7 +40,7 @@ def settled(seed: int = 0, rows: int = 400, **keys: object) -> tuple[Anomaly, np
     """A task that knows how normal outputs scatter, and those outputs (rows, outputs)."""
     one = task(latent=3, **keys)  # type: ignore[arg-type]
     normal = np.random.default_rng(seed).normal(size=(rows, one.outputs)) * np.linspace(0.5, 2.0, one.outputs)
-    one.settle(torch.from_numpy(normal).float(), labels_of([0.0] * rows))
+    one.fit_outputs(torch.from_numpy(normal).float(), labels_of([0.0] * rows))
     return one, normal.astype(np.float32)
 
 
@@ -58,7 +58,7 @@ def test_a_samples_label_tells_its_flag_its_windows_flags_its_group_and_its_time
     first, last = np.repeat(start[:-1], sizes), np.repeat(start[1:] - 1, sizes)
     order = 1.7e9 + 30.0 * np.arange(sum(sizes))  # beyond what float32 tells apart
     flags = np.array([flag for group in groups for flag in group], np.float32)
-    found = one.at(flags, Places(np.arange(len(flags)), first, last, order))
+    found = one.labels_for_samples(flags, Places(np.arange(len(flags)), first, last, order))
     expected = [
         [group[row], float(1.0 in group[max(0, row - window + 1) : row + 1]), place, row * (30.0 if clock else 1.0)]
         for place, group in enumerate(groups)
@@ -70,7 +70,7 @@ def test_a_samples_label_tells_its_flag_its_windows_flags_its_group_and_its_time
 def test_a_flagged_row_anywhere_in_the_window_teaches_nothing_and_an_empty_cell_is_normal() -> None:
     one = task(window=3)
     places = Places(np.arange(5), np.zeros(5, np.int64), np.full(5, 4))
-    labels = one.at(np.array([0, 1, 0, 0, NAN], np.float32), places)
+    labels = one.labels_for_samples(np.array([0, 1, 0, 0, NAN], np.float32), places)
     output = torch.randn(5, one.outputs, generator=torch.Generator().manual_seed(0), requires_grad=True)
     one.loss(output, torch.from_numpy(labels)).backward()
     assert output.grad is not None
@@ -83,11 +83,11 @@ def test_the_rebuilt_sample_is_compared_with_what_the_sensors_said() -> None:
     x = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(1))
     means = torch.nn.functional.adaptive_avg_pool1d(x, 16).flatten(1)
     exact = torch.cat([means, torch.ones(3, 2)], dim=1)
-    met = one.meet(exact, x)
+    met = one.combine_with_inputs(exact, x)
     torch.testing.assert_close(met[:, :-2], torch.zeros(3, 32))
     assert (met[:, -2:] == 1.0).all()  # the latent numbers pass
     x[0, 1] = NAN  # a silent sensor is no anomaly
-    met = one.meet(exact + 5.0, x)
+    met = one.combine_with_inputs(exact + 5.0, x)
     assert met.isfinite().all()
     assert (met[0, 16:32] == 0.0).all()
     assert (met[1, :32].abs() > 1.0).all()
@@ -97,7 +97,9 @@ def test_rows_are_rebuilt_as_they_are_and_many_channels_in_few_pieces() -> None:
     one = task(channels=3, window=None, latent=2)
     assert one.outputs == 3 + 2
     x = torch.randn(4, 3)
-    torch.testing.assert_close(one.meet(torch.cat([x - 1.0, torch.zeros(4, 2)], dim=1), x)[:, :3], torch.ones(4, 3))
+    torch.testing.assert_close(
+        one.combine_with_inputs(torch.cat([x - 1.0, torch.zeros(4, 2)], dim=1), x)[:, :3], torch.ones(4, 3)
+    )
     assert task(channels=1000, window=64).segments == 1
     assert task(channels=100, window=64).segments == 5
 
@@ -163,7 +165,7 @@ def test_settling_and_calibrating_a_copy_leave_the_task_alone_and_its_state_says
     own = copy.copy(task(latent=3))
     before = own.state()
     clone = copy.copy(own)
-    clone.settle(torch.from_numpy(normal), labels_of([0.0] * len(normal)))
+    clone.fit_outputs(torch.from_numpy(normal), labels_of([0.0] * len(normal)))
     assert own.state() == before
     other = task(latent=3)
     other.load_state(json.loads(json.dumps(one.state())))
@@ -176,7 +178,7 @@ def test_only_normal_samples_say_what_is_normal() -> None:
     one, normal = settled()
     wild = np.concatenate([normal, normal * 50.0])
     other = task(latent=3)
-    other.settle(torch.from_numpy(wild), labels_of([0.0] * len(normal) + [1.0] * len(normal)))
+    other.fit_outputs(torch.from_numpy(wild), labels_of([0.0] * len(normal) + [1.0] * len(normal)))
     assert other.predict(torch.from_numpy(normal)).tolist() == one.predict(torch.from_numpy(normal)).tolist()
 
 
@@ -295,7 +297,7 @@ def test_samples_that_nobody_judged_are_not_counted() -> None:
     scores = np.array([0.1, 0.9, 5.0, 0.2, 0.8, 5.0], np.float32)
     keep = np.array([0, 1, 3, 4])
     one.threshold = 0.5
-    assert one.judged(labels).tolist() == [True, True, False, True, True, False]
+    assert one.scored_mask(labels).tolist() == [True, True, False, True, True, False]
     assert one.measure(scores, labels) == one.measure(scores[keep], labels[keep])
     assert one.score(scores, labels) == 1.0
 
@@ -329,7 +331,9 @@ def test_without_a_column_every_row_is_unlabelled() -> None:
     frame = pl.DataFrame({"x": [1.0, 2.0]})
     assert np.isnan(made.read_from(frame, "a.csv")).all()
     places = Places(np.arange(2), np.zeros(2, int), np.ones(2, int))
-    assert made.describe(task().at(np.full(2, NAN, np.float32), places)) == ("no labels; all count as normal")
+    assert made.describe(task().labels_for_samples(np.full(2, NAN, np.float32), places)) == (
+        "no labels; all count as normal"
+    )
 
 
 @pytest.mark.parametrize(

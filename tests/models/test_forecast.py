@@ -34,7 +34,7 @@ def every_row(one: Forecast, groups: list[list[float]]) -> np.ndarray:
     start = np.concatenate([[0], np.cumsum(sizes)])
     first, last = np.repeat(start[:-1], sizes), np.repeat(start[1:] - 1, sizes)
     values = np.array([value for group in groups for value in group], np.float32)
-    return one.at(values, Places(np.arange(len(values)), first, last))
+    return one.labels_for_samples(values, Places(np.arange(len(values)), first, last))
 
 
 horizons = st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True).map(tuple)
@@ -65,8 +65,8 @@ def test_a_part_ends_like_a_group() -> None:
     values = np.arange(10, dtype=np.float32)
     whole = np.zeros(10, np.int64), np.full(10, 9)
     halves = np.repeat([0, 5], 5), np.repeat([4, 9], 5)
-    assert one.at(values, Places(np.array([3]), *whole))[0, 0] == 5
-    assert math.isnan(one.at(values, Places(np.array([3]), *halves))[0, 0])
+    assert one.labels_for_samples(values, Places(np.array([3]), *whole))[0, 0] == 5
+    assert math.isnan(one.labels_for_samples(values, Places(np.array([3]), *halves))[0, 0])
 
 
 numbers = st.floats(-100, 100, width=32)
@@ -137,7 +137,7 @@ def test_a_head_whose_own_part_is_silent_starts_as_the_naive_forecast(season: in
     draw = np.random.default_rng(1)
     series = draw.normal(50.0, 9.0, 40)
     labels = every_row(one, [series.tolist()])
-    one.expect(Samples(("other", "load"), window, scale=((0.0, 1.0), (30.0, 4.0))))
+    one.bind_inputs(Samples(("other", "load"), window, scale=((0.0, 1.0), (30.0, 4.0))))
     one.fit(labels)
     head = one.head(5)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_a_head_whose_own_part_is_silent_starts_as_the_naive_forecast(season: in
     scaled = torch.from_numpy((series - 30.0) / 4.0).float()
     seen = scaled[now - (window or 1) + 1 : now + 1]
     x = torch.stack([torch.zeros_like(seen), seen])[None]
-    met = one.meet(head(torch.randn(1, 5)), x if window else x[..., 0])
+    met = one.combine_with_inputs(head(torch.randn(1, 5)), x if window else x[..., 0])
     expected = labels[now, 2:].copy()
     expected[one._seen() < 0] = series[now]  # a season farther back than the sample: the last value instead
     np.testing.assert_allclose(one.predict(met)[0, :, 0], expected, rtol=1e-4)
@@ -155,14 +155,14 @@ def test_a_head_whose_own_part_is_silent_starts_as_the_naive_forecast(season: in
 
 def test_a_silent_target_leaves_a_finite_forecast() -> None:
     one = task(horizons=(1,), season=1)
-    one.expect(Samples(("load",), 3, scale=((0.0, 1.0),)))
-    met = one.meet(torch.zeros(2, one.outputs) + 0.5, torch.full((2, 1, 3), NAN))
+    one.bind_inputs(Samples(("load",), 3, scale=((0.0, 1.0),)))
+    met = one.combine_with_inputs(torch.zeros(2, one.outputs) + 0.5, torch.full((2, 1, 3), NAN))
     assert met.isfinite().all()
 
 
 def test_scaled_by_regime_the_target_is_no_past_value() -> None:
     one = task(horizons=(1,), season=1)
-    one.expect(Samples(("load",), 3))
+    one.bind_inputs(Samples(("load",), 3))
     assert one.outputs == 3
 
 

@@ -129,8 +129,8 @@ def test_a_row_that_is_certain_leaves_a_focal_gradient_finite(gamma: float) -> N
 def test_a_class_that_training_never_saw_is_named_and_every_metric_stays_defined() -> None:
     one = task()
     one.fit(f32(0, 0, 1, 1))
-    assert one.remarks("validation", f32(0, 1, NAN)) == []
-    (said,) = one.remarks("test", f32(2, 0, 2))
+    assert one.warnings("validation", f32(0, 1, NAN)) == []
+    (said,) = one.warnings("test", f32(2, 0, 2))
     assert "test has labels that no training sample has: 'c' (2)" in said
     assert "`seed` of [data.split]" in said
     measured = one.measure(one.predict(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))), f32(2, 0, 2))

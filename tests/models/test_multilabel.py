@@ -192,7 +192,7 @@ def test_a_new_head_answers_every_label_at_its_training_frequency(positive: list
     one = task(class_weights=weights)
     one.positive, one.negative = np.array(positive), 40 - np.array(positive)
     head = one.head(5)
-    one.begin(head)
+    one.init_head(head)
     answer = one.predict(head(torch.zeros(1, 5)))[0].astype(np.float64)
     share = (np.array(positive) + 0.5) / 41
     far = np.log(answer / (1 - answer)) - np.log(share / (1 - share))
@@ -207,7 +207,7 @@ def test_no_other_answer_to_all_samples_alike_is_better_than_a_new_head(settings
     one, labels = task(1, **settings), np.array([[1.0]] * 9 + [[0.0]] * 31, np.float32)
     one.fit(labels)
     head = one.head(5)
-    one.begin(head)
+    one.init_head(head)
     start = float(head.bias.detach())
 
     def cost(answer: float) -> float:
@@ -274,11 +274,11 @@ def test_labels_that_never_change_are_refused(value: float) -> None:
 def test_labels_that_training_never_saw_are_named() -> None:
     one = task()
     one.fit(np.array([[1, 0, 0], [0, 1, NAN]], np.float32))
-    assert one.remarks("train", np.zeros((2, 3), np.float32)) == [
+    assert one.warnings("train", np.zeros((2, 3), np.float32)) == [
         "1 of 3 labels are never 1 in training: a2. macro_f1 and mean_average_precision leave them out."
     ]
-    assert one.remarks("test", np.array([[1, 1, 0]], np.float32)) == []
-    (said,) = one.remarks("test", np.array([[1, 0, 1]], np.float32))
+    assert one.warnings("test", np.array([[1, 1, 0]], np.float32)) == []
+    (said,) = one.warnings("test", np.array([[1, 0, 1]], np.float32))
     assert "test has labels that are never 1 in training: a2" in said
 
 

@@ -26,7 +26,7 @@ OWN = [["na", "nb", "nc"], ["ra", "rb", "rc"]]
 def task(channels: tuple[str, ...] = CHANNELS, window: int | None = None, **settings: object) -> Task:
     config = {"kind": "multilabel", "targets": ["a", "b", "c"], "highway": OWN, **settings}
     made = make_task("alarms", TaskConfig.model_validate(config))
-    made.expect(Samples(channels, window))
+    made.bind_inputs(Samples(channels, window))
     return made
 
 
@@ -55,7 +55,7 @@ def test_meeting_equals_the_slow_oracle(window: int | None, seed: int, order: li
     one = task(channels, window)
     given_by_head = torch.from_numpy(draw.normal(size=(5, one.outputs)).astype(np.float32))
     assert one.outputs == 5
-    met = one.meet(given_by_head, torch.from_numpy(x))
+    met = one.combine_with_inputs(given_by_head, torch.from_numpy(x))
     for row in range(5):
         for label in range(3):
             total = float(given_by_head[row, label])
@@ -98,11 +98,11 @@ def test_a_label_that_hardly_rang_is_predicted_by_what_the_others_teach(weightin
     truth[1:, 2] = 0.0
     truth[0, 2] = 1.0
     one.fit(truth)
-    one.look(x, np.where(np.arange(3) == 2, np.float32(NAN), truth))
+    one.fit_inputs(x, np.where(np.arange(3) == 2, np.float32(NAN), truth))
     fresh, then = world(2000, 1)
     with torch.no_grad():
         output = model(one)(torch.from_numpy(fresh))["alarms"]
-    guess = one.predict(one.meet(output, torch.from_numpy(fresh)))
+    guess = one.predict(one.combine_with_inputs(output, torch.from_numpy(fresh)))
     assert ((guess[:, 2] > 0.5) == then[:, 2]).mean() > 0.78  # nobody reaches more than .8 here
     assert abs(guess.mean() - then.mean()) < 0.03  # probabilities, whatever the loss weighs
 
@@ -113,7 +113,7 @@ def test_a_head_that_is_lent_shows_nothing_of_its_labels() -> None:
         one = task()
         x, truth = world(200 + 100 * seed, seed)
         one.fit(truth)
-        one.look(x, truth)
+        one.fit_inputs(x, truth)
         heads.append(model(one, ("trunk", "heads")).heads["alarms"].state_dict())
     assert set(heads[0]) == {"weight", "bias", "own"}
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
@@ -124,7 +124,7 @@ def test_what_was_looked_up_survives_the_vault() -> None:
     one, other = task(), task()
     x, truth = world(100)
     one.fit(truth)
-    one.look(x, truth)
+    one.fit_inputs(x, truth)
     other.load_state(json.loads(json.dumps(one.state())))
     assert other.state() == one.state()
     assert other.outputs == one.outputs
@@ -139,7 +139,7 @@ def test_without_a_highway_nothing_is_there() -> None:
     assert type(model(one).heads["alarms"]) is nn.Linear
     assert set(one.state()) == {"kind", "positive", "negative", "thresholds"}
     output = torch.randn(4, 3)
-    assert one.meet(output, torch.randn(4, 7)) is output
+    assert one.combine_with_inputs(output, torch.randn(4, 7)) is output
 
 
 def test_the_highways_weights_train() -> None:
@@ -150,7 +150,7 @@ def test_the_highways_weights_train() -> None:
     head = net.heads["alarms"]
     assert isinstance(head, Highway)
     inputs, labels = torch.from_numpy(x), torch.from_numpy(truth)
-    one.loss(one.meet(net(inputs)["alarms"], inputs), labels).backward()
+    one.loss(one.combine_with_inputs(net(inputs)["alarms"], inputs), labels).backward()
     assert head.own.grad is not None
     assert head.own.grad[0] < 0 < head.own.grad[1]
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from tests.loopback import QUICK, WatchedGrid, trunk_of
 from trunkline.client.site import Site
 from trunkline.client.state.vault import Vault
-from trunkline.client.training.loop import Resident
+from trunkline.client.training.loop import DeviceDataset
 from trunkline.config.run import RunConfig, parse_run
 from trunkline.errors import ConfigError, DataError, QuorumError, StorageError
 from trunkline.server.rounds.run import run_rounds
@@ -59,7 +59,7 @@ def test_no_site_is_asked_to_score_and_no_test_row_is_touched(
 ) -> None:
     honest, seen = Site.resident, set[str]()
 
-    def watched(site: Site, part: Literal["train", "curve", "validation", "test"]) -> Resident:
+    def watched(site: Site, part: Literal["train", "curve", "validation", "test"]) -> DeviceDataset:
         seen.add(part)
         return honest(site, part)
 

@@ -18,32 +18,32 @@ from trunkline.models.trunk import TrunkModel
 from trunkline.privacy.guards import at_site, guards_of
 from trunkline.protocol.arrays import Arrays, seed_of, specs_of
 from trunkline.protocol.contract import FIT, PROBED, Contract, metric_names
-from trunkline.protocol.messages import Offer, Order, Reply, Scorecard
+from trunkline.protocol.messages import Offer, Reply, RoundRequest, Scorecard
 from trunkline.protocol.plan import LocalPlan, Phase
 
 
-def answer_offer(site: Site, order: Order) -> tuple[Offer, Arrays]:
+def answer_offer(site: Site, request: RoundRequest) -> tuple[Offer, Arrays]:
     """Who this site is and what it would lend; with it the first values of lent parts that only sites can build.
 
     Raises:
         Declined, Pending: the plant takes no part in this run, or has not decided yet.
     """
-    model = site.model(order)
-    lent = model.share(order.lend)
-    trunk = model.share(("trunk",)) if "trunk" in order.lend else Arrays()
-    once = lent_statistics(site.data) if "scaler" in order.lend and "scaler" in site.config.policy.lend else Arrays()
+    model = site.model(request)
+    lent = model.share(request.lend)
+    trunk = model.share(("trunk",)) if "trunk" in request.lend else Arrays()
+    once = lent_statistics(site.data) if "scaler" in request.lend and "scaler" in site.config.policy.lend else Arrays()
     offer = Offer(
         site=site.name,
-        run=order.run,
+        run=request.run,
         version=trunkline.__version__,
         arrays=specs_of(lent),
         metrics=contract_of(site, lent).metrics,
         tasks=tuple(task.card for task in site.data.tasks.values()),
         once=specs_of(once),
-        inputs=names_of(site.data) if once or "stem" in order.lend else None,
+        inputs=names_of(site.data) if once or "stem" in request.lend else None,
         hours=site.config.hours if site.plant else None,  # a simulated one lives on its world's clock
     )
-    consent.at_offer(site, order, offer)
+    consent.at_offer(site, request, offer)
     first = {name: array for name, array in lent.items() if name not in trunk}
     return offer, Arrays({**first, **once})
 
@@ -54,7 +54,7 @@ def contract_of(site: Site, lent: Arrays) -> Contract:
     return Contract(arrays=specs_of(lent), metrics=consent.lets_go(site.config.policy, named))
 
 
-def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry]:
+def answer_train(site: Site, request: RoundRequest, arrays: Arrays) -> tuple[Reply, Entry]:
     """One round: adopt what came, train, put everything private on disk, and only then answer.
 
     A question that was answered before (same order, same arrays) is answered from the vault, byte for byte.
@@ -64,23 +64,23 @@ def answer_train(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, Entry
         StorageError: the vault cannot be read or written; nothing was sent.
         Away: nothing of it is in the vault yet, and the plant is outside its hours or paused.
     """
-    site.meet(order)
-    consent.hold(site, order)
-    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
-    question = _digest(order, arrays)
-    entry = vault.answered(order.round, question)
+    site.meet(request)
+    consent.hold(site, request)
+    vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
+    question = _digest(request, arrays)
+    entry = vault.answered(request.round, question)
     if entry is None:  # what is in the vault may be had at any hour
         site.admit()
-        before = _before(site, order, vault)
+        before = _before(site, request, vault)
         if site.plant:  # others are made again with their whole simulation
-            vault.keep_question(order.round, order.model_dump_json(), arrays, before is None)
-        entry = _train(site, order, arrays, vault, before)
-        vault.put(order.round, entry)
-    reply = Reply(site=site.name, run=order.run, round=order.round, contract=order.contract, weight=entry.weight)
+            vault.keep_question(request.round, request.model_dump_json(), arrays, before is None)
+        entry = _train(site, request, arrays, vault, before)
+        vault.put(request.round, entry)
+    reply = Reply(site=site.name, run=request.run, round=request.round, contract=request.contract, weight=entry.weight)
     return reply, entry
 
 
-def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[str, float]]:
+def answer_probe(site: Site, request: RoundRequest, arrays: Arrays) -> tuple[Reply, dict[str, float]]:
     """How well these arrays fit this site's stem and heads as they are: its validation loss, and nothing else.
 
     Trains nothing and writes nothing, so any number of probes change no answer that follows.
@@ -90,77 +90,77 @@ def answer_probe(site: Site, order: Order, arrays: Arrays) -> tuple[Reply, dict[
         StorageError: the vault cannot be read.
         Away: the plant is outside its hours, or paused.
     """
-    site.meet(order)
-    consent.hold(site, order)
+    site.meet(request)
+    consent.hold(site, request)
     site.admit()
-    before = _before(site, order, Vault(site.state, order.run, site.tell, site.seal, site.name))
-    model, _ = _models(site, order.model_copy(update={"baseline": False}), arrays, before)
+    before = _before(site, request, Vault(site.state, request.run, site.tell, site.seal, site.name))
+    model, _ = _models(site, request.model_copy(update={"baseline": False}), arrays, before)
     metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
     PROBED.check(Arrays(), metrics)
-    return Reply(site=site.name, run=order.run, round=order.round, contract=order.contract, weight=1.0), metrics
+    return Reply(site=site.name, run=request.run, round=request.round, contract=request.contract, weight=1.0), metrics
 
 
-def _digest(order: Order, arrays: Arrays) -> str:
+def _digest(request: RoundRequest, arrays: Arrays) -> str:
     """Of a question: the same order with the same arrays."""
-    return hashlib.sha256(f"{order.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
+    return hashlib.sha256(f"{request.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
 
 
-def _before(site: Site, order: Order, vault: Vault) -> Entry | None:
+def _before(site: Site, request: RoundRequest, vault: Vault) -> Entry | None:
     """`Vault.before`; a version that is damaged is trained again, to the same bytes, from the one before it."""
 
     def again(asked: Question, before: Entry | None) -> Entry:
-        was = Order.model_validate_json(asked.order)
+        was = RoundRequest.model_validate_json(asked.request)
         return _train(site, was, asked.arrays, vault, before)
 
-    return vault.before(order.round, order.passed, again)
+    return vault.before(request.round, request.passed, again)
 
 
-def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, before: Entry | None) -> Entry:
-    model, twin = _models(site, order, arrays, before)
-    tasks, plan = site.data.tasks, order.plan
+def _train(site: Site, request: RoundRequest, arrays: Arrays, vault: Vault, before: Entry | None) -> Entry:
+    model, twin = _models(site, request, arrays, before)
+    tasks, plan = site.data.tasks, request.plan
     metrics: dict[str, float] = {}
     balance = dict(before.balance) if before is not None else {}
-    best = _Best.of(before, _planned(vault, order))
-    personal = _personal(site, order, before)
+    best = _Best.of(before, _planned(vault, request))
+    personal = _personal(site, request, before)
     for who, one in (("federated", model), ("personal", personal), ("local", twin)):
-        if one is not None and order.passed:  # what trains on the validation rows cannot be judged by them
-            best.arrive(who, one, order)
-        elif one is not None and order.done > 0:  # before round 1 nothing has learnt anything
+        if one is not None and request.passed:  # what trains on the validation rows cannot be judged by them
+            best.arrive(who, one, request)
+        elif one is not None and request.done > 0:  # before round 1 nothing has learnt anything
             point = curve(one, site.resident("curve"), tasks)
-            best.see(who, one, point.loss, order)
+            best.see(who, one, point.loss, request)
             # the curves called federated are those of the model the site uses: the personal one where there is one
             name = "federated" if who == "personal" else who
             metrics["validation_loss" if name == "federated" else "local_validation_loss"] = point.loss
             metrics |= {f"{task}.{name}": value for task, value in point.metrics.items()}
-    seed = seed_of(order.seed, site.name, order.round)
-    data, done = site.resident(site.rows(order)), order.done
+    seed = seed_of(request.seed, site.name, request.round)
+    data, done = site.resident(site.rows(request)), request.done
     arrived = [parameter.detach().clone() for parameter in model.parameters_of("trunk")] if personal else None
-    if order.lend or best.hopeful("federated", order):
+    if request.lend or best.hopeful("federated", request):
         trained = train_site(
-            model, data, tasks, plan, seed=seed, done=done, rounds=order.rounds, balance=balance.get("federated")
+            model, data, tasks, plan, seed=seed, done=done, rounds=request.rounds, balance=balance.get("federated")
         )
         metrics |= {"train_loss": trained.loss, **trained.conflicts}
         balance["federated"] = trained.balance
-    if personal is not None and best.hopeful("personal", order):
+    if personal is not None and best.hopeful("personal", request):
         pulled = plan.model_copy(update={"proximal": plan.personal})
         balance["personal"] = train_site(
-            personal, data, tasks, pulled, seed=seed, done=done, rounds=order.rounds,
+            personal, data, tasks, pulled, seed=seed, done=done, rounds=request.rounds,
             toward=arrived, balance=balance.get("personal"),
         ).balance  # fmt: skip
-    if twin is not None and best.hopeful("local", order):
+    if twin is not None and best.hopeful("local", request):
         balance["local"] = train_site(
-            twin, data, tasks, apart(order).plan, seed=seed, done=done, rounds=order.rounds,
+            twin, data, tasks, apart(request).plan, seed=seed, done=done, rounds=request.rounds,
             balance=balance.get("local"),
         ).balance  # fmt: skip
-    after = model.share(order.lend)
+    after = model.share(request.lend)
     delta = Arrays({name: np.subtract(array, arrays[name]) for name, array in after.items()})
-    delta = at_site(guards_of(order.about.guards), delta)
+    delta = at_site(guards_of(request.about.guards), delta)
     contract = contract_of(site, arrays)
     metrics = {name: number for name, number in metrics.items() if name in contract.metrics}
     contract.check(delta, metrics)
     return Entry(
-        question=_digest(order, arrays),
-        private=model.private(order.lend),
+        question=_digest(request, arrays),
+        private=model.private(request.lend),
         local=twin.private(()) if twin is not None else {},
         best=best.state,
         best_loss=best.loss,
@@ -169,7 +169,7 @@ def _train(site: Site, order: Order, arrays: Arrays, vault: Vault, before: Entry
         balance={who: state for who, state in balance.items() if state},
         delta=delta,
         metrics=metrics,
-        weight=float(min(len(data), order.weight_cap)),
+        weight=float(min(len(data), request.weight_cap)),
     )
 
 
@@ -191,37 +191,41 @@ class _Best:
         kept = (dict(before.best), dict(before.best_loss), dict(before.best_round)) if before else ({}, {}, {})
         return cls(*kept, planned or {})
 
-    def see(self, who: str, model: TrunkModel, loss: float, order: Order) -> None:
-        if order.plan.keep == "best" and np.isfinite(loss) and loss < self.loss.get(who, np.inf):
-            self.state[who], self.loss[who], self.round[who] = model.private(()), loss, order.done
+    def see(self, who: str, model: TrunkModel, loss: float, request: RoundRequest) -> None:
+        if request.plan.keep == "best" and np.isfinite(loss) and loss < self.loss.get(who, np.inf):
+            self.state[who], self.loss[who], self.round[who] = model.private(()), loss, request.done
 
-    def arrive(self, who: str, model: TrunkModel, order: Order) -> None:
-        if self.planned.get(who) == order.done:
-            self.state[who], self.loss[who], self.round[who] = model.private(()), 0.0, order.done  # no loss tells here
+    def arrive(self, who: str, model: TrunkModel, request: RoundRequest) -> None:
+        if self.planned.get(who) == request.done:
+            self.state[who], self.loss[who], self.round[who] = (
+                model.private(()),
+                0.0,
+                request.done,
+            )  # no loss tells here
 
-    def hopeful(self, who: str, order: Order) -> bool:
+    def hopeful(self, who: str, request: RoundRequest) -> bool:
         """Whether one that trains alone should go on; who lends trains on for the others."""
-        if order.passed:
-            return order.done < self.planned.get(who, order.rounds)
-        patience = order.plan.patience_rounds
-        return not patience or who not in self.round or order.done - self.round[who] < patience
+        if request.passed:
+            return request.done < self.planned.get(who, request.rounds)
+        patience = request.plan.patience_rounds
+        return not patience or who not in self.round or request.done - self.round[who] < patience
 
-    def put_back(self, who: str, model: TrunkModel, site: Site, order: Order) -> None:
+    def put_back(self, who: str, model: TrunkModel, site: Site, request: RoundRequest) -> None:
         """The best state of `model`, where one before the last round was better."""
-        if who in self.state and (order.passed or self.loss[who] < self._last(model, site)):
+        if who in self.state and (request.passed or self.loss[who] < self._last(model, site)):
             model.restore(self.state[who], ())
 
-    def plan(self, who: str, model: TrunkModel, site: Site, order: Order) -> int:
+    def plan(self, who: str, model: TrunkModel, site: Site, request: RoundRequest) -> int:
         """At which round of a pass the best model of this one was reached."""
-        return self.round[who] if who in self.state and self.loss[who] < self._last(model, site) else order.done
+        return self.round[who] if who in self.state and self.loss[who] < self._last(model, site) else request.done
 
     @staticmethod
     def _last(model: TrunkModel, site: Site) -> float:
         return curve(model, site.resident("curve"), site.data.tasks).loss
 
 
-def _planned(vault: Vault, order: Order) -> dict[str, int]:
-    if not order.passed:
+def _planned(vault: Vault, request: RoundRequest) -> dict[str, int]:
+    if not request.passed:
         return {}
     return dict((vault.decisions() or {}).get("planned", {}))
 
@@ -233,70 +237,72 @@ def alone(plan: LocalPlan) -> LocalPlan:
     )
 
 
-def apart(order: Order) -> Order:
+def apart(request: RoundRequest) -> RoundRequest:
     """The order as the local twin takes it: lending nothing, and with its own settings where a search chose some for it."""
-    own = order.twin
-    settings = {"plan": alone(own.plan), "trunk": own.trunk} if own else {"plan": alone(order.plan)}
-    return order.model_copy(update={**settings, "lend": ()})
+    own = request.twin
+    settings = {"plan": alone(own.plan), "trunk": own.trunk} if own else {"plan": alone(request.plan)}
+    return request.model_copy(update={**settings, "lend": ()})
 
 
-def _models(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> tuple[TrunkModel, TrunkModel | None]:
+def _models(
+    site: Site, request: RoundRequest, arrays: Arrays, before: Entry | None
+) -> tuple[TrunkModel, TrunkModel | None]:
     """The federated model with what arrived, and the local twin, both as the round before left them."""
-    model = site.model(order)
-    model.adopt(arrays, order.lend)
-    twin = site.model(apart(order)) if order.baseline else None
+    model = site.model(request)
+    model.adopt(arrays, request.lend)
+    twin = site.model(apart(request)) if request.baseline else None
     if before is not None:
-        model.restore(before.private, order.lend)
+        model.restore(before.private, request.lend)
         if twin is not None:
             twin.restore(before.local, ())
     return model, twin
 
 
-def _personal(site: Site, order: Order, before: Entry | None) -> TrunkModel | None:
+def _personal(site: Site, request: RoundRequest, before: Entry | None) -> TrunkModel | None:
     """The site's own model beside the shared one (Ditto), as the round before left it; None where the plan has none."""
-    if not order.plan.personal:
+    if not request.plan.personal:
         return None
-    model = site.model(order)
+    model = site.model(request)
     if before is not None and before.personal:
         model.restore(before.personal, ())
     return model
 
 
-def answer_decide(site: Site, order: Order, arrays: Arrays) -> Scorecard:
+def answer_decide(site: Site, request: RoundRequest, arrays: Arrays) -> Scorecard:
     """Settle by validation rows, before they are trained on, which model each task uses and where it decides.
 
     The answer says nothing but that it is done: no test row is looked at, and what was settled stays in the vault. Asked
     again the same, it is done already.
     """
-    site.meet(order)
-    consent.hold(site, order)
-    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
-    question = _digest(order, arrays)
+    site.meet(request)
+    consent.hold(site, request)
+    vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
+    question = _digest(request, arrays)
     if vault.decisions(question) is None:
         site.admit()
-        before = _before(site, order, vault)
-        roles = _roles(site, order, arrays, before)
+        before = _before(site, request, vault)
+        roles = _roles(site, request, arrays, before)
         best = _Best.of(before)
-        planned = {who: best.plan(who, one, site, order) for who, one in roles.items()}
-        settled = decide_site(site, _finished(site, order, roles, best), order)
+        planned = {who: best.plan(who, one, site, request) for who, one in roles.items()}
+        settled = decide_site(site, _finished(site, request, roles, best), request)
         kept = {"planned": planned, "tasks": {name: asdict(one) for name, one in settled.items()}}
         vault.keep_decisions(question, kept)
-    return Scorecard(site=site.name, run=order.run, rows=())
+    return Scorecard(site=site.name, run=request.run, rows=())
 
 
-def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
+def answer_evaluate(site: Site, request: RoundRequest, arrays: Arrays) -> Scorecard:
     """Score the final trunk with this site's stem and heads, the twin, and what else the gate may choose from, on test rows.
 
     With a personal model beside the shared one (`plan.personal`) it is the personal one that federation gave this site.
     """
-    site.meet(order)
-    consent.hold(site, order)
+    site.meet(request)
+    consent.hold(site, request)
     site.admit()
-    vault = Vault(site.state, order.run, site.tell, site.seal, site.name)
-    before = _before(site, order, vault)
-    models = _finished(site, order, _roles(site, order, arrays, before), _Best.of(before))
+    vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
+    before = _before(site, request, vault)
+    models = _finished(site, request, _roles(site, request, arrays, before), _Best.of(before))
     settled = None
-    if order.passed:
+    if request.passed:
         if (kept := vault.decisions()) is not None:
             settled = {name: Decision(**one) for name, one in kept["tasks"].items()}
         else:
@@ -304,27 +310,27 @@ def answer_evaluate(site: Site, order: Order, arrays: Arrays) -> Scorecard:
                 "was not there when the sites chose by their validation rows, so it chooses by rows its models have seen: "
                 "thresholds and the choice of the gate are too hopeful. Run it again with all sites there."
             )
-    rows = score_site(site, models, order, settled=settled)  # its predictions stay here as evidence, report or not
-    return Scorecard(site=site.name, run=order.run, rows=rows if site.config.policy.report else ())
+    rows = score_site(site, models, request, settled=settled)  # its predictions stay here as evidence, report or not
+    return Scorecard(site=site.name, run=request.run, rows=rows if site.config.policy.report else ())
 
 
-def _roles(site: Site, order: Order, arrays: Arrays, before: Entry | None) -> dict[str, TrunkModel]:
+def _roles(site: Site, request: RoundRequest, arrays: Arrays, before: Entry | None) -> dict[str, TrunkModel]:
     """The models of this site as the last round left them: "federated" with what arrived, "personal", "local"."""
-    model, twin = _models(site, order, arrays, before)
+    model, twin = _models(site, request, arrays, before)
     roles = {"federated": model}
     if before is not None and before.personal:
-        roles["personal"] = site.model(order)
+        roles["personal"] = site.model(request)
         roles["personal"].restore(before.personal, ())
     if twin is not None:
         roles["local"] = twin
     return roles
 
 
-def _finished(site: Site, order: Order, roles: dict[str, TrunkModel], best: _Best) -> dict[str, TrunkModel]:
+def _finished(site: Site, request: RoundRequest, roles: dict[str, TrunkModel], best: _Best) -> dict[str, TrunkModel]:
     """`roles` at their best round, with what a strategy leaves for the end; the personal model is what federation gave."""
     for who, one in roles.items():
-        best.put_back(who, one, site, order)
-    finish(site, roles["federated"], order)
+        best.put_back(who, one, site, request)
+    finish(site, roles["federated"], request)
     if "personal" not in roles:
         return roles
     others = {who: one for who, one in roles.items() if who != "personal"}

@@ -17,12 +17,12 @@ from trunkline.client.availability import Pauses, free_memory
 from trunkline.client.data import SiteData, open_data
 from trunkline.client.state.permissions import open_seal
 from trunkline.client.state.vault import check_whose
-from trunkline.client.training.loop import Resident, between_steps, device
+from trunkline.client.training.loop import DeviceDataset, between_steps, device
 from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import Away, ConfigError
 from trunkline.models.trunk import TrunkModel, build_model
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import Conditions
 from trunkline.security.encryption import Seal
 
@@ -43,9 +43,9 @@ class Site:
     seal: Seal | None = None
     plant: bool = False  # a real one, where somebody can be asked; simulated sites are the researcher's own
     pauses: Pauses | None = None  # of a real one
-    _resident: dict[str, Resident] = field(default_factory=dict)
+    _resident: dict[str, DeviceDataset] = field(default_factory=dict)
     _conditions: tuple[Conditions, int] = (Conditions(), 0)  # and the seed of the run that has them
-    _now: dict[str, Resident] = field(default_factory=dict)  # rows under these conditions
+    _now: dict[str, DeviceDataset] = field(default_factory=dict)  # rows under these conditions
 
     @property
     def config(self) -> SiteConfig:
@@ -82,18 +82,18 @@ class Site:
             free_memory()
             raise
 
-    def rows(self, order: Order) -> Part:
+    def rows(self, request: RoundRequest) -> Part:
         """What `order` trains on: in the second pass of a run that refits, the validation rows too."""
-        return "all" if order.passed else "train"
+        return "all" if request.passed else "train"
 
-    def meet(self, order: Order) -> None:
+    def meet(self, request: RoundRequest) -> None:
         """From now on `resident` gives rows under the conditions of `order`, which are any but the plain ones in a simulation only."""
-        now = order.conditions, order.seed if order.conditions != Conditions() else 0
+        now = request.conditions, request.seed if request.conditions != Conditions() else 0
         if now != self._conditions:
             self._conditions = now
             self._now.clear()
 
-    def resident(self, part: Part) -> Resident:
+    def resident(self, part: Part) -> DeviceDataset:
         """`train`, `validation`, `test`, `all` (the first two), or `curve` (a spread of the validation windows), on the device."""
         if part not in self._resident:
             if part == "train":  # a batch of unlabelled windows would be a step that learns nothing
@@ -104,14 +104,14 @@ class Site:
                 windows = self.data.validation.spread(CURVE_SAMPLES)
             else:
                 windows = self.data.validation if part == "validation" else self.data.test
-            self._resident[part] = Resident.of(windows, device())
+            self._resident[part] = DeviceDataset.of(windows, device())
         if self._conditions[0] == Conditions():
             return self._resident[part]
         if part not in self._now:
             self._now[part] = self._met(self._resident[part], part)
         return self._now[part]
 
-    def _met(self, rows: Resident, part: Part) -> Resident:
+    def _met(self, rows: DeviceDataset, part: Part) -> DeviceDataset:
         """Rows of `part` as the conditions have them. The order of groups, and of rows in them, is that in which labels come."""
         conditions, seed = self._conditions
         if part in ("train", "all") and conditions.labelled < 1.0 and len(rows):
@@ -127,17 +127,17 @@ class Site:
         self._resident.clear()
         self._now.clear()
 
-    def model(self, order: Order) -> TrunkModel:
+    def model(self, request: RoundRequest) -> TrunkModel:
         """A fresh model of the run's trunk and this site's stem and heads, as at the start of the run."""
         data = self.data
         model = build_model(
-            order.trunk,
+            request.trunk,
             window=self.config.data.window,
             channels=len(data.channels),
             categories=data.categories,
             tasks=data.tasks,
-            seed=order.seed,
-            lend=order.lend,
+            seed=request.seed,
+            lend=request.lend,
         )
         return model.to(device())
 

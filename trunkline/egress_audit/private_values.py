@@ -17,7 +17,7 @@ from trunkline.egress_audit.byte_search import Haystack, Runs
 from trunkline.egress_audit.canaries import Planted, patterns
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 
 MOST_VALUES = 1_000_000  # of a site's rows that are searched for, from the first on
 SHORTEST = 5  # letters of a name that could not stand there by chance
@@ -45,7 +45,7 @@ class Found:
     places: list[str] = field(default_factory=list)
 
 
-def private_tensors(entries: dict[int, Entry], order: Order) -> list[Needle]:
+def private_tensors(entries: dict[int, Entry], order: RoundRequest) -> list[Needle]:
     """Everything that a vault holds beside what is lent, of all rounds.
 
     Args:

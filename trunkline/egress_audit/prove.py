@@ -151,7 +151,7 @@ def _evidence(
     needles = canaries_of(planted)
     if weights:
         needles.append(weights_of(weights))
-    needles += [names_of(folder, site, agreed), *private_tensors(entries, found.order)]
+    needles += [names_of(folder, site, agreed), *private_tensors(entries, found.request)]
     needles += data_of(folder, site, bool(found.once))
     results = look_for(needles, haystack)
     lent = Runs()
@@ -163,7 +163,7 @@ def _evidence(
     return {
         "site": site.config.name,
         "run": found.run,
-        "contract": {"lends": list(found.order.lend), "metrics": list(found.metrics), "arrays": len(found.arrays)},
+        "contract": {"lends": list(found.request.lend), "metrics": list(found.metrics), "arrays": len(found.arrays)},
         "canaries_trained_from": trained_from,
         "bytes_up": sum(map(len, recorder.up)),
         "bytes_down": sum(map(len, recorder.down)),

@@ -182,7 +182,7 @@ def build_model(
     for name, task in tasks.items():
         heads[name] = _seeded(seed, f"head.{name}", lambda task=task: task.head(trunk.width))  # type: ignore[misc]
         if "heads" not in lend and f"head.{name}" not in lend:
-            task.begin(heads[name])
+            task.init_head(heads[name])
     return TrunkModel(stem, trunk, norms, heads, lend_norms=spec.norm == "group")
 
 

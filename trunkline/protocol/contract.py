@@ -34,7 +34,7 @@ MOVING = {"round", "probe", "decide", "passed", "conditions", "contract"}
 
 
 def terms_digest(terms: Mapping[str, Any]) -> str:
-    """sha256 of what `Order.terms` gave."""
+    """sha256 of what `RoundRequest.terms` gave."""
     return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 
 

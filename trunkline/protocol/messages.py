@@ -14,12 +14,12 @@ from trunkline.protocol.arrays import Arrays, ArraySpec
 from trunkline.protocol.contract import MOVING, TaskCard
 from trunkline.protocol.frozen import Frozen
 from trunkline.protocol.opening_hours import PlantHours
-from trunkline.protocol.plan import SITE_NAME, TASK_NAME, About, Conditions, LocalPlan, TrunkSpec, Twin
+from trunkline.protocol.plan import SITE_NAME, TASK_NAME, About, Conditions, LocalBaseline, LocalPlan, TrunkSpec
 
 PROTOCOL = 3  # raise when a header below changes its meaning; both ends compare it before anything else
 
 
-class Order(Frozen):
+class RoundRequest(Frozen):
     """Down, with the lent arrays: round `round` of `rounds`. `round` 0 asks for an Offer, `rounds` + 1 for a Scorecard.
 
     A `probe` asks how well the arrays fit a site as it would enter `round`: nothing is trained, nothing is kept, and the
@@ -39,7 +39,7 @@ class Order(Frozen):
     lend: tuple[str, ...]
     weight_cap: int = Field(default=100_000, ge=1, description="training windows above which a site weighs no more")
     baseline: bool = True  # also train the local-only twin the report compares with
-    twin: Twin | None = None  # None: the twin takes the trunk and plan above
+    twin: LocalBaseline | None = None  # None: the twin takes the trunk and plan above
     contract: str = ""  # digest of the contract the arrays below were made for
     probe: bool = False
     decide: bool = False

@@ -133,7 +133,7 @@ class LocalPlan(Frozen):
         return self
 
 
-class Twin(Frozen):
+class LocalBaseline(Frozen):
     """The local baseline's own settings, where a search chose them for it as it chose the federation's."""
 
     trunk: TrunkSpec

@@ -12,14 +12,14 @@ import torch
 from trunkline.client.handlers import alone
 from trunkline.client.model_selection.evaluation import Decision, decide_site, score_site
 from trunkline.client.site import Site, open_site
-from trunkline.client.training.loop import Resident, steps_of, train_site
+from trunkline.client.training.loop import DeviceDataset, steps_of, train_site
 from trunkline.config.run import RunConfig
 from trunkline.errors import ConfigError
 from trunkline.models.tasks import make_task
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import Order, TaskRow
+from trunkline.protocol.messages import RoundRequest, TaskRow
 from trunkline.server.reporting.report import RoundRecord, build_report
 
 
@@ -39,7 +39,7 @@ def run_central(
     _same_inputs(sites)
     tasks = _pooled_tasks(sites)
     pooled = [replace(site, data=replace(site.data, tasks=tasks), _resident={}) for site in sites]
-    order = Order(
+    request = RoundRequest(
         run=run.name,
         seed=run.seed,
         round=0,
@@ -48,14 +48,14 @@ def run_central(
         plan=run.training,
         lend=(),  # pooled rows are one site's, and its heads may begin where its labels say
     )
-    size = sum(array.size for array in pooled[0].model(order).share(("trunk", "stem", "heads")).values())
+    size = sum(array.size for array in pooled[0].model(request).share(("trunk", "stem", "heads")).values())
     names = [site.name for site in sites]
     tell(
         {"event": "start", "run": run.name, "strategy": "central", "rounds": run.total_rounds, "sites": names,
          "trunk_parameters": size, "resumed_at": None}
     )  # fmt: skip
     records: list[RoundRecord] = []
-    scoring = order.model_copy(update={"plan": run.training.model_copy(update={"finetune_steps": 0})})
+    scoring = request.model_copy(update={"plan": run.training.model_copy(update={"finetune_steps": 0})})
     settled: list[dict[str, Decision] | None] = [None] * len(sites)
     for passed in (0, run.rounds)[: 2 if run.refit else 1]:
         now = scoring.model_copy(update={"passed": passed})
@@ -73,25 +73,25 @@ def run_central(
 
 
 def _one_pass(
-    pooled: Sequence[Site], sites: Sequence[Site], run: RunConfig, order: Order, records: list[RoundRecord],
+    pooled: Sequence[Site], sites: Sequence[Site], run: RunConfig, request: RoundRequest, records: list[RoundRecord],
     tell: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, TrunkModel]]:  # fmt: skip
     """The models of each site after `run.rounds` rounds from the start on the rows of `order`: the pooled one, and its twin."""
     names = [site.name for site in sites]
-    model = pooled[0].model(order)
+    model = pooled[0].model(request)
     for site in sites:
-        site.meet(order)
-    parts = [site.resident(site.rows(order)) for site in sites]
-    data, tasks = Resident.joined(parts), pooled[0].data.tasks
+        site.meet(request)
+    parts = [site.resident(site.rows(request)) for site in sites]
+    data, tasks = DeviceDataset.joined(parts), pooled[0].data.tasks
     plan = alone(run.training)
     plan = plan.model_copy(
         update={"epochs": None, "steps": steps_of(plan, len(data)) * (1 if plan.epochs else len(sites))}
     )
-    twins = [site.model(order) if run.report.baseline else None for site in sites]
+    twins = [site.model(request) if run.report.baseline else None for site in sites]
     # what balancing remembers: of each site's twin, and of the pooled model under no name
     balances: dict[str, dict[str, Any]] = {}
     for done in range(run.rounds):
-        began, round = time.monotonic(), order.passed + done + 1
+        began, round = time.monotonic(), request.passed + done + 1
         trained = train_site(
             model, data, tasks, plan, seed=seed_of(run.seed, "central", round), done=done, rounds=run.rounds,
             balance=balances.get(""),
@@ -148,5 +148,5 @@ def _pooled_tasks(sites: Sequence[Site]) -> dict[str, Task]:
         tasks[name].fit(labels)
         if tasks[name].meets:
             newest = [site.data.train.values[site.data.train.ends] for site in sites]
-            tasks[name].look(np.concatenate(newest), labels)
+            tasks[name].fit_inputs(np.concatenate(newest), labels)
     return tasks

@@ -17,7 +17,7 @@ from trunkline.client.adaptation.model_file import MODEL, read_model
 from trunkline.client.adaptation.probe import ridge
 from trunkline.client.data.preprocess.shrinkage import Beside
 from trunkline.client.data.site_data import open_data, open_newcomer
-from trunkline.client.training.loop import Resident, device, outputs_of
+from trunkline.client.training.loop import DeviceDataset, device, outputs_of
 from trunkline.errors import DataError, StorageError, TrustError
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import Arrays
@@ -49,7 +49,7 @@ def read(release: Path) -> tuple[Arrays, Card]:
 
 def rmse(adapted: Adapted, model: TrunkModel) -> float:
     test, task = adapted.site.test, adapted.workshop.tasks["rul"]
-    output = outputs_of(model, Resident.of(test, device()), {"rul": task})["rul"]
+    output = outputs_of(model, DeviceDataset.of(test, device()), {"rul": task})["rul"]
     found = task.score(task.predict(output), test.labels["rul"])
     assert found is not None
     return found
@@ -248,7 +248,7 @@ def test_a_few_machines_see_the_world_more_like_everybody(tmp_path: Path, read: 
         folder = plant(tmp_path / f"n{seed}", 1, seed)
         for scales, found in (((), own), (card.scales, leaning)):
             shop = Workshop(open_newcomer(folder, None, scales), arrays, card)
-            test = Resident.of(shop.data.test, device())
+            test = DeviceDataset.of(shop.data.test, device())
             task = shop.tasks["rul"]
             output = outputs_of(shop.released(), test, {"rul": task})["rul"]
             found.append(task.score(task.predict(output), shop.data.test.labels["rul"]))
@@ -275,7 +275,7 @@ def test_the_card_and_the_model_are_written_and_the_model_predicts_alike(tmp_pat
     stored = read_model(tmp_path / "out" / MODEL)
     test = adapted.site.test
     predicted = stored.predict(test.batch(slice(None)))
-    output = outputs_of(adapted.model, Resident.of(test, device()), adapted.workshop.tasks)
+    output = outputs_of(adapted.model, DeviceDataset.of(test, device()), adapted.workshop.tasks)
     np.testing.assert_allclose(
         predicted["rul"], adapted.workshop.tasks["rul"].predict(output["rul"]), rtol=1e-4, atol=1e-3
     )

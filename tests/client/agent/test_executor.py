@@ -89,13 +89,13 @@ class Deployment:
         self.systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.systemd.bind(str(root / "n"))
         self.server = daemon(
-            "from pathlib import Path; from trunkline.server import daemon; "
+            "from pathlib import Path; from trunkline.server.operations import daemon; "
             f"daemon.start(Path({str(self.server_state)!r}), port={self.port})",
             root / "server.log",
             str(root / "n"),
         )
         self.client = daemon(
-            "from pathlib import Path; from trunkline.client import daemon; "
+            "from pathlib import Path; from trunkline.client.agent import daemon; "
             f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tiny_apps:client_app', door=False)",
             root / "client.log",
         )

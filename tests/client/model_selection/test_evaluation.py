@@ -15,7 +15,7 @@ from trunkline.client.model_selection.evaluation import FEWEST, RESAMPLES, Score
 from trunkline.client.site import open_site
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import make_task
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.server.reporting.plots import Predictions, drawings
 from trunkline.server.reporting.report import read_report
@@ -219,10 +219,10 @@ def test_fine_tuned_and_fused_models_leave_the_federated_one_as_it_was(tmp_path:
     site = open_site({"site": write_plant(tmp_path, "plant", 0), "state": tmp_path / "state"})
     plan = LocalPlan(finetune_steps=8, finetune_rate=1.0)
     spec = TrunkSpec(backbone="mlp", width=16, norm="private")
-    order = Order(run="r", seed=1, round=2, rounds=1, trunk=spec, plan=plan, lend=("trunk",))
-    model = site.model(order)
+    request = RoundRequest(run="r", seed=1, round=2, rounds=1, trunk=spec, plan=plan, lend=("trunk",))
+    model = site.model(request)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = versions(site, model, order)
+    found = versions(site, model, request)
     assert {name: len(some) for name, some in found.items()} == {"finetuned": 3, "fused": len(MIXES)}
     assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
     tuned = list(found["finetuned"].values())[-1].state_dict()
@@ -232,7 +232,7 @@ def test_fine_tuned_and_fused_models_leave_the_federated_one_as_it_was(tmp_path:
                 expected = (1.0 - share) * before[name] + share * tuned[name]
                 assert np.allclose(tensor, expected, atol=1e-6), name
     assert all((tensor == before[name]).all() for name, tensor in mixed(model, model, 0.5).state_dict().items())
-    again = versions(site, model, order)["finetuned"]
+    again = versions(site, model, request)["finetuned"]
     assert all((tuned[name] == tensor).all() for name, tensor in list(again.values())[-1].state_dict().items())
 
 
@@ -242,18 +242,18 @@ def test_finishing_trains_the_named_parts_alone_before_anything_is_scored(tmp_pa
     site = open_site({"site": folder, "state": tmp_path / "state"})
     plan = LocalPlan(finish_steps=60, finish_parts=("heads",), learning_rate=3e-2)
     spec = TrunkSpec(backbone="mlp", width=16)
-    order = Order(run="r", seed=1, round=2, rounds=1, trunk=spec, plan=plan, lend=("trunk",))
-    model = site.model(order)
+    request = RoundRequest(run="r", seed=1, round=2, rounds=1, trunk=spec, plan=plan, lend=("trunk",))
+    model = site.model(request)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     raw = curve(model, site.resident("train"), site.data.tasks).loss
-    finish(site, model, order)
+    finish(site, model, request)
     moved = {name for name, tensor in model.state_dict().items() if not (tensor == before[name]).all()}
     assert moved == {name for name in before if name.startswith("heads.")}
     assert curve(model, site.resident("train"), site.data.tasks).loss < 0.8 * raw
-    gentle, moves = site.model(order), []
+    gentle, moves = site.model(request), []
     for rate in (1.0, 0.1):
         gentle.load_state_dict(before)
-        finish(site, gentle, order.model_copy(update={"plan": plan.model_copy(update={"finish_rate": rate})}))
+        finish(site, gentle, request.model_copy(update={"plan": plan.model_copy(update={"finish_rate": rate})}))
         moves.append(sum(float((one - before[name]).abs().sum()) for name, one in gentle.state_dict().items()))
     assert moves[1] < 0.3 * moves[0]
 

@@ -22,7 +22,7 @@ from trunkline.flower.records import open_records, to_records
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.contract import PROBED
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.opening_hours import PlantHours
 from trunkline.protocol.plan import About, GuardSettings, LocalPlan, TrunkSpec
 from trunkline.security.encryption import make_seal
@@ -46,9 +46,9 @@ class Plant:
         self._door = self._door or Door(self.folder, self.state, "10.0.0.5:9140")
         return self._door
 
-    def order(self, round: int, **changes: Any) -> Order:
+    def order(self, round: int, **changes: Any) -> RoundRequest:
         about = About(operator="hannes", name="quick", strategy="fedper", rounds=3)
-        order = Order(
+        order = RoundRequest(
             run="quick-1", seed=1, round=round, rounds=3, trunk=SPEC, plan=LocalPlan(steps=1, batch_size=16), lend=("trunk",),
             baseline=False, about=about,
         )  # fmt: skip
@@ -56,7 +56,7 @@ class Plant:
         contract = found.contract.digest() if found else ""
         return order.model_copy(update={"contract": contract, **self.base, **changes})
 
-    def question(self, kind: str, order: Order, arrays: Arrays | None = None) -> Message:
+    def question(self, kind: str, order: RoundRequest, arrays: Arrays | None = None) -> Message:
         self.asked += 1
         message = Message(to_records(arrays or Arrays(), order.model_dump_json()), dst_node_id=2, message_type=kind)
         stamp(message, f"question-{self.asked}")

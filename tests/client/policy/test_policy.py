@@ -22,7 +22,7 @@ from trunkline.errors import ConfigError, ContractError, Declined, Pending
 from trunkline.flower.records import open_records
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.contract import metric_names
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import About, Conditions, GuardSettings, LocalPlan, TrunkSpec
 from trunkline.security.encryption import is_sealed, make_seal, sealed_by
 from trunkline.server.reporting.report import read_report
@@ -41,13 +41,13 @@ def notes_of(out: Path) -> list[str]:
     return [event["text"] for event in events_of(out) if event["event"] == "note"]
 
 
-def order_of(round: int, **changes: Any) -> Order:
+def order_of(round: int, **changes: Any) -> RoundRequest:
     about = About(operator="hannes", name="quick", strategy="fedper", rounds=3)
-    order = Order(
+    request = RoundRequest(
         run="quick-1", seed=1, round=round, rounds=3, trunk=SPEC, plan=LocalPlan(steps=1, batch_size=16), lend=("trunk",),
         baseline=False, about=about,
     )  # fmt: skip
-    return order.model_copy(update=changes)
+    return request.model_copy(update=changes)
 
 
 # ---- the file
@@ -430,8 +430,8 @@ def test_a_contract_says_in_words_what_the_run_would_take(plant: Site) -> None:
     evil = About(
         operator="hannes \x9b31m"[:7], name="quick", strategy="fedper", rounds=3, guards=GuardSettings(clip_norm=2.5)
     )
-    order = order_of(0, lend=lend, about=evil, trunk=SPEC)
-    offer, _ = answer_offer(plant, order)
+    request = order_of(0, lend=lend, about=evil, trunk=SPEC)
+    offer, _ = answer_offer(plant, request)
     words = dict(contracts.in_words(contracts.known(plant.state, "quick-1")))
     size = sum(spec.nbytes for spec in offer.arrays)
     assert (

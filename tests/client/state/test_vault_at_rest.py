@@ -30,7 +30,7 @@ from trunkline.config.site import read_site
 from trunkline.errors import DeploymentError, StorageError, TrustError
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.runtime.lock import Lock
 from trunkline.runtime.storage import write_atomic
@@ -147,10 +147,10 @@ def test_a_simulated_site_has_no_seal_and_its_files_are_as_ever(plants: list[Pat
 # --- one site, round by round ----------------------------------------------------------------------------------------
 
 
-def order_of(round: int, **changes: object) -> Order:
+def order_of(round: int, **changes: object) -> RoundRequest:
     plan = LocalPlan(steps=2, batch_size=16)
-    order = Order(run="r", seed=1, round=round, rounds=3, trunk=SPEC, plan=plan, lend=("trunk",))
-    return order.model_copy(update=changes)
+    request = RoundRequest(run="r", seed=1, round=round, rounds=3, trunk=SPEC, plan=plan, lend=("trunk",))
+    return request.model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_a_mixture_with_an_anomaly_is_one() -> None:
     """A task that reconstructs its input must not take half an anomaly for a normal, unlabelled sample."""
 
     class Reconstructs(type(tasks_for({"flag": np.array([0.0, 1.0])})["flag"])):  # type: ignore[misc]
-        def meet(self, output: Tensor, x: Tensor) -> Tensor:
+        def combine_with_inputs(self, output: Tensor, x: Tensor) -> Tensor:
             return output - x
 
     flags = {"flag": torch.tensor([1.0, torch.nan, 0.0, torch.nan, 0.0, 0.0, 1.0, 0.0])}

@@ -14,7 +14,7 @@ from trunkline.client.check import check_site
 from trunkline.client.data import open_data
 from trunkline.client.site import Site
 from trunkline.client.training.loop import outputs_of, train_site
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.server.reporting.report import read_report
 
@@ -109,15 +109,15 @@ def test_unlabelled_windows_are_what_an_anomaly_task_trains_on(tmp_path: Path, l
     site = Site(folder, tmp_path / "state", open_data(folder, tmp_path / "state"))
     train = site.resident("train")
     assert len(train) == len(site.data.train) > 300
-    order = Order(
+    request = RoundRequest(
         run="r", seed=0, round=1, rounds=1, trunk=TrunkSpec(width=8), plan=LocalPlan(), lend=("trunk",)
     )  # fmt: skip
-    model = site.model(order)
+    model = site.model(request)
     first = train_site(model, train, site.data.tasks, LocalPlan(steps=5, learning_rate=1e-2), seed=0, done=0, rounds=1)
     last = train_site(model, train, site.data.tasks, LocalPlan(steps=40, learning_rate=1e-2), seed=1, done=0, rounds=1)
     assert last.loss < 0.9 * first.loss
     leak = site.data.tasks["leak"]
-    leak.settle(outputs_of(model, train, site.data.tasks)["leak"], train.labels["leak"].numpy())
+    leak.fit_outputs(outputs_of(model, train, site.data.tasks)["leak"], train.labels["leak"].numpy())
     held = leak.predict(outputs_of(model, site.resident("validation"), site.data.tasks)["leak"])
     leak.calibrate(held, site.data.validation.labels["leak"])
     assert (held > leak.threshold).mean() <= 0.02  # type: ignore[attr-defined]
@@ -131,11 +131,13 @@ def test_flagged_training_windows_do_not_move_the_network(tmp_path: Path) -> Non
     touched = labels[:, 1] == 1.0
     assert 0.1 < touched.mean() < 0.5
     assert touched.sum() > (labels[:, 0] == 1.0).sum()  # windows behind a leak still hold it
-    order = Order(run="r", seed=0, round=1, rounds=1, trunk=TrunkSpec(width=8), plan=LocalPlan(), lend=("trunk",))
-    model, train = site.model(order), site.resident("train")
+    request = RoundRequest(
+        run="r", seed=0, round=1, rounds=1, trunk=TrunkSpec(width=8), plan=LocalPlan(), lend=("trunk",)
+    )
+    model, train = site.model(request), site.resident("train")
     x, categorical = train.batch(torch.from_numpy(np.flatnonzero(touched)))
     task = site.data.tasks["leak"]
-    loss = task.loss(task.meet(model(x, categorical)["leak"], x), train.labels["leak"][touched])
+    loss = task.loss(task.combine_with_inputs(model(x, categorical)["leak"], x), train.labels["leak"][touched])
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())

@@ -12,7 +12,7 @@ from torch import nn
 from tests.client.small import learnable, model_for, resident, tasks_for
 from trunkline.client.data import open_data
 from trunkline.client.training import loop as training
-from trunkline.client.training.loop import Resident, train_site
+from trunkline.client.training.loop import DeviceDataset, train_site
 from trunkline.client.training.sampling import Batches, chances
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.labels import known
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 EVERYTHING = ("trunk", "stem", "heads")
 
 
-def plain_loop(model: TrunkModel, data: Resident, tasks: dict[str, Task], plan: LocalPlan, seed: int) -> None:
+def plain_loop(model: TrunkModel, data: DeviceDataset, tasks: dict[str, Task], plan: LocalPlan, seed: int) -> None:
     """What a round is, without options: a dozen lines against which the real loop is held."""
     parts = [{"params": model.parameters_of(part)} for part in ("stem", "trunk", "heads")]
     optimiser = torch.optim.AdamW(parts, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
@@ -81,11 +81,11 @@ def test_rows_that_do_not_fit_on_the_device_stay_and_are_sent(
     plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = open_data(plants[0], tmp_path).train
-    plain = Resident.of(data, CPU)
+    plain = DeviceDataset.of(data, CPU)
     monkeypatch.setattr(training, "fits", lambda nbytes, where: nbytes < data.values.nbytes)
-    sent = Resident.of(data, CPU)
+    sent = DeviceDataset.of(data, CPU)
     assert (plain.goes, sent.goes, sent.where) == (None, CPU, CPU)
-    both = Resident.joined([plain, sent])
+    both = DeviceDataset.joined([plain, sent])
     assert both.goes == CPU  # a site whose rows fit goes with those whose rows do not
     assert torch.equal(both.batch(torch.tensor([len(data)]))[0], plain.batch(torch.tensor([0]))[0])
     index = torch.tensor([3, 0, len(data) - 1])

@@ -14,7 +14,7 @@ from trunkline.client.site import Site, open_site
 from trunkline.client.state.vault import Vault
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import LocalPlan, Phase, TrunkSpec
 from trunkline.simulations.vectorized.sites import Crew, kind_of
 
@@ -54,17 +54,17 @@ def write(root: Path, place: int, *, window: str, more: str, rows: int) -> Path:
     return folder
 
 
-def run(folders: list[Path], state: Path, order: Order, rounds: int, together: bool) -> list[dict[str, Any]]:
+def run(folders: list[Path], state: Path, request: RoundRequest, rounds: int, together: bool) -> list[dict[str, Any]]:
     """Every site's changes and metrics, round by round; the lent arrays move by the plain mean."""
     torch.set_num_threads(1)
     sites = [open_site({"site": str(folder), "state": str(state / folder.name)}) for folder in folders]
-    arrays = first_trunk(order.trunk, order.seed) if order.lend else Arrays()
-    if "stem" in order.lend:
-        arrays = sites[0].model(order).share(order.lend)
+    arrays = first_trunk(request.trunk, request.seed) if request.lend else Arrays()
+    if "stem" in request.lend:
+        arrays = sites[0].model(request).share(request.lend)
     crew: Crew | None = None
     told = []
-    for round in range(order.round, order.round + rounds):
-        now = order.model_copy(update={"round": round})
+    for round in range(request.round, request.round + rounds):
+        now = request.model_copy(update={"round": round})
         found: dict[str, Any] = {}
         if together:
             crew = crew or Crew(sites, now)
@@ -83,13 +83,13 @@ def run(folders: list[Path], state: Path, order: Order, rounds: int, together: b
     return told
 
 
-def order_of(**changes: Any) -> Order:
+def order_of(**changes: Any) -> RoundRequest:
     plan = LocalPlan(**{"steps": 4, "batch_size": 16, "learning_rate": 0.01, **changes.pop("plan", {})})
     base: dict[str, Any] = {
         "run": "r", "seed": 3, "round": 1, "rounds": 4, "trunk": TrunkSpec(backbone="tcn", width=8), "plan": plan, "lend": ("trunk",),
         "baseline": False,
     }  # fmt: skip
-    return Order(**{**base, **changes})
+    return RoundRequest(**{**base, **changes})
 
 
 ROWS = TrunkSpec(backbone="mlp", width=64, dropout=0.2)
@@ -120,11 +120,11 @@ def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_trained_together_or_alone_a_site_is_the_same_but_for_rounding(tmp_path: Path, case: str, smooth: None) -> None:
-    order, window, more = CASES[case]
+    request, window, more = CASES[case]
     rows = 3 if "fewer" in case else 12
     folders = [write(tmp_path / "sites", place, window=window, more=more, rows=rows) for place in range(5)]
-    alone = run(folders, tmp_path / "alone", order, 3, together=False)
-    stacked = run(folders, tmp_path / "together", order, 3, together=True)
+    alone = run(folders, tmp_path / "alone", request, 3, together=False)
+    stacked = run(folders, tmp_path / "together", request, 3, together=True)
     moved = False
     for one, other in zip(alone, stacked, strict=True):
         assert one.keys() == other.keys()
@@ -139,7 +139,7 @@ def test_trained_together_or_alone_a_site_is_the_same_but_for_rounding(tmp_path:
                 )
             for key, value in metrics.items():
                 assert told[key] == pytest.approx(value, rel=2e-3, abs=2e-4), (name, key)
-    assert moved or not order.lend
+    assert moved or not request.lend
     for folder in folders:  # what the vaults keep, so that either way can go on from the other
         kept = [Vault(tmp_path / way / folder.name, "r").before(4) for way in ("alone", "together")]
         assert kept[0] is not None and kept[1] is not None
@@ -153,9 +153,9 @@ def test_trained_together_or_alone_a_site_is_the_same_but_for_rounding(tmp_path:
 
 
 def test_with_the_optimiser_as_it_is_a_round_differs_by_a_hundredth_of_itself_at_most(tmp_path: Path) -> None:
-    order = order_of()
+    request = order_of()
     folders = [write(tmp_path / "sites", place, window="window = 6", more="", rows=12) for place in range(5)]
-    (alone,), (stacked,) = (run(folders, tmp_path / str(way), order, 1, together=way) for way in (False, True))
+    (alone,), (stacked,) = (run(folders, tmp_path / str(way), request, 1, together=way) for way in (False, True))
     for name, (change, *_) in alone.items():
         flat = [np.concatenate([one[key].ravel() for key in sorted(change) if key != "trunk.attend.bias"])
                 for one in (change, stacked[name][0])]  # fmt: skip
@@ -164,16 +164,16 @@ def test_with_the_optimiser_as_it_is_a_round_differs_by_a_hundredth_of_itself_at
 
 def test_a_crew_goes_on_from_the_vaults(tmp_path: Path, smooth: None) -> None:
     """Two rounds, put away, and two more by another crew: the same as four in one go."""
-    order = order_of(trunk=ROWS)
+    request = order_of(trunk=ROWS)
     folders = [write(tmp_path / "sites", place, window="", more="", rows=12) for place in range(3)]
-    whole = run(folders, tmp_path / "whole", order, 4, together=True)
-    run(folders, tmp_path / "halves", order, 2, together=True)
+    whole = run(folders, tmp_path / "whole", request, 4, together=True)
+    run(folders, tmp_path / "halves", request, 2, together=True)
     sites = [open_site({"site": str(folder), "state": str(tmp_path / "halves" / folder.name)}) for folder in folders]
-    arrays = dict(first_trunk(order.trunk, order.seed))
+    arrays = dict(first_trunk(request.trunk, request.seed))
     for found in whole[:2]:
         mean = {key: np.mean([one[0][key] for one in found.values()], axis=0) for key in arrays}
         arrays = {key: (array + mean[key]).astype(np.float32) for key, array in arrays.items()}
-    now = order.model_copy(update={"round": 3})
+    now = request.model_copy(update={"round": 3})
     crew = Crew(sites, now)
     for stack in crew.answer([site.name for site in sites], now, Arrays(arrays)):
         for at, name in enumerate(stack.names):

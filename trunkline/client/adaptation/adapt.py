@@ -31,7 +31,7 @@ from trunkline.client.data.site_data import open_newcomer
 from trunkline.client.data.statistics import label_scale, set_label_scale
 from trunkline.client.state.identity import Identity
 from trunkline.client.state.permissions import open_seal
-from trunkline.client.training.loop import Resident, device, outputs_of, total_loss, train_site
+from trunkline.client.training.loop import DeviceDataset, device, outputs_of, total_loss, train_site
 from trunkline.errors import DataError
 from trunkline.models.lora import add_low_rank, merge_low_rank
 from trunkline.models.tasks.task import Task
@@ -171,7 +171,7 @@ class Workshop:
         self.labelled: Groups = names[order][:labelled]  # in the order in which fewer of them would be taken
         self.samples: WindowSet = known.subset(np.isin(grouped, self.labelled))
         self.groups: Groups = grouped[np.isin(grouped, self.labelled)]
-        self.resident = Resident.of(self.samples, device())
+        self.resident = DeviceDataset.of(self.samples, device())
         self.tasks = {name: copy.copy(task) for name, task in data.tasks.items()}
         self.fit, self._start = self._begin(arrays)
 
@@ -247,9 +247,9 @@ class Workshop:
 
     # --- candidates --------------------------------------------------------------------------------------------------
 
-    def part(self, groups: Groups) -> Resident:
+    def part(self, groups: Groups) -> DeviceDataset:
         """The labelled samples of `groups`."""
-        return Resident.of(self.samples.subset(np.isin(self.groups, groups)), device())
+        return DeviceDataset.of(self.samples.subset(np.isin(self.groups, groups)), device())
 
     def as_is(self, groups: Groups) -> TrunkModel:
         """The released model; heads that were not released are probed, which changes nothing about the others."""
@@ -286,7 +286,7 @@ class Workshop:
             merge_low_rank(model)
         return model
 
-    def _probe(self, model: TrunkModel, data: Resident, groups: int, train: Callable[[LocalPlan], None]) -> None:
+    def _probe(self, model: TrunkModel, data: DeviceDataset, groups: int, train: Callable[[LocalPlan], None]) -> None:
         if not self.fit.stem:
             train(LEARN)  # a stem cannot be solved for: it is learnt below the frozen trunk, together with the heads
             probe(model, data, self.tasks, groups, came=tuple(self.tasks))
@@ -335,7 +335,7 @@ class Workshop:
         for held in folds:
             rest = shuffled[~np.isin(shuffled, held)]
             rows = self._spread(held)
-            data = Resident.of(self.samples.subset(rows), device())
+            data = DeviceDataset.of(self.samples.subset(rows), device())
             made = {(name, 1.0): self.make(name, rest) for name in TRAINED if not tried or (name, 1.0) in tried}
             if self.fit.as_is:
                 made["as_is", 0.0] = self.as_is(rest)

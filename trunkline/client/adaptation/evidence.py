@@ -24,7 +24,7 @@ from trunkline.client.adaptation.model_file import MODEL, write_model
 from trunkline.client.adaptation.probe import embeddings
 from trunkline.client.data import WindowSet
 from trunkline.client.model_selection.evaluation import Scored, paired_bootstrap
-from trunkline.client.training.loop import Resident, device, outputs_of
+from trunkline.client.training.loop import DeviceDataset, device, outputs_of
 from trunkline.errors import StorageError
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
@@ -77,7 +77,7 @@ def judged(task: Task, model: TrunkModel, workshop: Workshop, outputs: Tensor) -
     own = copy.copy(task)
     if own.settles:
         train = outputs_of(model, workshop.resident, {own.name: own})[own.name]
-        own.settle(train, workshop.samples.labels[own.name])
+        own.fit_outputs(train, workshop.samples.labels[own.name])
     return own, own.predict(outputs)
 
 
@@ -86,7 +86,7 @@ def _gains(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, An
     workshop, choice = adapted.workshop, adapted.choice
     test = adapted.site.test
     rows = []
-    resident = Resident.of(test, device()) if len(test) else None
+    resident = DeviceDataset.of(test, device()) if len(test) else None
     outputs = {who: outputs_of(model, resident, workshop.tasks) if resident else {} for who, model in models.items()}
     for name, task in workshop.tasks.items():
         labels, groups, on = (test.labels[name], test.groups, "test rows")
@@ -142,7 +142,7 @@ def _curve(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, An
             return []
         kept, groups = groups[: len(groups) // 4 or 1], groups[len(groups) // 4 or 1 :]
         scored, full = workshop.samples.subset(np.isin(workshop.groups, kept)).spread(SCORED), False
-    resident = Resident.of(scored, device())
+    resident = DeviceDataset.of(scored, device())
     points = []
     for size in [*(one for one in SIZES if one < len(groups)), len(groups)]:
         some = groups[:size]
@@ -198,7 +198,9 @@ def label_next(workshop: Workshop) -> list[dict[str, Any]]:
 def _place(workshop: Workshop, train: WindowSet, group: int) -> NDArray[np.float64]:
     samples = train.subset(train.groups == group).spread(PER_GROUP)
     model = workshop.released()
-    mean: NDArray[np.float64] = embeddings(model, Resident.of(samples, device())).double().mean(dim=0).cpu().numpy()
+    mean: NDArray[np.float64] = (
+        embeddings(model, DeviceDataset.of(samples, device())).double().mean(dim=0).cpu().numpy()
+    )
     return mean
 
 

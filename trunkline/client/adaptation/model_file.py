@@ -47,7 +47,9 @@ class StoredModel:
         self.model.eval()
         x = torch.from_numpy(np.ascontiguousarray(windows))
         outputs = self.model(x)
-        return {name: task.predict(task.meet(outputs[name].float(), x)) for name, task in self.tasks.items()}
+        return {
+            name: task.predict(task.combine_with_inputs(outputs[name].float(), x)) for name, task in self.tasks.items()
+        }
 
 
 def write_model(

@@ -7,7 +7,7 @@ head is pulled to the federation's (or, where none came, to nothing), the harder
 import torch
 from torch import Tensor, nn
 
-from trunkline.client.training.loop import SCORE_BATCH, Resident
+from trunkline.client.training.loop import SCORE_BATCH, DeviceDataset
 from trunkline.models.tasks.regression import Regression
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
@@ -17,7 +17,7 @@ NEWTON = 30  # steps of the quasi-Newton solver; the problem is convex and has a
 
 
 @torch.no_grad()
-def embeddings(model: TrunkModel, data: Resident) -> Tensor:
+def embeddings(model: TrunkModel, data: DeviceDataset) -> Tensor:
     """What the trunk makes of every sample: (n, width)."""
     model.eval()
     parts = []
@@ -29,7 +29,7 @@ def embeddings(model: TrunkModel, data: Resident) -> Tensor:
 
 
 def probe(
-    model: TrunkModel, data: Resident, tasks: dict[str, Task], groups: int, *, came: tuple[str, ...] = ()
+    model: TrunkModel, data: DeviceDataset, tasks: dict[str, Task], groups: int, *, came: tuple[str, ...] = ()
 ) -> None:
     """Fit the heads of `model` to `data`, in place; stem and trunk stay to the bit.
 

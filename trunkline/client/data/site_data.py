@@ -150,7 +150,7 @@ def survey(
         look_for_kin(config, layout, result.split, table.test_from, values, told, findings)
     codes, category_names = read_categories(table, config, layout)
     for task in tasks.values():
-        task.expect(_samples(config, table, scaler))
+        task.bind_inputs(_samples(config, table, scaler))
     train, validation, test = (_window_set(number, config, layout, values, codes, labels, tasks) for number in range(3))
     sets = (train, validation, test)
     tasks = {name: task for name, task in tasks.items() if _fit(task, sets, str(folder), findings)}
@@ -249,7 +249,7 @@ def _window_set(
         ends=ends,
         window=config.data.window,
         labels={
-            name: task.at(labels[name][here], Places(ends, first, last, layout.order[start:stop]))
+            name: task.labels_for_samples(labels[name][here], Places(ends, first, last, layout.order[start:stop]))
             for name, task in tasks.items()
         },
         groups=layout.group[start:stop][ends],
@@ -273,7 +273,7 @@ def _longest(samples: WindowSet) -> int:
 def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findings) -> bool:
     """Fit one task on its training labels, False where it has to be set aside; note the parts in which it cannot be scored."""
     try:
-        if complaint := task.lacks(_longest(sets[TRAIN])):
+        if complaint := task.unsupported(_longest(sets[TRAIN])):
             raise DataError(f"Task {task.name!r}, training rows: {complaint}")
         if task.primary not in task.metrics:
             raise DataError(
@@ -282,17 +282,17 @@ def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findin
             )
         task.fit(sets[TRAIN].labels[task.name])
         if task.meets:
-            task.look(sets[TRAIN].values[sets[TRAIN].ends], sets[TRAIN].labels[task.name])
+            task.fit_inputs(sets[TRAIN].values[sets[TRAIN].ends], sets[TRAIN].labels[task.name])
     except DataError as error:
         findings.set_aside(task.name, where, str(error))
         return False
     for part, samples in zip(PARTS, sets, strict=True):
-        for remark in task.remarks(part, samples.labels[task.name]):
+        for remark in task.warnings(part, samples.labels[task.name]):
             findings.warn(f"task {task.name}", remark)
     for part, samples in list(zip(PARTS, sets, strict=True))[1:]:
         label = samples.labels[task.name]
-        there = label[task.judged(label)]
-        if complaint := task.lacks(_longest(samples)):
+        there = label[task.scored_mask(label)]
+        if complaint := task.unsupported(_longest(samples)):
             findings.warn(f"task {task.name}", f"{part} rows: {complaint}")
         if not len(there):
             target = task.config.columns[0] if task.config.columns else task.name

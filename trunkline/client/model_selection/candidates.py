@@ -12,7 +12,7 @@ from trunkline.client.site import Site
 from trunkline.client.training.loop import train_site
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import LocalPlan, Part, Phase
 
 QUARTERS = (1, 2, 4)  # after so many quarters of the fine-tuning a version is kept: stopping early is a choice as well
@@ -33,28 +33,28 @@ def _only(plan: LocalPlan, parts: tuple[Part, ...], steps: int, rate: float = 1.
     return plan.model_copy(update=changes)
 
 
-def finish(site: Site, model: TrunkModel, order: Order) -> None:
+def finish(site: Site, model: TrunkModel, request: RoundRequest) -> None:
     """Train `finish_parts` alone for `finish_steps`, in place: what a strategy left out of the rounds on purpose."""
-    plan = order.plan
+    plan = request.plan
     if plan.finish_steps:
         last = _only(plan, plan.finish_parts, plan.finish_steps, plan.finish_rate)
-        _train(site, order, model, last, seed_of(order.seed, site.name, "finish"), 0, 1)
+        _train(site, request, model, last, seed_of(request.seed, site.name, "finish"), 0, 1)
 
 
-def versions(site: Site, federated: TrunkModel, order: Order) -> dict[str, dict[str, TrunkModel]]:
+def versions(site: Site, federated: TrunkModel, request: RoundRequest) -> dict[str, dict[str, TrunkModel]]:
     """`finetuned` and `fused`, each in a few versions of which validation picks one a task; none where the plan has no such steps.
 
     Returns:
         candidate -> version -> model.
     """
-    plan = order.plan
+    plan = request.plan
     if not plan.finetune_steps:
         return {}
     quarter = max(1, round(plan.finetune_steps / QUARTERS[-1]))
     gentle = _only(plan, ("stem", "trunk", "heads"), quarter, plan.finetune_rate)
     model, tuned = copy.deepcopy(federated), {}
     for done in range(QUARTERS[-1]):
-        _train(site, order, model, gentle, seed_of(order.seed, site.name, "finetune", done), done, QUARTERS[-1])
+        _train(site, request, model, gentle, seed_of(request.seed, site.name, "finetune", done), done, QUARTERS[-1])
         if done + 1 in QUARTERS:
             tuned[f"{(done + 1) * quarter} steps"] = copy.deepcopy(model)
     fused = {f"{share:g} fine-tuned": mixed(federated, model, share) for share in MIXES}
@@ -71,6 +71,8 @@ def mixed(one: TrunkModel, other: TrunkModel, share: float) -> TrunkModel:
     return model
 
 
-def _train(site: Site, order: Order, model: TrunkModel, plan: LocalPlan, seed: int, done: int, rounds: int) -> None:
-    data, tasks = site.resident(site.rows(order)), site.data.tasks
+def _train(
+    site: Site, request: RoundRequest, model: TrunkModel, plan: LocalPlan, seed: int, done: int, rounds: int
+) -> None:
+    data, tasks = site.resident(site.rows(request)), site.data.tasks
     train_site(model, data, tasks, plan, seed=seed, done=done, rounds=rounds)

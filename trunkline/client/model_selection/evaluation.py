@@ -15,12 +15,12 @@ from trunkline.client.model_selection.candidates import versions
 from trunkline.client.model_selection.gate import Tried, choose
 from trunkline.client.site import Part, Site
 from trunkline.client.state.vault import predictions_place
-from trunkline.client.training.loop import Resident, outputs_of, total_loss
+from trunkline.client.training.loop import DeviceDataset, outputs_of, total_loss
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import Order, TaskRow
+from trunkline.protocol.messages import RoundRequest, TaskRow
 from trunkline.runtime.storage import write_private
 
 RESAMPLES = 1000  # of the bootstrap; the ends of a 95 % interval then rest on 25 resamples each
@@ -38,7 +38,7 @@ class Curve:
     metrics: dict[str, float]
 
 
-def curve(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> Curve:
+def curve(model: TrunkModel, data: DeviceDataset, tasks: dict[str, Task]) -> Curve:
     outputs = outputs_of(model, data, tasks)
     labels = {name: column.cpu() for name, column in data.labels.items()}
     metrics: dict[str, float] = {}
@@ -71,7 +71,7 @@ def paired_bootstrap(
     Returns:
         None below two labelled groups: there is nothing to resample.
     """
-    judged = np.flatnonzero(one.task.judged(labels))
+    judged = np.flatnonzero(one.task.scored_mask(labels))
     codes, member = np.unique(groups[judged], return_inverse=True)
     if len(codes) < 2:
         return None
@@ -111,7 +111,7 @@ class _Judge:
             if wanting:
                 train = self.site.resident(self.rows)
                 for one, output in outputs_of(self.model, train, wanting).items():
-                    wanting[one].settle(output, train.labels[one].cpu().numpy())
+                    wanting[one].fit_outputs(output, train.labels[one].cpu().numpy())
         return self._own[name]
 
     def outputs(self, part: str, name: str) -> Tensor:
@@ -180,13 +180,17 @@ class _Lineup:
     """
 
     def __init__(
-        self, site: Site, models: Mapping[str, TrunkModel], order: Order, tasks: Mapping[str, dict[str, Task]] | None
+        self,
+        site: Site,
+        models: Mapping[str, TrunkModel],
+        request: RoundRequest,
+        tasks: Mapping[str, dict[str, Task]] | None,
     ) -> None:
-        given, rows = tasks or {}, site.rows(order)
+        given, rows = tasks or {}, site.rows(request)
         self.judges = {
             name: [_Judge(site, model, given.get(name, site.data.tasks), rows)] for name, model in models.items()
         }
-        for candidate, some in versions(site, models["federated"], order).items():
+        for candidate, some in versions(site, models["federated"], request).items():
             self.judges[candidate] = [_Judge(site, model, site.data.tasks, rows) for model in some.values()]
         self.together = "local" in models and not given
 
@@ -202,10 +206,14 @@ class _Lineup:
 
 
 def decide_site(
-    site: Site, models: Mapping[str, TrunkModel], order: Order, *, tasks: Mapping[str, dict[str, Task]] | None = None
+    site: Site,
+    models: Mapping[str, TrunkModel],
+    request: RoundRequest,
+    *,
+    tasks: Mapping[str, dict[str, Task]] | None = None,
 ) -> dict[str, Decision]:
     """What the site settles by its validation rows, task by task; no test row is looked at. Arguments as in `score_site`."""
-    return _decide(site, _Lineup(site, models, order, tasks), order.plan.hold)
+    return _decide(site, _Lineup(site, models, request, tasks), request.plan.hold)
 
 
 def _decide(site: Site, lineup: _Lineup, hold: str) -> dict[str, Decision]:
@@ -229,7 +237,7 @@ def _decide(site: Site, lineup: _Lineup, hold: str) -> dict[str, Decision]:
 
 
 def score_site(
-    site: Site, models: Mapping[str, TrunkModel], order: Order, *,
+    site: Site, models: Mapping[str, TrunkModel], request: RoundRequest, *,
     tasks: Mapping[str, dict[str, Task]] | None = None, settled: Mapping[str, Decision] | None = None,
 ) -> tuple[TaskRow, ...]:  # fmt: skip
     """The site's rows of the worth-it report; its row-level predictions stay in its state folder.
@@ -241,8 +249,8 @@ def score_site(
         tasks: name of a model -> the tasks it was trained with, where they are not the site's own.
         settled: task -> what was decided before these models saw the validation rows; None: they never did, and decide now.
     """
-    lineup = _Lineup(site, models, order, tasks)
-    settled = settled or _decide(site, lineup, order.plan.hold)
+    lineup = _Lineup(site, models, request, tasks)
+    settled = settled or _decide(site, lineup, request.plan.hold)
     rows = []
     for name in site.data.tasks:
         decision = settled[name]
@@ -253,8 +261,8 @@ def score_site(
                 task = copy.copy(one.task)
                 task.take_decisions(decision.decisions[who])
                 scored[who] = Scored(task, one.predict(task, "test"))
-        rows.append(_row(site, name, scored, decision.chosen, order))
-        _keep_predictions(site, order.run, name, scored, decision.chosen)
+        rows.append(_row(site, name, scored, decision.chosen, request))
+        _keep_predictions(site, request.run, name, scored, decision.chosen)
     return tuple(rows)
 
 
@@ -272,15 +280,15 @@ def _best(results: list[Tried]) -> int:
     return int(np.argmax(values))
 
 
-def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, order: Order) -> TaskRow:
+def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, request: RoundRequest) -> TaskRow:
     data, task = site.data, site.data.tasks[name]
     truth, groups = data.test.labels[name], data.test.groups
-    trained = (data.train, data.validation) if site.rows(order) == "all" else (data.train,)
+    trained = (data.train, data.validation) if site.rows(request) == "all" else (data.train,)
     shown = {who: one for who, one in scored.items() if who in ("local", "federated", chosen)}
     measured = {who: one.task.measure(one.prediction, truth) for who, one in shown.items()}
     primary, local = task.card.metric, scored.get("local")
     intervals = {
-        who: paired_bootstrap(one, local, truth, groups, seed_of(order.seed, site.name, name))
+        who: paired_bootstrap(one, local, truth, groups, seed_of(request.seed, site.name, name))
         for who, one in shown.items()
         if local is not None and who != "local"
     }
@@ -292,9 +300,9 @@ def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, order: O
     return TaskRow(
         **task.card.model_dump(),
         n_train=sum(int(known(part.labels[name]).sum()) for part in trained),
-        n_validation=int(task.judged(data.validation.labels[name]).sum()),
-        n_test=int(task.judged(truth).sum()),
-        n_groups=len(np.unique(groups[task.judged(truth)])),
+        n_validation=int(task.scored_mask(data.validation.labels[name]).sum()),
+        n_test=int(task.scored_mask(truth).sum()),
+        n_groups=len(np.unique(groups[task.scored_mask(truth)])),
         local=candidates.get("local"),
         federated=candidates["federated"],
         chosen=chosen,

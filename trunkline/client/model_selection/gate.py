@@ -60,7 +60,7 @@ def choose(tried: Mapping[str, Tried], labels: Labels, groups: NDArray[np.int32]
         return held
     if held not in left:
         held = next(iter(left))
-    parts = units(left[held].task.judged(labels), groups)
+    parts = units(left[held].task.scored_mask(labels), groups)
     without = {name: _without_each(one, labels, parts) for name, one in left.items()}
     best, most = held, 0.0
     for name, other in left.items():

@@ -12,7 +12,7 @@ from trunkline.client.site import Site
 from trunkline.config.site import PolicyConfig
 from trunkline.errors import ContractError, Declined, Pending
 from trunkline.protocol.contract import FIT, changed_terms
-from trunkline.protocol.messages import Offer, Order
+from trunkline.protocol.messages import Offer, RoundRequest
 from trunkline.protocol.plan import Conditions
 from trunkline.runtime.programs import account
 from trunkline.security.keys import now
@@ -20,19 +20,19 @@ from trunkline.security.keys import now
 BY_POLICY = "policy"
 
 
-def objection(policy: PolicyConfig, order: Order, size: int | None = None) -> str:
+def objection(policy: PolicyConfig, request: RoundRequest, size: int | None = None) -> str:
     """What a policy has against a run, in words; empty where nothing.
 
     Args:
         size: bytes that would leave in a round, where that is known.
     """
-    about = order.about
-    for part in order.lend:
+    about = request.about
+    for part in request.lend:
         # "scaler" is not asked for here: a site that does not lend its statistics takes part without them
         if part not in ("scaler", *policy.lend) and not (part.startswith("head.") and "heads" in policy.lend):
             return f"its policy lends {', '.join(policy.lend) or 'nothing'}; this run wants {part!r}"
-    if policy.max_rounds is not None and order.total_rounds > policy.max_rounds:
-        return f"its policy caps a run at {policy.max_rounds} rounds; this run has {order.total_rounds}"
+    if policy.max_rounds is not None and request.total_rounds > policy.max_rounds:
+        return f"its policy caps a run at {policy.max_rounds} rounds; this run has {request.total_rounds}"
     if size is not None and policy.max_bytes_round is not None and size > policy.max_bytes_round:
         return f"its policy caps a round at {in_bytes(policy.max_bytes_round)}; this run takes {in_bytes(size)}"
     bound = about.guards.clip_norm
@@ -55,7 +55,7 @@ def lets_go(policy: PolicyConfig, metrics: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in metrics if allowed is True or (allowed is not False and name in allowed))
 
 
-def at_offer(site: Site, order: Order, offer: Offer) -> None:
+def at_offer(site: Site, request: RoundRequest, offer: Offer) -> None:
     """Decide on a run before the offer to take part in it leaves.
 
     Raises:
@@ -64,24 +64,24 @@ def at_offer(site: Site, order: Order, offer: Offer) -> None:
         StorageError: what was agreed cannot be kept, so nothing is agreed.
     """
     policy = site.config.policy
-    why = objection(policy, order, bytes_round(offer.arrays, offer.metrics))
+    why = objection(policy, request, bytes_round(offer.arrays, offer.metrics))
     if not site.plant:
         if why:
             raise Declined(f"{site.name}: {why}.")
         return
     at = now().isoformat(timespec="seconds")
     asked = Consent(
-        site=site.name, run=order.run, terms=order.terms(), arrays=offer.arrays, once=offer.once, metrics=offer.metrics,
+        site=site.name, run=request.run, terms=request.terms(), arrays=offer.arrays, once=offer.once, metrics=offer.metrics,
         tasks=offer.tasks, inputs=offer.inputs, report=policy.report, verdict="pending", asked=at,
     )  # fmt: skip
-    found = read(site.state, order.run)
+    found = read(site.state, request.run)
     before = found if found is not None and found.same_question(asked) else None
     by_person = before if before is not None and before.by not in ("", BY_POLICY) else None
     if why:
         decided = asked.model_copy(update={"verdict": "refused", "by": BY_POLICY, "why": why, "decided": at})
     elif by_person is not None:
         decided = by_person
-    elif policy.decide == "accept" or order.about.name in policy.runs:
+    elif policy.decide == "accept" or request.about.name in policy.runs:
         decided = asked.model_copy(update={"verdict": "accepted", "by": BY_POLICY, "decided": at})
     else:
         decided = asked
@@ -90,7 +90,7 @@ def at_offer(site: Site, order: Order, offer: Offer) -> None:
     _answered(site, decided)
 
 
-def hold(site: Site, order: Order) -> None:
+def hold(site: Site, request: RoundRequest) -> None:
     """Hold an order of a later round to what was agreed at round 0.
 
     Raises:
@@ -98,35 +98,37 @@ def hold(site: Site, order: Order) -> None:
         Pending: a person has not said yes.
         ContractError: it is not what was agreed, or a real plant has agreed to nothing.
     """
-    if order.probe and FIT not in lets_go(site.config.policy, (FIT,)):
+    if request.probe and FIT not in lets_go(site.config.policy, (FIT,)):
         raise Declined(f"{site.name}: its policy lets no `{FIT}` leave, which is all that a probe asks for.")
     if not site.plant:
-        if why := objection(site.config.policy, order):
+        if why := objection(site.config.policy, request):
             raise Declined(f"{site.name}: {why}.")
         return
-    found = read(site.state, order.run)
-    check_order(site.name, order, found)
+    found = read(site.state, request.run)
+    check_order(site.name, request, found)
     assert found is not None  # check_order refuses where there is none
-    if why := objection(site.config.policy, order, found.bytes_round):
+    if why := objection(site.config.policy, request, found.bytes_round):
         raise Declined(f"{site.name}: {why}.")
     _answered(site, found)
 
 
-def check_order(site: str, order: Order, found: Consent | None) -> None:
+def check_order(site: str, request: RoundRequest, found: Consent | None) -> None:
     """Raises ContractError when `order` is none of the run that `found` is about."""
     if found is None:
-        raise ContractError(f"{site} never agreed to run {order.run!r}: a run starts by asking whether it may")
-    if changes := changed_terms(found.terms, order.terms()):
+        raise ContractError(f"{site} never agreed to run {request.run!r}: a run starts by asking whether it may")
+    if changes := changed_terms(found.terms, request.terms()):
         raise ContractError(
-            f"the terms of run {order.run!r} are not those {site} was asked about: {'; '.join(changes[:3])}. "
+            f"the terms of run {request.run!r} are not those {site} was asked about: {'; '.join(changes[:3])}. "
             "Start a run of its own with them"
         )
-    if order.conditions != Conditions():
+    if request.conditions != Conditions():
         raise ContractError(
-            f"run {order.run!r} wants {site} to train as if its rows were others; that is for simulations only"
+            f"run {request.run!r} wants {site} to train as if its rows were others; that is for simulations only"
         )
-    if order.round > order.total_rounds + 1:
-        raise ContractError(f"run {order.run!r} has {order.total_rounds} rounds; this order is for round {order.round}")
+    if request.round > request.total_rounds + 1:
+        raise ContractError(
+            f"run {request.run!r} has {request.total_rounds} rounds; this order is for round {request.round}"
+        )
 
 
 def _answered(site: Site, decided: Consent) -> None:

@@ -11,7 +11,7 @@ from trunkline.privacy.guards import names
 from trunkline.protocol.arrays import ArraySpec
 from trunkline.protocol.contract import Contract, TaskCard, terms_digest
 from trunkline.protocol.frozen import Frozen
-from trunkline.protocol.messages import Inputs, Order
+from trunkline.protocol.messages import Inputs, RoundRequest
 from trunkline.runtime.storage import read_private, write_private
 from trunkline.security.encryption import Seal, find_seal
 
@@ -26,7 +26,7 @@ class Consent(Frozen):
     """What a run would take from this site, and what was decided about it.
 
     Args:
-        terms: what `Order.terms` gave at round 0.
+        terms: what `RoundRequest.terms` gave at round 0.
         arrays, metrics: of every update; once: with the offer, and never again.
         inputs: names of the sensors, where the run needs them.
         report: whether results by task leave at the end.
@@ -59,9 +59,9 @@ class Consent(Frozen):
         return terms_digest(self.terms)
 
     @property
-    def order(self) -> Order:
+    def request(self) -> RoundRequest:
         """The order of round 0."""
-        return Order.model_validate({**self.terms, "round": 0})
+        return RoundRequest.model_validate({**self.terms, "round": 0})
 
     @property
     def bytes_round(self) -> int:
@@ -94,7 +94,7 @@ def read(state: Path, run: str, seal: Seal | None = None) -> Consent | None:
     try:
         found = Consent.model_validate_json(data)
         # what an older Trunkline could not say of a run is as if it had said what is so by default
-        found = found.model_copy(update={"terms": found.order.terms()})
+        found = found.model_copy(update={"terms": found.request.terms()})
     except (ValidationError, ValueError) as error:
         raise StorageError(
             f"{path}: damaged ({type(error).__name__}). Remove it; the run asks anew when it is started again."
@@ -154,20 +154,20 @@ def in_bytes(count: int) -> str:
 
 def in_words(consent: Consent) -> list[tuple[str, str]]:
     """The contract as (what, in words), for a person at the plant."""
-    order, about = consent.order, consent.order.about
+    request, about = consent.request, consent.request.about
     parts = {spec.name.split(".")[0]: 0 for spec in consent.arrays}
     for spec in consent.arrays:
         parts[spec.name.split(".")[0]] += spec.nbytes
     arrays = ", ".join(f"{part} {in_bytes(size)}" for part, size in parts.items()) or "none"
-    plan = order.plan
+    plan = request.plan
     work = f"{plan.epochs:g} passes over the rows" if plan.epochs else f"{plan.steps} steps"
     words = [
         ("run", f"{consent.run} ({about.name or 'without a name'})"),
         ("operator", about.operator or "not said"),
         ("site", consent.site),
-        ("strategy", f"{about.strategy or 'not said'}, trunk {order.trunk.backbone} ({order.trunk.size})"),
-        ("rounds", f"{order.total_rounds}, in each {work} of up to {plan.batch_size} rows"),
-        ("lends", ", ".join(order.lend) or "nothing"),
+        ("strategy", f"{about.strategy or 'not said'}, trunk {request.trunk.backbone} ({request.trunk.size})"),
+        ("rounds", f"{request.total_rounds}, in each {work} of up to {plan.batch_size} rows"),
+        ("lends", ", ".join(request.lend) or "nothing"),
         ("a round takes", f"at most {in_bytes(consent.bytes_round)}: {len(consent.arrays)} arrays ({arrays})"),
         ("metrics", ", ".join(consent.metrics) or "none"),
         ("once", ", ".join(spec.name for spec in consent.once) or "nothing"),
@@ -209,11 +209,11 @@ def print_contracts(found: list[Consent], console: "Console") -> None:
 
     table = Table("run", "operator", "rounds", "a round", "verdict", "by", "asked")
     for one in found:
-        order = one.order
+        request = one.request
         cells = (
             one.run,
-            order.about.operator,
-            str(order.total_rounds),
+            request.about.operator,
+            str(request.total_rounds),
             in_bytes(one.bytes_round),
             one.verdict,
             one.by,

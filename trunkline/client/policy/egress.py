@@ -31,7 +31,7 @@ from trunkline.models.tasks import Task, make_task
 from trunkline.privacy.guards import at_server, guards_of, norm_of
 from trunkline.protocol.arrays import SCALER_ARRAYS, Arrays
 from trunkline.protocol.contract import PROBED, Contract
-from trunkline.protocol.messages import PROTOCOL, Offer, Order, Reply, Scorecard
+from trunkline.protocol.messages import PROTOCOL, Offer, Reply, RoundRequest, Scorecard
 from trunkline.security.encryption import find_seal
 
 MODELS = ("federated", "local", "shared", "ensemble", "finetuned", "fused")  # that a scorecard may compare
@@ -199,7 +199,7 @@ class Door:
         if parcel.kind == "error":
             return
         found = read(self.state, parcel.run, self._seal)
-        rounds = found.order.total_rounds if found else 0
+        rounds = found.request.total_rounds if found else 0
         most = {"update": REPEATS * rounds, "probe": PROBES * rounds}.get(parcel.kind, ONCE)
         before = left.get((parcel.run, parcel.kind), set())
         if len(before) >= most and parcel.digest() not in before:
@@ -215,11 +215,11 @@ def _tensor(name: str, array: NDArray[Any]) -> list[Any]:
     return [name, list(array.shape), array.dtype.name, array.nbytes, norm_of(Arrays({name: array})), digest]
 
 
-def _order_of(request: Message) -> Order | None:
+def _order_of(request: Message) -> RoundRequest | None:
     """The order of a question; None where it is none, or its content never came."""
     try:
         _, header, _ = open_records(request.content)
-        order = Order.model_validate_json(header)
+        order = RoundRequest.model_validate_json(header)
     except (ContractError, ValidationError, ValueError):
         return None
     return order if order.protocol == PROTOCOL else None
@@ -245,7 +245,7 @@ def _same(what: str, found: object, expected: object) -> None:
 
 
 def _check_offer(
-    offer: Offer, arrays: Arrays, metrics: Mapping[str, float], order: Order, found: Consent, site: SiteConfig
+    offer: Offer, arrays: Arrays, metrics: Mapping[str, float], order: RoundRequest, found: Consent, site: SiteConfig
 ) -> None:
     if order.round != 0:
         raise ContractError(f"an offer is for round 0; the question is of round {order.round}")
@@ -274,7 +274,7 @@ def _check_offer(
 
 
 def _check_update(
-    reply: Reply, arrays: Arrays, metrics: Mapping[str, float], order: Order, found: Consent, site: SiteConfig
+    reply: Reply, arrays: Arrays, metrics: Mapping[str, float], order: RoundRequest, found: Consent, site: SiteConfig
 ) -> None:
     last = order.total_rounds + (1 if order.probe else 0)
     if not 1 <= order.round <= last:
@@ -296,7 +296,7 @@ def _check_update(
 
 
 def _check_scorecard(
-    card: Scorecard, arrays: Arrays, metrics: Mapping[str, float], order: Order, found: Consent, site: SiteConfig
+    card: Scorecard, arrays: Arrays, metrics: Mapping[str, float], order: RoundRequest, found: Consent, site: SiteConfig
 ) -> None:
     Contract(arrays=(), metrics=()).check(arrays, metrics)
     for what, one, expected in (

@@ -52,12 +52,12 @@ class Question:
     """What a site was asked in a round, as it came.
 
     Args:
-        order: the Order, as JSON. arrays: what was lent to the site for the round.
+        order: the RoundRequest, as JSON. arrays: what was lent to the site for the round.
         first: the site began with it, so nothing of an earlier round is needed to answer it again.
     """
 
     round: int
-    order: str
+    request: str
     arrays: Arrays
     first: bool
 
@@ -123,9 +123,9 @@ class Vault:
             return None
         return entry if entry.question == question else None
 
-    def keep_question(self, round: int, order: str, arrays: Arrays, first: bool) -> None:
+    def keep_question(self, round: int, request: str, arrays: Arrays, first: bool) -> None:
         """Before the answer, so that `round` can be answered again should its version be damaged. Raises StorageError."""
-        self._asked.put(round, dict(arrays), {"order": order, "names": list(arrays), "first": first})
+        self._asked.put(round, dict(arrays), {"order": request, "names": list(arrays), "first": first})
 
     def _question(self, round: int) -> Question | None:
         try:

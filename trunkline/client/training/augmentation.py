@@ -40,7 +40,9 @@ class Augmenter:
     ) -> None:
         self.plan = plan
         self.mixup = plan.mixup if not categorical else 0.0
-        self.reconstructs = {name for name, task in tasks.items() if type(task).meet is not Task.meet}
+        self.reconstructs = {
+            name for name, task in tasks.items() if type(task).combine_with_inputs is not Task.combine_with_inputs
+        }
         self.draw = torch.Generator(where).manual_seed(seed_of(seed, "augment"))
         self.shares = np.random.default_rng(seed_of(seed, "mixup"))  # torch draws no Beta from a generator of one's own
 

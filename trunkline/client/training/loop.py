@@ -39,7 +39,7 @@ def device() -> torch.device:
 
 
 @dataclass(frozen=True)
-class Resident:
+class DeviceDataset:
     """A WindowSet as tensors on one device; windows are gathered there, never stored.
 
     Rows that would not fit stay in the memory of the host, and batches are gathered there and sent: the host does that
@@ -55,7 +55,7 @@ class Resident:
     goes: torch.device | None = None  # where batches of rows that stay in the host's memory are sent
 
     @classmethod
-    def of(cls, windows: WindowSet, where: torch.device) -> "Resident":
+    def of(cls, windows: WindowSet, where: torch.device) -> "DeviceDataset":
         goes = None if fits(windows.values.nbytes, where) else where
         home = where if goes is None else torch.device("cpu")
         return cls(
@@ -72,7 +72,7 @@ class Resident:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence["Resident"]) -> "Resident":
+    def joined(cls, parts: Sequence["DeviceDataset"]) -> "DeviceDataset":
         """The samples of several sites, one site behind the other; no window reaches into another's rows."""
         starts = [0, *itertools.accumulate(len(part.values) for part in parts)]
         goes = next((part.goes for part in parts if part.goes is not None), None)  # where one stays at home, all do
@@ -87,12 +87,12 @@ class Resident:
             goes=goes,
         )
 
-    def begun(self, count: int) -> "Resident":
+    def begun(self, count: int) -> "DeviceDataset":
         """Its first `count` samples."""
         labels = {task: column[:count] for task, column in self.labels.items()}
         return replace(self, first=self.first[:count], ends=self.ends[:count], labels=labels)
 
-    def moved(self, by: Tensor) -> "Resident":
+    def moved(self, by: Tensor) -> "DeviceDataset":
         """The same samples, each channel moved by its entry of `by`, (channels,)."""
         return replace(self, values=self.values + by)
 
@@ -164,7 +164,7 @@ class Trained:
 
 def train_site(
     model: TrunkModel,
-    data: Resident,
+    data: DeviceDataset,
     tasks: dict[str, Task],
     plan: LocalPlan,
     *,
@@ -293,7 +293,7 @@ def _forward(
     with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
         embedded = model.embed(sample.x, categorical)
         outputs = {name: head(embedded) for name, head in model.heads.items()}
-    outputs = {name: task.meet(outputs[name].float(), sample.clean) for name, task in tasks.items()}
+    outputs = {name: task.combine_with_inputs(outputs[name].float(), sample.clean) for name, task in tasks.items()}
     if len(sample.terms) == 1:
         return embedded, task_losses(outputs, sample.terms[0][1], tasks)
     parts = [[share * loss for loss in task_losses(outputs, labels, tasks)] for share, labels in sample.terms]
@@ -341,7 +341,7 @@ class _Again:
 
 
 @torch.inference_mode()
-def outputs_of(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> dict[str, Tensor]:
+def outputs_of(model: TrunkModel, data: DeviceDataset, tasks: dict[str, Task]) -> dict[str, Tensor]:
     """What every task's `predict` takes, for every window, on the CPU in float32: task -> (n, outputs)."""
     where, home = data.where, data.values.device
     model.eval()
@@ -354,5 +354,5 @@ def outputs_of(model: TrunkModel, data: Resident, tasks: dict[str, Task]) -> dic
         with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
             outputs = model(x, categorical)
         for name, task in tasks.items():
-            parts.setdefault(name, []).append(task.meet(outputs[name].float(), x).cpu())
+            parts.setdefault(name, []).append(task.combine_with_inputs(outputs[name].float(), x).cpu())
     return {task: torch.cat(some) for task, some in parts.items()}

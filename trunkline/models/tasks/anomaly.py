@@ -71,7 +71,7 @@ class Anomaly(Task):
     def outputs(self) -> int:
         return self.channels * self.segments + self.config.latent
 
-    def expect(self, samples: Samples) -> None:
+    def bind_inputs(self, samples: Samples) -> None:
         self.channels, self.rows, self.clock = len(samples.channels), samples.window or 1, samples.clock
         self.segments = max(1, min(SEGMENTS, self.rows, REBUILT // self.channels))
 
@@ -89,7 +89,7 @@ class Anomaly(Task):
             raise self._bad(column, where, row, column[row], "0 or 1, true or false, yes or no", remedy)
         return labels
 
-    def at(self, labels: Labels, places: Places) -> Labels:
+    def labels_for_samples(self, labels: Labels, places: Places) -> Labels:
         """(rows,) flags -> (n, 4)."""
         ends, first, _, order = places
         flagged = np.concatenate([[0], np.cumsum(labels == 1.0)])
@@ -101,7 +101,7 @@ class Anomaly(Task):
         found[:, TIME] = order[ends] - order[start] if self.clock and order is not None else ends - start
         return found
 
-    def judged(self, labels: Labels) -> NDArray[np.bool_]:
+    def scored_mask(self, labels: Labels) -> NDArray[np.bool_]:
         there: NDArray[np.bool_] = ~np.isnan(labels[:, FLAG])
         return there
 
@@ -137,7 +137,7 @@ class Anomaly(Task):
     def head(self, width: int) -> nn.Module:
         return Bottleneck(width, self.config.latent, self.channels * self.segments)
 
-    def meet(self, output: Tensor, x: Tensor) -> Tensor:
+    def combine_with_inputs(self, output: Tensor, x: Tensor) -> Tensor:
         """(batch, outputs) -> the same, with what could not be rebuilt in place of what was; 0 for a silent sensor."""
         size = self.channels * self.segments
         x = x.float() if x.ndim == 3 else x.float()[..., None]  # (batch, channels, time)
@@ -153,7 +153,7 @@ class Anomaly(Task):
         each = F.huber_loss(left, torch.zeros_like(left), reduction="none", delta=3.0).mean(dim=1)
         return torch.where(normal, each, 0.0).sum() / normal.sum().clamp(min=1)
 
-    def settle(self, output: Tensor, labels: Labels) -> None:
+    def fit_outputs(self, output: Tensor, labels: Labels) -> None:
         """Measure how normal training samples scatter, and set a first threshold above nearly all of them."""
         normal = output[torch.from_numpy(labels[:, TOUCHED] == 0.0)].double().numpy()
         left, latent = self._apart(normal)
@@ -208,7 +208,7 @@ class Anomaly(Task):
     def describe(self, labels: Labels) -> str:
         if not len(labels):
             return "no samples"
-        there = self.judged(labels)
+        there = self.scored_mask(labels)
         if not there.any():
             return "no labels; all count as normal"
         without = f", {1 - there.mean():.0%} unlabelled" if not there.all() else ""

@@ -75,14 +75,14 @@ class Forecast(Task):
         remedy = "Correct the value, or leave the cell empty where it was not measured."
         return numbers(self, column, where, remedy).astype(np.float32)
 
-    def expect(self, samples: Samples) -> None:
+    def bind_inputs(self, samples: Samples) -> None:
         self.rows = samples.window or 1
         self.place = None
         if self.config.target in samples.channels and samples.scale:  # scaled by regime, it is another quantity
             self.place = samples.channels.index(self.config.target)
             self.unscale = samples.scale[self.place]
 
-    def at(self, labels: Labels, places: Places) -> Labels:
+    def labels_for_samples(self, labels: Labels, places: Places) -> Labels:
         """(rows,) values -> (n, 2H): those to come, and the naive forecast of each."""
         ends, first, last, _ = places
         ahead = np.array(self.config.horizons, dtype=np.int64)
@@ -96,7 +96,7 @@ class Forecast(Task):
         season = self.config.season
         return np.array([season * math.ceil(one / season) for one in self.config.horizons], dtype=np.int64)
 
-    def lacks(self, rows: int) -> str:
+    def unsupported(self, rows: int) -> str:
         farthest = max(self.config.horizons)
         if rows > farthest:
             return ""
@@ -106,7 +106,7 @@ class Forecast(Task):
             f"Lower `horizons` of [tasks.{self.name}], or give longer groups or another [data.split]."
         )
 
-    def judged(self, labels: Labels) -> NDArray[np.bool_]:
+    def scored_mask(self, labels: Labels) -> NDArray[np.bool_]:
         return known(labels[:, : self.shape[0]])
 
     def _described(self, labels: Labels) -> str:
@@ -165,7 +165,7 @@ class Forecast(Task):
         """(H,) where in a sample the naive forecast lies; negative where that is before the sample."""
         return self.rows - 1 + np.array(self.config.horizons, dtype=np.int64) - self._back()
 
-    def meet(self, output: Tensor, x: Tensor) -> Tensor:
+    def combine_with_inputs(self, output: Tensor, x: Tensor) -> Tensor:
         """Add the autoregressive path: (batch, outputs) -> (batch, H * Q), in training standard deviations."""
         if self.place is None:
             return output

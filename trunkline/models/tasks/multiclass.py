@@ -192,7 +192,7 @@ class Multiclass(Task):
     def _described(self, labels: Labels) -> str:
         return shares(self.classes, labels)
 
-    def remarks(self, part: str, labels: Labels) -> list[str]:
+    def warnings(self, part: str, labels: Labels) -> list[str]:
         there = np.bincount(labels[~np.isnan(labels)].astype(np.int64), minlength=len(self.classes))
         strange = [
             f"{name!r} ({count:,})"

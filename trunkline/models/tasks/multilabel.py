@@ -71,13 +71,13 @@ class Multilabel(Task):
     def meets(self) -> bool:
         return len(self.own) > 0
 
-    def expect(self, samples: Samples) -> None:
+    def bind_inputs(self, samples: Samples) -> None:
         """Find the highway's channels; one that cleaning dropped says nothing."""
         place = {name: at for at, name in enumerate(samples.channels)}
         found = [[place.get(name, -1) for name in names] for names in self.config.highway]
         self.own = np.array(found, dtype=np.int64).reshape(-1, len(self.config.targets))
 
-    def look(self, newest: NDArray[np.float32], labels: Labels) -> None:
+    def fit_inputs(self, newest: NDArray[np.float32], labels: Labels) -> None:
         if len(self.own):
             own = along(torch.from_numpy(np.ascontiguousarray(newest)), torch.from_numpy(self.own))
             weights, level = fit_tied(own, torch.from_numpy(labels))
@@ -140,7 +140,7 @@ class Multilabel(Task):
     def head(self, width: int) -> nn.Module:
         return Highway(width, len(self.config.targets), len(self.own)) if len(self.own) else super().head(width)
 
-    def begin(self, head: nn.Module) -> None:
+    def init_head(self, head: nn.Module) -> None:
         """Each bias becomes the best answer to all training samples alike, so that training starts at the frequencies.
 
         With a highway, all labels begin at one level, and the rest is what their own channels say.
@@ -156,7 +156,7 @@ class Multilabel(Task):
         with torch.no_grad():
             head.bias.copy_(answers[:, 0][cost.argmin(dim=0)])  # type: ignore[operator]
 
-    def meet(self, output: Tensor, x: Tensor) -> Tensor:
+    def combine_with_inputs(self, output: Tensor, x: Tensor) -> Tensor:
         """Add the highway: (batch, K + J) -> (batch, K)."""
         if not len(self.own):
             return output
@@ -246,7 +246,7 @@ class Multilabel(Task):
             f"{share.sum():.3g} of {len(share)} labels a sample: {listed(words, 3)}" if words else "no positive label"
         )
 
-    def remarks(self, part: str, labels: Labels) -> list[str]:
+    def warnings(self, part: str, labels: Labels) -> list[str]:
         never = [name for name, ever in zip(self.config.targets, self.learnable, strict=True) if not ever]
         seen = np.asarray((labels > 0.5).any(axis=0))
         here = [name for name, there in zip(self.config.targets, seen, strict=True) if there]

@@ -119,11 +119,11 @@ class Task(ABC):
         """The labels of this task out of a table that has all of `config.columns`: (rows,) or (rows, k), in its order."""
         return self.read(frame[self.config.target], where)
 
-    def expect(self, samples: Samples) -> None:
+    def bind_inputs(self, samples: Samples) -> None:
         """Hear what the inputs look like, before `at` and `head`; only a task that reads its own input needs to know."""
         return
 
-    def at(self, labels: Labels, places: Places) -> Labels:
+    def labels_for_samples(self, labels: Labels, places: Places) -> Labels:
         """The labels of the samples that end at rows `places.ends`, out of the labels of all rows of one part.
 
         Args:
@@ -131,11 +131,11 @@ class Task(ABC):
         """
         return labels[places.ends]
 
-    def lacks(self, rows: int) -> str:
+    def unsupported(self, rows: int) -> str:
         """What this task cannot do in a part whose longest group has `rows` rows, as a sentence; "" where it can."""
         return ""
 
-    def judged(self, labels: Labels) -> NDArray[np.bool_]:
+    def scored_mask(self, labels: Labels) -> NDArray[np.bool_]:
         """(rows,) which samples count in the metrics; a task may carry more with a label than what it is judged by."""
         return known(labels)
 
@@ -147,7 +147,7 @@ class Task(ABC):
             DataError: no label at all, or all of one class.
         """
 
-    def look(self, newest: NDArray[np.float32], labels: Labels) -> None:
+    def fit_inputs(self, newest: NDArray[np.float32], labels: Labels) -> None:
         """See the inputs of the TRAINING samples, after `fit`; for a task that `meets` them.
 
         Args:
@@ -201,16 +201,16 @@ class Task(ABC):
         """
         return nn.Linear(width, self.outputs)
 
-    def begin(self, head: nn.Module) -> None:
+    def init_head(self, head: nn.Module) -> None:
         """Move a new head that stays home to where this site's training labels say that training should begin."""
         return
 
     @property
     def meets(self) -> bool:
         """Whether `meet` changes anything: whether the head needs the sample itself beside its embedding."""
-        return type(self).meet is not Task.meet
+        return type(self).combine_with_inputs is not Task.combine_with_inputs
 
-    def meet(self, output: Tensor, x: Tensor) -> Tensor:
+    def combine_with_inputs(self, output: Tensor, x: Tensor) -> Tensor:
         """What the head gave for the samples `x`, made ready for `loss` and `predict`.
 
         Only a task with a way past the network needs `x` (reconstruction, highway); others take the output as it is.
@@ -247,7 +247,7 @@ class Task(ABC):
 
     settles: ClassVar[bool] = False  # whether `settle` wants the trained model's outputs on the training samples
 
-    def settle(self, output: Tensor, labels: Labels) -> None:
+    def fit_outputs(self, output: Tensor, labels: Labels) -> None:
         """Learn what one trained model's outputs look like on TRAINING samples, before `predict`; see `calibrate`."""
         return
 
@@ -290,7 +290,7 @@ class Task(ABC):
         values = labels[~np.isnan(labels)]
         return f"{values.min():.4g} to {values.max():.4g}, median {np.median(values):.4g}"
 
-    def remarks(self, part: str, labels: Labels) -> list[str]:
+    def warnings(self, part: str, labels: Labels) -> list[str]:
         """What deserves a look in the labels of `part` ("train", "validation" or "test"), after `fit`."""
         return []
 
@@ -301,7 +301,7 @@ class Task(ABC):
             prediction: what `predict` gave, one row a sample.
             labels: (rows,) or (rows, k), NaN where missing; such rows do not count.
         """
-        present = self.judged(labels)
+        present = self.scored_mask(labels)
         if not present.any():
             return None
         return _finite(self._metric(self.primary, prediction[present], labels[present]))
@@ -309,7 +309,7 @@ class Task(ABC):
     def measure(self, prediction: NDArray[Any], labels: Labels) -> dict[str, float | None]:
         """One value for each of `metrics`; None where it is undefined or not finite. Arguments as in `score`."""
         measured: dict[str, float | None] = {}
-        present = self.judged(labels)
+        present = self.scored_mask(labels)
         if present.any():
             prediction, labels = prediction[present], labels[present]
             measured = {type(self).primary: self._score(prediction, labels)}

@@ -11,7 +11,7 @@ from trunkline.privacy.guards import at_server, guards_of
 from trunkline.protocol import header as headers
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.contract import Contract
-from trunkline.protocol.messages import Order, Reply, Update
+from trunkline.protocol.messages import Reply, RoundRequest, Update
 
 LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, far within the exact sum's range
 
@@ -27,7 +27,7 @@ def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
 
 
 def admit(
-    site: str, contract: Contract, order: Order, arrays: Arrays, header: str, metrics: dict[str, float]
+    site: str, contract: Contract, request: RoundRequest, arrays: Arrays, header: str, metrics: dict[str, float]
 ) -> Update:
     """An Update that may enter the sum, or the answer to a probe.
 
@@ -39,23 +39,23 @@ def admit(
     Raises:
         Refused: anything at all is not as the contract and the order have it; the text names site, round, cause, remedy.
     """
-    reply = read_header(Reply, header, site, order.round)
+    reply = read_header(Reply, header, site, request.round)
     try:
         if reply.site != site:
             raise ContractError(
                 f"it calls itself {reply.site!r}; the node was enrolled as {site!r}. Two daemons may share one site folder"
             )
-        if reply.run != order.run:
-            raise ContractError(f"it answers run {reply.run!r}; this is {order.run!r}. Nothing to do: it is late")
-        if reply.round != order.round:
+        if reply.run != request.run:
+            raise ContractError(f"it answers run {reply.run!r}; this is {request.run!r}. Nothing to do: it is late")
+        if reply.round != request.round:
             raise ContractError(f"it answers round {reply.round}. Nothing to do: a late reply is never added")
-        if reply.contract != order.contract:
+        if reply.contract != request.contract:
             raise ContractError(
                 "it was made for another contract. Restart the site's daemon so that it asks for the run anew"
             )
-        if not math.isfinite(reply.weight) or not 0 < reply.weight <= order.weight_cap:
+        if not math.isfinite(reply.weight) or not 0 < reply.weight <= request.weight_cap:
             raise ContractError(
-                f"its weight is {reply.weight:g}; allowed is more than 0, at most {order.weight_cap} training windows"
+                f"its weight is {reply.weight:g}; allowed is more than 0, at most {request.weight_cap} training windows"
             )
         contract.check(arrays, metrics)
         for name, array in arrays.items():
@@ -73,8 +73,8 @@ def admit(
                 raise ContractError(
                     f"metric `{name}` is {number}. Look at the site's learning rate and its `trunkline check`"
                 )
-        arrays = at_server(guards_of(order.about.guards), arrays)
+        arrays = at_server(guards_of(request.about.guards), arrays)
     except ContractError as error:
-        what = "answer" if order.probe else "update"
-        raise Refused(f"{site}, round {order.round}: {what} set aside. {error}.") from None
+        what = "answer" if request.probe else "update"
+        raise Refused(f"{site}, round {request.round}: {what} set aside. {error}.") from None
     return Update(site=site, run=reply.run, round=reply.round, delta=arrays, weight=reply.weight, metrics=metrics)

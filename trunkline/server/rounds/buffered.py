@@ -22,7 +22,7 @@ from trunkline.flower.grid import LocalGrid
 from trunkline.flower.records import open_records, pack
 from trunkline.flower.replies import PUSH_LOST, Replies
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order, Update
+from trunkline.protocol.messages import RoundRequest, Update
 from trunkline.protocol.plan import LocalPlan
 from trunkline.server.reporting.report import Refusal, RoundRecord
 from trunkline.server.rounds.admission import admit
@@ -119,7 +119,7 @@ class Buffered:
         What was at work then is asked anew, with the newest trunk. What counted before is in the records, and does not again.
         """
         self.open: dict[str, _Open] = {}
-        self.sent: dict[str, tuple[str, Order]] = {}  # id of a message -> the site it went to and what it asked
+        self.sent: dict[str, tuple[str, RoundRequest]] = {}  # id of a message -> the site it went to and what it asked
         self.came: deque[Message] = deque()  # replies that were fetched together with the last one of a step
         self.heard: dict[str, int] = {}  # site -> the newest round it has answered for
         for one in self.run.records:
@@ -249,7 +249,7 @@ class Buffered:
 
     def _orders(
         self, done: int, by_node: dict[int, Member]
-    ) -> tuple[dict[int, Order], dict[int, Callable[[], RecordDict]]]:
+    ) -> tuple[dict[int, RoundRequest], dict[int, Callable[[], RecordDict]]]:
         trunk = self.trunks[done]  # held alone: a State has an optimiser's moments beside it
         return self.run._ask_for(lambda site: trunk, self.run._order(done + 1), by_node)
 
@@ -321,44 +321,44 @@ class Buffered:
         asked = self.sent.pop(message.metadata.reply_to_message_id, None)
         if asked is None:
             return None
-        site, order = asked
+        site, request = asked
         error = error_site(message)
         one = self.open.get(site)
         if error is not None and error[1] in LOST:
-            if one is not None and one.round == order.round:
+            if one is not None and one.round == request.round:
                 one.left, one.again_at = True, now(self.run.grid) + min(1.0, self.cohort.resend_s)
             return None
         member = self.run.cohort.members[site]
         if error is not None and error[1] == AWAY:
             self.run.presence.said(member, error[2])
-            if one is not None and one.round == order.round:  # when it is back it is given the newest trunk
+            if one is not None and one.round == request.round:  # when it is back it is given the newest trunk
                 del self.open[site]
                 self.served[site] = self.heard.get(site, 0)
             return None
         self.run.presence.heard(member)
-        if order.round <= self.heard.get(site, 0):
+        if request.round <= self.heard.get(site, 0):
             self.again += 1  # it was asked twice, or given a newer trunk meanwhile: the first answer counted
             return None
-        self.heard[site] = order.round
-        if one is not None and one.round <= order.round:
+        self.heard[site] = request.round
+        if one is not None and one.round <= request.round:
             del self.open[site]
         cause, update = None, None
         try:
             if error is not None:
-                raise Refused(f"{site}, round {order.round}: no update. {error[2].removeprefix(f'{site}: ')}")
+                raise Refused(f"{site}, round {request.round}: no update. {error[2].removeprefix(f'{site}: ')}")
             arrays, header, metrics = open_records(message.content)
-            update = admit(site, member.contract, order, Arrays(arrays), header, metrics)
-            staleness = state.round - (order.round - 1)
+            update = admit(site, member.contract, request, Arrays(arrays), header, metrics)
+            staleness = state.round - (request.round - 1)
             if staleness > self.cohort.staleness_limit:
                 update = None
                 raise Refused(
-                    f"{site}, round {order.round}: update set aside. It is the change to a trunk {staleness} steps old; [cohort] "
+                    f"{site}, round {request.round}: update set aside. It is the change to a trunk {staleness} steps old; [cohort] "
                     f"staleness_limit is {self.cohort.staleness_limit}. Raise the limit or `buffer`, or give the site less to do"
                 )
         except ContractError as refusal:
             cause = str(refusal)
             if not isinstance(refusal, Refused):
-                cause = f"{site}, round {order.round}: reply set aside. {cause}."
+                cause = f"{site}, round {request.round}: reply set aside. {cause}."
             step.refused.append(Refusal(site=site, cause=cause))
         else:
             step.updates += 1

@@ -29,8 +29,8 @@ from trunkline.privacy.guards import guards_of
 from trunkline.protocol import opening_hours as hours
 from trunkline.protocol.arrays import Arrays, seed_of
 from trunkline.protocol.contract import FIT, PROBED
-from trunkline.protocol.messages import Order, Scorecard, TaskRow, Update
-from trunkline.protocol.plan import About, GuardSettings, Twin
+from trunkline.protocol.messages import RoundRequest, Scorecard, TaskRow, Update
+from trunkline.protocol.plan import About, GuardSettings, LocalBaseline
 from trunkline.release import COHORT_RELEASE, RELEASE, Figure, GuardUsed
 from trunkline.runtime.storage import write_atomic
 from trunkline.security.signatures import Sign
@@ -241,19 +241,19 @@ class _Run:
             figures=figures, guards=_used(self.run.guards), sign=self.sign,
         )  # fmt: skip
 
-    def _order(self, round: int) -> Order:
-        return Order(
+    def _order(self, round: int) -> RoundRequest:
+        return RoundRequest(
             run=self.key, seed=self.run.seed, round=round, rounds=self.run.rounds, trunk=self.spec, plan=self.strategy.plan,
             passed=self.run.rounds if round > self.run.rounds and self.run.refit else 0,
             lend=self.lend, weight_cap=self.run.cohort.weight_cap, baseline=self.run.report.baseline and bool(self.lend),
             twin=self._twin(), about=self.about,
         )  # fmt: skip
 
-    def _twin(self) -> Twin | None:
+    def _twin(self) -> LocalBaseline | None:
         if not self.run.report.local:
             return None
         alone = with_settings(self.run, self.run.report.local, "[report] local")
-        return Twin(trunk=self.strategy.trunk(alone.trunk), plan=alone.training)
+        return LocalBaseline(trunk=self.strategy.trunk(alone.trunk), plan=alone.training)
 
     def _round(self, state: State) -> State:
         """The state after one round. Where sites may come back, a round that too few answered is begun again until enough have.
@@ -352,16 +352,16 @@ class _Run:
         return {names[place]: members[names[place]] for place in sorted(drawn.tolist())}
 
     def _ask_for(
-        self, serve: Callable[[str], Arrays], order: Order, by_node: dict[int, Member]
-    ) -> tuple[dict[int, Order], dict[int, Callable[[], RecordDict]]]:
+        self, serve: Callable[[str], Arrays], request: RoundRequest, by_node: dict[int, Member]
+    ) -> tuple[dict[int, RoundRequest], dict[int, Callable[[], RecordDict]]]:
         """Each member's own order, and the maker of its message: of what it is served, the arrays it lends and nothing else."""
-        by_contract: dict[str, Order] = {}  # most sites have the same one
+        by_contract: dict[str, RoundRequest] = {}  # most sites have the same one
         orders = {}
         for node, member in by_node.items():
             if member.digest not in by_contract:
-                by_contract[member.digest] = order.model_copy(update={"contract": member.digest})
+                by_contract[member.digest] = request.model_copy(update={"contract": member.digest})
             orders[node] = by_contract[member.digest]
-        last: tuple[Arrays, Order, RecordDict] | None = None
+        last: tuple[Arrays, RoundRequest, RecordDict] | None = None
 
         def content(node: int) -> RecordDict:
             """The very object of the message before, where the site gets the same: nobody changes it."""
@@ -464,7 +464,7 @@ class _Run:
             self.silent = {site for site in members if site not in answered}
 
     def _questions(
-        self, serve: Callable[[str], Arrays], orders: dict[int, Order], by_node: dict[int, Member]
+        self, serve: Callable[[str], Arrays], orders: dict[int, RoundRequest], by_node: dict[int, Member]
     ) -> dict[int, str]:
         """node -> digest of what it is asked; empty where nothing is journalled."""
         if self.journal is None:
@@ -489,7 +489,7 @@ class _Run:
     def _admit(
         self,
         member: Member,
-        order: Order,
+        request: RoundRequest,
         answer: Answer | Came,
         tally: _Tally,
         everybody: int,
@@ -500,7 +500,7 @@ class _Run:
         Args:
             question: its digest, where the answer is to be journalled.
         """
-        round, cause, update = order.round, None, None
+        round, cause, update = request.round, None, None
         try:
             if isinstance(answer, Answer):
                 if answer.content is None:
@@ -511,7 +511,7 @@ class _Run:
             else:
                 came = answer
             arrays, header, metrics = came
-            update = admit(member.site, member.contract, order, Arrays(arrays), header, metrics)
+            update = admit(member.site, member.contract, request, Arrays(arrays), header, metrics)
         except ContractError as error:
             cause = str(error)
             if not isinstance(error, Refused):
@@ -549,8 +549,8 @@ class _Run:
         """site -> validation loss with these arrays as it would enter `round`, of the sites that say."""
         self._put_away()
         by_node = {member.node: member for member in self.presence.there(members).values()}
-        order = self._order(round).model_copy(update={"probe": True})
-        orders, requests = self._ask_for(lambda site: trunk, order, by_node)
+        request = self._order(round).model_copy(update={"probe": True})
+        orders, requests = self._ask_for(lambda site: trunk, request, by_node)
         tally.bytes_down += sum(trunk.only(member.lends).nbytes for member in by_node.values())
         heard: dict[str, float] = {}
         for answer in ask(
@@ -576,12 +576,12 @@ class _Run:
 
     def _decide(self, state: State) -> None:
         """Every site settles by its validation rows, for the last time before it trains on them."""
-        order = self._order(self.run.rounds + 1).model_copy(update={"passed": 0, "decide": True})
-        self._cards(state, order)
+        request = self._order(self.run.rounds + 1).model_copy(update={"passed": 0, "decide": True})
+        self._cards(state, request)
         text = f"Every site has chosen by its validation rows. Rounds {self.run.rounds + 1} to {self.run.total_rounds} start anew and train on them too."
         self.tell({"event": "note", "text": text})
 
-    def _cards(self, state: State, order: Order) -> list[tuple[str, TaskRow]]:
+    def _cards(self, state: State, request: RoundRequest) -> list[tuple[str, TaskRow]]:
         """The rows of every site's Scorecard for the trunk it is served; a site that sends none, or another's, costs itself."""
         self._put_away()
         by_node = {member.node: member for member in self.cohort.members.values()}
@@ -590,7 +590,7 @@ class _Run:
         done, missed, limit = 0, set[str](), hours.now() + LAST_WAIT
         while by_node:
             there = {node: member for node, member in by_node.items() if self.presence.away(member) is None}
-            answered = self._some_cards(state, order, there, rows, done, everybody) if there else []
+            answered = self._some_cards(state, request, there, rows, done, everybody) if there else []
             done += len(answered)
             for node in answered:
                 del by_node[node]
@@ -607,7 +607,7 @@ class _Run:
                 told = True
                 names = ", ".join(sorted(member.site for member in by_node.values()))
                 text = f"Scores of {done} of {everybody} sites are in, {enough} are needed; missing: {names}. They are asked until they are back."
-                self.tell({"event": "waiting", "round": order.round, "text": text})
+                self.tell({"event": "waiting", "round": request.round, "text": text})
             self.cohort.greet(deadline_s=min(10.0, self.run.cohort.deadline_s))
             left = {member.site for member in by_node.values()}  # a site may have come back as another node
             by_node = {member.node: member for member in self.cohort.members.values() if member.site in left}
@@ -618,20 +618,20 @@ class _Run:
     def _some_cards(
         self,
         state: State,
-        order: Order,
+        request: RoundRequest,
         by_node: dict[int, Member],
         rows: list[tuple[str, TaskRow]],
         done: int,
         everybody: int,
     ) -> list[int]:
         """Ask once; the nodes that answered or never will. Their rows are added to `rows`."""
-        _, requests = self._ask_for(partial(self.strategy.serve, state), order, by_node)
+        _, requests = self._ask_for(partial(self.strategy.serve, state), request, by_node)
         self.asking |= {node: member.site for node, member in by_node.items()}
         answers = ask(
             self.grid,
             "evaluate",
             requests,
-            round=order.round,
+            round=request.round,
             deadline_s=self.run.cohort.deadline_s,
             resend_s=self.run.cohort.resend_s,
             gone=self.cohort.gone,
@@ -652,7 +652,7 @@ class _Run:
                 if answer.content is None:
                     raise Refused(f"{member.site}: no scorecard. {answer.failure.removeprefix(f'{member.site}: ')}")
                 _, header, _ = open_records(answer.content)
-                card = read_header(Scorecard, header, member.site, order.round)
+                card = read_header(Scorecard, header, member.site, request.round)
                 allowed = {one.task for one in member.offer.tasks}
                 if card.site != member.site or card.run != self.key or not {row.task for row in card.rows} <= allowed:
                     raise Refused(
@@ -661,7 +661,7 @@ class _Run:
                 rows += [(member.site, row) for row in card.rows]
             except ContractError as error:
                 self.tell({"event": "note", "text": str(error)})
-            if not order.decide:
+            if not request.decide:
                 self.tell({"event": "evaluate", "in": done + len(heard), "of": everybody})
         return heard
 

@@ -32,7 +32,7 @@ from trunkline.errors import DeploymentError
 from trunkline.flower.errors import CRASHED, error_reply
 from trunkline.flower.grid import LocalGrid, message_of, stamp
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.simulations.ray.serialization import Buffer, Shared, Sharing, equal, pack, unpack
 from trunkline.simulations.ray.site_host import Desk, check_opened, node_configs
 from trunkline.simulations.vectorized.driver import Together
@@ -72,15 +72,15 @@ class Worker:
     def hello(self) -> dict[str, str]:
         return versions()
 
-    def crowd_begin(self, order: str, contexts: list[Context]) -> list[int]:
+    def crowd_begin(self, request: str, contexts: list[Context]) -> list[int]:
         """See `crowd.Crowd`, of which this process has one; it is made anew for every pass of a run."""
         from trunkline.simulations.vectorized.worker import Crowd
 
         self.crowd = Crowd({context.node_id: context.node_config for context in contexts})
-        return self.crowd.begin(Order.model_validate_json(order))
+        return self.crowd.begin(RoundRequest.model_validate_json(request))
 
-    def crowd_answer(self, order: str, arrays: dict[str, Any], nodes: list[int]) -> Any:
-        return self.crowd.answer(Order.model_validate_json(order), Arrays(arrays), nodes)
+    def crowd_answer(self, request: str, arrays: dict[str, Any], nodes: list[int]) -> Any:
+        return self.crowd.answer(RoundRequest.model_validate_json(request), Arrays(arrays), nodes)
 
     def crowd_flush(self) -> None:
         self.crowd.flush()
@@ -520,9 +520,9 @@ class RayGrid(LocalGrid):
 
     # ---- many sites at once
 
-    def together(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
         """A round of the sites that can be trained in stacks; see `Together.answer`."""
-        return self._together.answer(order, arrays, nodes)
+        return self._together.answer(request, arrays, nodes)
 
     def flush(self) -> None:
         """What sites have in memory goes to their vaults."""

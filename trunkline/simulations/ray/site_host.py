@@ -12,7 +12,7 @@ from trunkline.errors import DataError, TrunklineError
 from trunkline.flower.errors import CRASHED, answer, error_reply
 from trunkline.flower.grid import LoopbackGrid, Scalar
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.simulations.vectorized.worker import Alone, Part
 
 
@@ -82,9 +82,9 @@ class DeskGrid(LoopbackGrid):
         super().__init__(self._desk.app, node_configs(sites, states))
         self._alone = Alone({node: context.node_config for node, context in self.contexts.items()})
 
-    def together(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
         """A round of the sites that can be trained in stacks; the others are to be asked singly."""
-        return self._alone.together(order, arrays, nodes)
+        return self._alone.together(request, arrays, nodes)
 
     def flush(self) -> None:
         """What sites have in memory goes to their vaults."""

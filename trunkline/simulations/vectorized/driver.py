@@ -8,7 +8,7 @@ from ray.exceptions import RayActorError
 
 from trunkline.errors import StateLost
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.simulations.vectorized.worker import Part, wanted
 
 if TYPE_CHECKING:
@@ -36,20 +36,20 @@ class Together:
     def holding(self) -> bool:
         return bool(self.actor_of)
 
-    def answer(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+    def answer(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
         """Parts of a round as they come; nodes that are in none are to be asked singly.
 
         Raises:
             StateLost: a worker died with what its sites had learnt since the last checkpoint.
         """
-        if not wanted() or self.losses.get((order.run, order.round), 0) >= LOSSES:
+        if not wanted() or self.losses.get((request.run, request.round), 0) >= LOSSES:
             self.actor_of = {}
             return
-        if self.pass_of != (order.run, order.passed):
-            self._begin(order)
+        if self.pass_of != (request.run, request.passed):
+            self._begin(request)
         if not self.actor_of:
             return
-        text, shared = order.model_dump_json(), ray.put(dict(arrays))
+        text, shared = request.model_dump_json(), ray.put(dict(arrays))
         by_actor: dict[Any, list[int]] = {}
         for node in nodes:
             if node in self.actor_of:
@@ -62,17 +62,17 @@ class Together:
         self.dirty = self.dirty or bool(running)
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
-            part: Part = self._get(ready, running.pop(ready), order)
+            part: Part = self._get(ready, running.pop(ready), request)
             del ready
             yield part
 
-    def _begin(self, order: Order) -> None:
+    def _begin(self, request: RoundRequest) -> None:
         self.flush()
-        self.pass_of, self.actor_of = (order.run, order.passed), {}
-        text, waiting = order.model_dump_json(), []
+        self.pass_of, self.actor_of = (request.run, request.passed), {}
+        text, waiting = request.model_dump_json(), []
         for actor, contexts in self.grid.homes():
             waiting.append((actor, actor.crowd_begin.remote(text, contexts)))
-        found = [(actor, self._get(reference, actor, order)) for actor, reference in waiting]
+        found = [(actor, self._get(reference, actor, request)) for actor, reference in waiting]
         self.actor_of = {node: actor for actor, nodes in found for node in nodes}
 
     def flush(self) -> None:
@@ -88,16 +88,16 @@ class Together:
             self._get(reference, actor, None)
         self.dirty = False
 
-    def _get(self, reference: Any, actor: Any, order: Order | None) -> Any:
+    def _get(self, reference: Any, actor: Any, request: RoundRequest | None) -> Any:
         """What a worker answered. One that died is started anew, and crews are made again from the vaults."""
         try:
             return ray.get(reference)
         except RayActorError:
-            if order is not None:
-                key = (order.run, order.round)
+            if request is not None:
+                key = (request.run, request.round)
                 self.losses[key] = self.losses.get(key, 0) + 1
             self.pass_of, self.actor_of, self.dirty = None, {}, False
-            when = f"Round {order.round}: " if order else ""
+            when = f"Round {request.round}: " if request else ""
             who = self.grid.replace(actor) or "a worker"
             raise StateLost(
                 f"{when}{who} died, most likely out of memory, with what its sites had learnt since."

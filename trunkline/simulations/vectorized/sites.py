@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from trunkline.client.handlers import apart
 from trunkline.client.site import Site
 from trunkline.client.state.vault import Entry, State, Vault
-from trunkline.client.training.loop import LOOKS, SCORE_BATCH, Resident, device, steps_of
+from trunkline.client.training.loop import LOOKS, SCORE_BATCH, DeviceDataset, device, steps_of
 from trunkline.client.training.sampling import Batches
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, tensors_of
 from trunkline.protocol.arrays import Arrays, seed_of
 from trunkline.protocol.contract import conflict_name
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import Augment, GuardSettings, LocalPlan
 
 SIZES = (64, 128, 256, 32, 8, 1)  # sites in one stack: which is fastest depends on network and machine, so it is tried
@@ -38,15 +38,15 @@ Key = tuple[object, ...]
 Tensors = dict[str, Tensor]
 
 
-def kind_of(site: Site, order: Order) -> Key | None:
+def kind_of(site: Site, request: RoundRequest) -> Key | None:
     """Sites with equal kinds can be trained together; None: this one is trained alone, as `answer_train` does it."""
-    orders = [order] + ([apart(order)] if order.baseline else [])
-    if order.about.guards != GuardSettings() or site.config.policy.metrics is not True:
+    orders = [request] + ([apart(request)] if request.baseline else [])
+    if request.about.guards != GuardSettings() or site.config.policy.metrics is not True:
         return None  # guards and policies are kept where each site answers for itself
-    if order.plan.personal or not all(_plain(one.plan, one) for one in orders):
+    if request.plan.personal or not all(_plain(one.plan, one) for one in orders):
         return None
-    site.meet(order)
-    data = site.resident(site.rows(order))
+    site.meet(request)
+    data = site.resident(site.rows(request))
     if not len(data) or data.goes is not None:
         return None
     tasks = []
@@ -61,14 +61,14 @@ def kind_of(site: Site, order: Order) -> Key | None:
     return (*reads, tuple(tasks), steps)
 
 
-def _plain(plan: LocalPlan, order: Order) -> bool:
+def _plain(plan: LocalPlan, request: RoundRequest) -> bool:
     return (
         plan.optimizer == "adamw"
         and plan.balance == "fixed"
         and plan.sampling == "uniform"
         and plan.augment == Augment()
         and not plan.proximal
-        and order.trunk.norm != "private"  # its running statistics follow one site's batches
+        and request.trunk.norm != "private"  # its running statistics follow one site's batches
     )
 
 
@@ -108,7 +108,7 @@ class _Role:
         own: place -> the whole best model, of a site whose vault had one.
     """
 
-    order: Order
+    request: RoundRequest
     template: _Template
     kept: Tensors
     best: Tensors = field(default_factory=dict)
@@ -128,13 +128,13 @@ class Crew:
         order: the first they are to answer; they go on from what their vaults hold before it.
     """
 
-    def __init__(self, sites: Sequence[Site], order: Order) -> None:
+    def __init__(self, sites: Sequence[Site], request: RoundRequest) -> None:
         self.sites = list(sites)
-        self.order = order
+        self.request = request
         self.where = device()
         self.place = {site.name: place for place, site in enumerate(self.sites)}
         self.tasks = self.sites[0].data.tasks
-        self.train = _Joined.of([site.resident(site.rows(order)) for site in self.sites])
+        self.train = _Joined.of([site.resident(site.rows(request)) for site in self.sites])
         self.curve = _Joined.of([site.resident("curve") for site in self.sites])
         self.numbers = {
             name: _stacked([site.data.tasks[name].loss_numbers() or {} for site in self.sites], self.where)
@@ -158,24 +158,24 @@ class Crew:
 
     def _load(self) -> None:
         """What the vaults hold, stacked; a site new to the run starts as `site.model` does."""
-        orders = {"federated": self.order} | ({"local": apart(self.order)} if self.order.baseline else {})
+        orders = {"federated": self.request} | ({"local": apart(self.request)} if self.request.baseline else {})
         entries: list[Entry | None] = []
         for place, site in enumerate(self.sites):
-            vault = Vault(site.state, self.order.run, site.tell, site.seal, site.name)
-            entries.append(vault.before(self.order.round, self.order.passed))
-            if self.order.passed:
+            vault = Vault(site.state, self.request.run, site.tell, site.seal, site.name)
+            entries.append(vault.before(self.request.round, self.request.passed))
+            if self.request.passed:
                 self.planned[place] = (vault.decisions() or {}).get("planned", {})
-        for who, order in orders.items():
+        for who, request in orders.items():
             states: list[State] = []
             for site, entry in zip(self.sites, entries, strict=True):
-                model = site.model(order)
+                model = site.model(request)
                 if entry is not None:
-                    model.restore(entry.private if who == "federated" else entry.local, order.lend)
-                states.append(model.private(order.lend))
+                    model.restore(entry.private if who == "federated" else entry.local, request.lend)
+                states.append(model.private(request.lend))
             if who == "federated":
-                lent = model.share(order.lend)
+                lent = model.share(request.lend)
                 self.lent, self.lent_size = tuple(lent), sum(array.size for array in lent.values())
-            role = _Role(order, _Template(model), _stack(states, self.where))
+            role = _Role(request, _Template(model), _stack(states, self.where))
             role.template.look(*self.train.data.batch(torch.zeros(1, dtype=torch.int64, device=self.where)))
             number = len(self.sites)
             role.loss, role.round = np.full(number, np.inf), np.zeros(number, np.int64)
@@ -191,7 +191,7 @@ class Crew:
             role.best = {name: torch.empty_like(value) for name, value in role.kept.items()}
         for name in role.best:
             role.best[name][places] = models[name]
-        done = role.order.done
+        done = role.request.done
         role.arrived[done] = arrived
         for place, loss in zip(places, losses, strict=True):
             role.loss[place], role.round[place] = loss, done
@@ -223,21 +223,21 @@ class Crew:
                 best_loss={names[id(role)]: float(role.loss[place]) for role in best},
                 best_round={names[id(role)]: int(role.round[place]) for role in best},
             )
-            Vault(site.state, self.order.run, site.tell, site.seal, site.name).put(int(self.rounds[place]), entry)
+            Vault(site.state, self.request.run, site.tell, site.seal, site.name).put(int(self.rounds[place]), entry)
             self.rounds[place] = 0
 
     # --- a round -------------------------------------------------------------------------------------------------------
 
-    def answer(self, names: Sequence[str], order: Order, arrays: Arrays) -> Iterator[Stack]:
+    def answer(self, names: Sequence[str], request: RoundRequest, arrays: Arrays) -> Iterator[Stack]:
         """Train these sites in stacks, one after the other."""
         places = [self.place[name] for name in names]
         for who, role in self.roles.items():
-            role.order = order if who == "federated" else apart(order)
+            role.request = request if who == "federated" else apart(request)
         left = places
         while left:
             size = self._next_size(len(left))
             some, left = left[:size], left[size:]
-            yield self._timed(some, order, arrays)
+            yield self._timed(some, request, arrays)
 
     def _next_size(self, left: int) -> int:
         """How many sites the next stack takes: one of the sizes on trial, as far as there are sites for it, or the fastest."""
@@ -247,16 +247,16 @@ class Crew:
             return self.trial[0]
         return min(self.seconds, key=lambda size: self.seconds[size]) if self.seconds else min(left, self.most)
 
-    def _timed(self, places: list[int], order: Order, arrays: Arrays) -> Stack:
+    def _timed(self, places: list[int], request: RoundRequest, arrays: Arrays) -> Stack:
         """One stack; while sizes are tried, with a clock beside it.
 
         On a CPU it is the thread's own time that counts, so that what else runs there decides nothing.
         """
         if not self.trial or len(places) != self.trial[0]:
-            return self._stack_of(places, order, arrays)
+            return self._stack_of(places, request, arrays)
         clock = time.thread_time if self.where.type == "cpu" else time.perf_counter
         began, size = clock(), len(places)
-        done = self._stack_of(places, order, arrays)  # its changes are on the CPU: a GPU has finished too
+        done = self._stack_of(places, request, arrays)  # its changes are on the CPU: a GPU has finished too
         self.tries += 1
         if self.tries > 1:
             self.seconds[size] = min(self.seconds.get(size, math.inf), (clock() - began) / size)
@@ -269,9 +269,9 @@ class Crew:
             self.trial = [one for one in self.trial if not (larger if one > best else smaller)]
         return done
 
-    def _stack_of(self, places: list[int], order: Order, arrays: Arrays) -> Stack:
+    def _stack_of(self, places: list[int], request: RoundRequest, arrays: Arrays) -> Stack:
         arrived = {name: torch.from_numpy(np.array(array)).to(self.where) for name, array in arrays.items()}
-        told = [Trained(float(min(self.train.sizes[place], order.weight_cap)), {}) for place in places]
+        told = [Trained(float(min(self.train.sizes[place], request.weight_cap)), {}) for place in places]
         change: dict[str, NDArray[np.float32]] = {}
         for who, role in self.roles.items():
             models = {name: value[places] for name, value in role.kept.items()}
@@ -279,7 +279,7 @@ class Crew:
             self._judge(who, role, places, models, lent, told)
             models |= {name: value.expand(len(places), *value.shape).clone() for name, value in lent.items()}
             hopeful = [self._hopeful(role, place, who) for place in places]
-            if who == "federated" and order.lend:
+            if who == "federated" and request.lend:
                 hopeful = [True] * len(places)  # who lends trains on for the others
             if any(hopeful):
                 before = {name: value.clone() for name, value in models.items()} if not all(hopeful) else {}
@@ -296,15 +296,15 @@ class Crew:
             if who == "federated":
                 for name, value in arrived.items():
                     change[name] = (models[name] - value).cpu().numpy()
-        self.rounds[places] = order.round
+        self.rounds[places] = request.round
         return Stack([self.sites[place].name for place in places], told, change)
 
     def _hopeful(self, role: _Role, place: int, who: str) -> bool:
-        order = role.order
-        if order.passed:
-            return order.done < self.planned[place].get(who, order.rounds)
-        patience = order.plan.patience_rounds
-        return not patience or not np.isfinite(role.loss[place]) or order.done - role.round[place] < patience
+        request = role.request
+        if request.passed:
+            return request.done < self.planned[place].get(who, request.rounds)
+        patience = request.plan.patience_rounds
+        return not patience or not np.isfinite(role.loss[place]) or request.done - role.round[place] < patience
 
     def _judge(
         self, who: str, role: _Role, places: list[int], models: Tensors, lent: Tensors, told: list[Trained]
@@ -315,14 +315,14 @@ class Crew:
             models: what is not lent, stacked.
             lent: what has arrived, one for all.
         """
-        order = role.order
-        if order.passed:
-            here = [at for at, place in enumerate(places) if self.planned[place].get(who) == order.done]
+        request = role.request
+        if request.passed:
+            here = [at for at, place in enumerate(places) if self.planned[place].get(who) == request.done]
             if here:
                 kept = {name: one[here] for name, one in models.items()}
                 self._see(role, [places[at] for at in here], kept, lent, [0.0] * len(here))
             return
-        if order.done <= 0:
+        if request.done <= 0:
             return
         outputs, labels, there = self._outputs(role, places, models, lent)
         losses = self._losses(outputs, labels, places).sum(dim=0).cpu().numpy().astype(np.float64)  # (sites,)
@@ -347,7 +347,7 @@ class Crew:
                 )
                 if value is not None and np.isfinite(value):
                     told[at].metrics[f"{name}.{who}"] = value
-            if order.plan.keep == "best" and np.isfinite(losses[at]) and losses[at] < role.loss[place]:
+            if request.plan.keep == "best" and np.isfinite(losses[at]) and losses[at] < role.loss[place]:
                 better.append(at)
         if better:
             kept = {name: one[better] for name, one in models.items()}
@@ -385,10 +385,10 @@ class Crew:
         Args:
             told: where loss and conflicts are written, for each site that is to tell them.
         """
-        order, template = role.order, role.template
-        plan, count = order.plan, len(places)
+        request, template = role.request, role.template
+        plan, count = request.plan, len(places)
         template.silence(training=True)
-        seeds = [seed_of(order.seed, self.sites[place].name, order.round) for place in places]
+        seeds = [seed_of(request.seed, self.sites[place].name, request.round) for place in places]
         total = steps_of(plan, self.train.sizes[places[0]])
         batches = _Draws(self.train, places, plan.batch_size, seeds, still=not template.dropouts)
         masks = template.masks([seed_of(seed, "dropout") for seed in seeds], self.where)
@@ -416,7 +416,7 @@ class Crew:
             begun = step
             while step < last:
                 if plan.schedule == "cosine" and optimiser:
-                    progress = (order.done + step / total) / order.rounds
+                    progress = (request.done + step / total) / request.rounds
                     for group, highest in zip(optimiser.param_groups, full, strict=True):
                         group["lr"] = highest * 0.5 * (1.0 + math.cos(math.pi * progress))
                 rows, beyond = batches.next()
@@ -641,16 +641,16 @@ def _replace_dropouts(module: nn.Module, found: list[_Dropped]) -> None:
 
 @dataclass(frozen=True)
 class _Joined:
-    """The rows of several sites as one Resident, and where each site's samples begin."""
+    """The rows of several sites as one DeviceDataset, and where each site's samples begin."""
 
-    data: Resident
+    data: DeviceDataset
     starts: NDArray[np.int64]
     sizes: list[int]
 
     @classmethod
-    def of(cls, parts: Sequence[Resident]) -> _Joined:
+    def of(cls, parts: Sequence[DeviceDataset]) -> _Joined:
         sizes = [len(part) for part in parts]
-        return cls(Resident.joined(parts), np.cumsum([0, *sizes])[:-1], sizes)
+        return cls(DeviceDataset.joined(parts), np.cumsum([0, *sizes])[:-1], sizes)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(sites, batch) positions -> inputs (sites, batch, ...) and codes (sites, batch, k)."""

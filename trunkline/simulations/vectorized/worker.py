@@ -14,7 +14,7 @@ import numpy as np
 
 from trunkline.client.site import Site, open_site
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.server.rounds.admission import LARGEST_CHANGE
 from trunkline.simulations.vectorized.sites import Crew, Key, kind_of
 from trunkline.strategies.exact_sum import largest_of
@@ -56,18 +56,18 @@ class Crowd:
         self.crews: list[Crew] = []
         self.crew_of: dict[int, tuple[Crew, str]] = {}
 
-    def begin(self, order: Order) -> list[int]:
+    def begin(self, request: RoundRequest) -> list[int]:
         """Make crews for a pass of a run, from what the vaults hold before `order`; the nodes that are in one.
 
         Raises:
             StorageError: a vault cannot be read.
         """
         self.flush()
-        self.pass_of, self.crews, self.crew_of = (order.run, order.passed), [], {}
+        self.pass_of, self.crews, self.crew_of = (request.run, request.passed), [], {}
         kinds: dict[Key, list[tuple[int, Site]]] = {}
         for node, config in self.nodes.items():
             site = open_site(config)
-            kind = kind_of(site, order)
+            kind = kind_of(site, request)
             if kind is not None:
                 kinds.setdefault(kind, []).append((node, site))
             else:
@@ -75,14 +75,14 @@ class Crowd:
         for members in kinds.values():
             if len(members) < FEWEST:
                 continue
-            crew = Crew([site for _, site in members], order)
+            crew = Crew([site for _, site in members], request)
             self.crews.append(crew)
             self.crew_of |= {node: (crew, site.name) for node, site in members}
         gc.collect()
         gc.freeze()  # hundreds of sites are here for good: no need to look through them again at every collection
         return list(self.crew_of)
 
-    def answer(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Part:
+    def answer(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Part:
         """One round of these nodes, all of them in a crew."""
         total, metrics, problems = Streamed(), {}, {}
         by_crew: dict[int, list[int]] = {}
@@ -92,7 +92,7 @@ class Crowd:
             own = {self.crew_of[node][1]: node for node in by_crew.get(id(crew), [])}
             if not own:
                 continue
-            for stack in crew.answer(list(own), order, arrays.only(crew.lent)):
+            for stack in crew.answer(list(own), request, arrays.only(crew.lent)):
                 largest = {name: largest_of(rows) for name, rows in stack.changes.items()}
                 most = np.max(list(largest.values()), axis=0) if largest else np.zeros(len(stack.names))
                 good = []
@@ -109,7 +109,7 @@ class Crowd:
                     changes, largest = ({name: rows[good] for name, rows in one.items()} for one in (changes, largest))
                 weights = np.array([stack.told[at].weight for at in good])
                 told = [stack.told[at].metrics for at in good]
-                total.add_stack(order.run, order.round, changes, weights, told, largest)
+                total.add_stack(request.run, request.round, changes, weights, told, largest)
         return Part(total, metrics, problems)
 
     def flush(self) -> None:
@@ -140,15 +140,15 @@ class Alone:
     def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
         self.crowd = Crowd(nodes)
 
-    def together(self, order: Order, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
         """Parts of a round, one after the other; nodes that are in none are to be asked singly."""
         if not wanted():
             return
-        if self.crowd.pass_of != (order.run, order.passed):
-            self.crowd.begin(order)
+        if self.crowd.pass_of != (request.run, request.passed):
+            self.crowd.begin(request)
         mine = [node for node in nodes if node in self.crowd.crew_of]
         for start in range(0, len(mine), 256):
-            yield self.crowd.answer(order, arrays, mine[start : start + 256])
+            yield self.crowd.answer(request, arrays, mine[start : start + 256])
 
     @property
     def holding(self) -> bool:

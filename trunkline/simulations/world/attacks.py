@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trunkline.flower.records import to_records
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.server.rounds.admission import LARGEST_CHANGE
 
 LIE_MOST = 0.9 * LARGEST_CHANGE  # a lie that intake refuses would test intake, and not the strategy
@@ -37,7 +37,7 @@ LIES: Mapping[str, Callable[[Deltas, np.random.Generator], Deltas]] = {
 
 
 def lied(
-    order: Order, lie: str, site: str, deltas: Deltas, header: dict[str, Any], metrics: Mapping[str, float]
+    order: RoundRequest, lie: str, site: str, deltas: Deltas, header: dict[str, Any], metrics: Mapping[str, float]
 ) -> RecordDict:
     draw = np.random.default_rng(seed_of(order.seed, "world", site, order.round, "lie"))
     if (

@@ -18,7 +18,7 @@ from trunkline.config.site import read_site
 from trunkline.errors import DeploymentError, StorageError
 from trunkline.flower.grid import LocalGrid
 from trunkline.flower.records import open_records
-from trunkline.protocol.messages import Order
+from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import Conditions
 from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.simulations.world.attacks import lied
@@ -39,7 +39,7 @@ class _Flight:
     came: int  # us, when the order is at the site
     bound: int  # us, before which the reply cannot be there
     lost: bool = False
-    order: Order | None = None  # of training that takes time or is lied about
+    request: RoundRequest | None = None  # of training that takes time or is lied about
     repeated: bool = False  # the site has trained this round already and answers from its vault
     reply: Message | None = None
 
@@ -248,7 +248,9 @@ class WorldGrid(Grid):
             self._line[node] = flight.came
             if kind == "train":
                 if self.world.row_seconds or place.hostile:
-                    flight.order = Order.model_validate_json(str(message.content.config_records["header"]["json"]))
+                    flight.request = RoundRequest.model_validate_json(
+                        str(message.content.config_records["header"]["json"])
+                    )
                 flight.repeated = (node, round) in self._trained
                 self._trained.add((node, round))
             start = max(flight.came, self._bounds.get(node, 0), self._free.get(node, 0))
@@ -271,9 +273,9 @@ class WorldGrid(Grid):
 
     def _work(self, flight: _Flight, rows: int) -> int:
         """us of its hours that a site takes to answer, the line left out."""
-        if flight.order is None or flight.repeated:
+        if flight.request is None or flight.repeated:
             return 0
-        seconds = rows_seen(flight.order.plan, rows) * self.world.row_seconds / self.places[flight.node].speed
+        seconds = rows_seen(flight.request.plan, rows) * self.world.row_seconds / self.places[flight.node].speed
         return math.ceil(seconds * SECOND)
 
     def _first_event(self, limit: int) -> int:
@@ -315,12 +317,12 @@ class WorldGrid(Grid):
         if flight.kind == "query" and flight.round == 0:
             return flight.bound
         place = self.places[flight.node]
-        if flight.order is not None and not reply.has_error():
+        if flight.request is not None and not reply.has_error():
             arrays, header, metrics = open_records(reply.content)
             table = json.loads(header)
             self._rows[flight.node] = int(table["weight"])
             if place.hostile:
-                reply.content = lied(flight.order, self.world.lie, place.site, arrays, table, metrics)
+                reply.content = lied(flight.request, self.world.lie, place.site, arrays, table, metrics)
         start = max(flight.came, self._free.get(flight.node, 0))
         done = max(flight.bound, place.hours.spend(start, self._work(flight, self._rows.get(flight.node, 0))))
         size = 0 if reply.has_error() else _bytes(reply.content)
@@ -342,8 +344,8 @@ class WorldGrid(Grid):
 
 def _under(content: RecordDict, conditions: Conditions) -> RecordDict:
     """The same order under these conditions; other sites may have been sent the very same content, so it is left as it is."""
-    order = Order.model_validate_json(str(content.config_records["header"]["json"]))
-    text = order.model_copy(update={"conditions": conditions}).model_dump_json()
+    request = RoundRequest.model_validate_json(str(content.config_records["header"]["json"]))
+    text = request.model_copy(update={"conditions": conditions}).model_dump_json()
     return RecordDict({**dict(content.items()), "header": ConfigRecord({"json": text})})
 
 
