@@ -17,7 +17,8 @@ MAX_COLUMNS = 100
 
 # Each phrase stood in a page once and stopped a reader: an idiom that no dictionary explains, a metaphor in place of the
 # field's term, a passive that hides the actor, or a word that means something else in federated learning or in a plant
-# ("twin": digital twin). `code spans` and fenced blocks are exempt, so an older key can still be quoted as `hostile_share`.
+# ("twin": digital twin). Code spans, fenced blocks and "(older name: ...)" are exempt,
+# because a page may still quote the older name of a key.
 BANNED = {
     # passives that hide the actor: write "the log reports", "the server raises"
     r"(?i)\b(?:is|are|was|were|be|been) told\b": "reported, logged or raised",
@@ -48,7 +49,7 @@ BANNED = {
     r"(?i)\b(?<!digital )twins?\b": "local baseline",
     r"(?i)\bliars?\b": "Byzantine sites",
     r"(?i)\b(?:may|that|who|nobody|and|or) lies?\b(?! (?:in|at|on|within|outside|beside|below|between|under)\b)": "attack",
-    r"(?i)\bhighways?\b": "skip channels",
+    r"(?i)\bhighways?\b(?! of LSTNet)": "skip channels",
     r"(?i)\bcrowds?\b": "vectorized sites",
     r"(?i)\bthe cent(?:re|er)(?:'s)?(?! of\b)": "the server",
 }  # fmt: skip
@@ -61,15 +62,15 @@ class Sentence(NamedTuple):
     @property
     def words(self) -> int:
         """A code span is one word; a sign that stands alone is none."""
-        return sum(any(letter.isalnum() for letter in word) for word in masked(self.text).split())
+        return sum(any(letter.isalnum() for letter in word) for word in mask_code_spans(self.text).split())
 
 
-def masked(text: str) -> str:
+def mask_code_spans(text: str) -> str:
     """Code spans lose blanks and full stops, so that they neither end a sentence nor count as several words."""
     return re.sub(r"`[^`]*`", lambda span: "`" + re.sub(r"[^\w`]", "_", span[0][1:-1]) + "`", text)
 
 
-def blocks(text: str) -> Iterator[list[tuple[int, str]]]:
+def split_blocks(text: str) -> Iterator[list[tuple[int, str]]]:
     """The lines, with their numbers, of each paragraph, list item and table cell; fences and headings are left out."""
     block: list[tuple[int, str]] = []
     fenced = False
@@ -94,9 +95,9 @@ def blocks(text: str) -> Iterator[list[tuple[int, str]]]:
         yield block
 
 
-def sentences(text: str) -> Iterator[Sentence]:
+def split_sentences(text: str) -> Iterator[Sentence]:
     """Each sentence with the line that it begins on; link targets are dropped, link texts stay."""
-    for block in blocks(text):
+    for block in split_blocks(text):
         joined, starts = "", []
         for number, line in block:
             starts.append((len(joined), number))
@@ -110,26 +111,31 @@ def sentences(text: str) -> Iterator[Sentence]:
             begin = end
 
 
-def too_long(text: str) -> list[str]:
+def find_long_sentences(text: str) -> list[str]:
     return [
         f"line {sentence.line}: {sentence.words} words, at most {MAX_WORDS}: {sentence.text}"
-        for sentence in sentences(text)
+        for sentence in split_sentences(text)
         if sentence.words > MAX_WORDS
     ]
 
 
-def banned(text: str) -> list[str]:
+def strip_exempt(sentence: str) -> str:
+    """The sentence without code spans, older names and the marks around it."""
+    return re.sub(r"(?i)\(?\bolder (?:name|word)s?: [^).]*\)?", "", re.sub(r"`[^`]*`", "`", sentence)).strip('*"( ')
+
+
+def find_banned(text: str) -> list[str]:
     return [
         f"line {sentence.line}: {match[0][:40]!r}; write {remedy!r}: {sentence.text}"
-        for sentence in sentences(text)
+        for sentence in split_sentences(text)
         for pattern, remedy in BANNED.items()
-        if (match := re.search(pattern, re.sub(r"`[^`]*`", "`", sentence.text).strip('*"( ')))
+        if (match := re.search(pattern, strip_exempt(sentence.text)))
     ]
 
 
-def too_wide(text: str) -> list[str]:
+def find_wide_lines(text: str) -> list[str]:
     """Lines over the margin; tables, fences and headings cannot wrap, and a link's target does not count."""
-    prose = {number for block in blocks(text) for number, _ in block}
+    prose = {number for block in split_blocks(text) for number, _ in block}
     wide = []
     for number, line in enumerate(text.splitlines(), start=1):
         columns = len(re.sub(r"\]\([^)\s]*\)|https?://\S+", "]", line))
@@ -138,26 +144,26 @@ def too_wide(text: str) -> list[str]:
     return wide
 
 
-def report(page: Path, faults: list[str]) -> str:
+def list_faults(page: Path, faults: list[str]) -> str:
     return "\n".join(f"{page.relative_to(ROOT)}, {fault}" for fault in faults)
 
 
 @page_by_page
 def test_no_sentence_is_longer_than_a_reader_can_hold(page: Path) -> None:
-    faults = too_long(page.read_text())
-    assert not faults, "Split each of these into two sentences:\n" + report(page, faults)
+    faults = find_long_sentences(page.read_text())
+    assert not faults, "Split each of these into two sentences:\n" + list_faults(page, faults)
 
 
 @page_by_page
 def test_no_phrase_needs_a_native_speaker(page: Path) -> None:
-    faults = banned(page.read_text())
-    assert not faults, "Write these in the field's words:\n" + report(page, faults)
+    faults = find_banned(page.read_text())
+    assert not faults, "Write these in the field's words:\n" + list_faults(page, faults)
 
 
 @page_by_page
 def test_prose_wraps(page: Path) -> None:
-    faults = too_wide(page.read_text())
-    assert not faults, "Wrap these lines:\n" + report(page, faults)
+    faults = find_wide_lines(page.read_text())
+    assert not faults, "Wrap these lines:\n" + list_faults(page, faults)
 
 
 SAMPLE = """# A heading of a page is no sentence. It may be long.
@@ -177,7 +183,7 @@ A fence. With sentences.
 
 
 def test_a_page_is_split_into_sentences() -> None:
-    assert [tuple(sentence) for sentence in sentences(SAMPLE)] == [
+    assert [tuple(sentence) for sentence in split_sentences(SAMPLE)] == [
         (3, "First sentence (Li et al. 2020) of `a.b = 1. Not an end`."),
         (3, "Second one goes on [over a line]."),
         (4, "**Bold end.**"),
@@ -189,14 +195,14 @@ def test_a_page_is_split_into_sentences() -> None:
         (12, "One."),
         (12, "Two"),
     ]
-    assert [sentence.words for sentence in sentences(SAMPLE)][:2] == [8, 7]
+    assert [sentence.words for sentence in split_sentences(SAMPLE)][:2] == [8, 7]
 
 
 def test_a_long_sentence_is_reported_with_line_and_count() -> None:
-    assert too_long(f"# Title\n\nShort.\n\nA {'word ' * 34}`and some code`.\n") == [
+    assert find_long_sentences(f"# Title\n\nShort.\n\nA {'word ' * 34}`and some code`.\n") == [
         f"line 5: 36 words, at most 35: A {'word ' * 34}`and some code`."
     ]
-    assert too_long(f"A {'word ' * 33}`and some code`.\n") == []
+    assert find_long_sentences(f"A {'word ' * 33}`and some code`.\n") == []
 
 
 @pytest.mark.parametrize(
@@ -218,19 +224,19 @@ def test_a_long_sentence_is_reported_with_line_and_count() -> None:
     ],
 )
 def test_a_phrase_that_stopped_a_reader_is_found(sentence: str) -> None:
-    assert banned(f"A paragraph.\n\n{sentence}\n")
+    assert find_banned(f"A paragraph.\n\n{sentence}\n")
 
 
 def test_plain_sentences_pass() -> None:
     plain = (
         "Who may sign a release? The rows lie in `the door`. The older key is `hostile_share`.\n"
-        "A digital twin is something else. The report names the site.\n"
+        "A digital twin is something else. The report names the site. A local baseline (older name: twin) trains alone.\n"
     )
-    assert banned(plain) == []
+    assert find_banned(plain) == []
 
 
 def test_a_wide_line_is_found_unless_a_link_or_a_table_makes_it_wide() -> None:
     words = "word " * 25
-    assert too_wide(f"{words}\n\n| {words} |\n\n# {words}\n\n[a](https://example.com/{'x' * 100})\n") == [
+    assert find_wide_lines(f"{words}\n\n| {words} |\n\n# {words}\n\n[a](https://example.com/{'x' * 100})\n") == [
         f"line 1: 125 columns, at most 100: {words}"
     ]
