@@ -74,7 +74,7 @@ def split_blocks(text: str) -> Iterator[list[tuple[int, str]]]:
     """The lines, with their numbers, of each paragraph, list item and table cell; fences and headings are left out."""
     block: list[tuple[int, str]] = []
     fenced = False
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for line_number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip().removeprefix("> ")
         if line.startswith("```"):
             fenced = not fenced
@@ -88,9 +88,9 @@ def split_blocks(text: str) -> Iterator[list[tuple[int, str]]]:
             continue
         if table:
             cells = re.split(r"(?<!\\)\|", line.strip("|"))
-            yield from ([(number, cell.strip())] for cell in cells if set(cell) - set(" :-"))
+            yield from ([(line_number, cell.strip())] for cell in cells if set(cell) - set(" :-"))
         else:
-            block.append((number, line[item.end() :] if item else line))
+            block.append((line_number, line[item.end() :] if item else line))
     if block:
         yield block
 
@@ -99,15 +99,15 @@ def split_sentences(text: str) -> Iterator[Sentence]:
     """Each sentence with the line that it begins on; link targets are dropped, link texts stay."""
     for block in split_blocks(text):
         joined, starts = "", []
-        for number, line in block:
-            starts.append((len(joined), number))
+        for line_number, line in block:
+            starts.append((len(joined), line_number))
             joined += re.sub(r"\]\([^)\s]*\)", "]", line) + " "
         hidden = re.sub(r"`[^`]*`", lambda span: "`" * len(span[0]), joined)
         hidden = re.sub(r"\b(?:et al|e\.g|i\.e|cf|vs|approx)\.", lambda short: short[0][:-1] + ",", hidden)
         begin = 0
         for end in [stop.end() for stop in re.finditer(r"[.!?][\"')\]*_]*\s+", hidden)] + [len(joined)]:
             if sentence := joined[begin:end].strip():
-                yield Sentence([number for start, number in starts if start <= begin][-1], sentence)
+                yield Sentence([line_number for start, line_number in starts if start <= begin][-1], sentence)
             begin = end
 
 
@@ -135,12 +135,12 @@ def find_banned(text: str) -> list[str]:
 
 def find_wide_lines(text: str) -> list[str]:
     """Lines over the margin; tables, fences and headings cannot wrap, and a link's target does not count."""
-    prose = {number for block in split_blocks(text) for number, _ in block}
+    prose = {line_number for block in split_blocks(text) for line_number, _ in block}
     wide = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for line_number, line in enumerate(text.splitlines(), start=1):
         columns = len(re.sub(r"\]\([^)\s]*\)|https?://\S+", "]", line))
-        if number in prose and not line.lstrip().startswith("|") and columns > MAX_COLUMNS:
-            wide.append(f"line {number}: {columns} columns, at most {MAX_COLUMNS}: {line}")
+        if line_number in prose and not line.lstrip().startswith("|") and columns > MAX_COLUMNS:
+            wide.append(f"line {line_number}: {columns} columns, at most {MAX_COLUMNS}: {line}")
     return wide
 
 
