@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench chaos clean help
+.PHONY: demo test test-all slow coverage check bench chaos clean help
 
 help:
-	@echo "make demo   train 4 built-in factories and write the worth-it report to out/demo"
-	@echo "make test   every check and every test"
-	@echo "make check  lint, types, formatting"
-	@echo "make chaos  30 runs of a real federation with faults drawn from a seed, then outages (an hour)"
-	@echo "make bench  the measurements behind the claims (minutes)"
+	@echo "make demo      train 4 built-in factories and write the worth-it report to out/demo"
+	@echo "make test      every check, and every test but the long process tests (under 8 minutes)"
+	@echo "make test-all  the same, then the long process tests and the coverage gate (under 25 minutes)"
+	@echo "make check     lint, types, formatting"
+	@echo "make chaos     30 runs of a real federation with faults drawn from a seed, then outages (an hour)"
+	@echo "make bench     the measurements behind the claims (minutes)"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,21 @@ demo: $(READY)
 	$(BIN)/trunkline simulate examples/demo.toml --sites out/demo-sites --out out/demo --overwrite
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-all: test slow coverage
+
+slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
+# Branch coverage of the small pure packages, each held to 95 % by the tests of its own room and of its neighbours
+GATED := protocol strategies security client/policy client/data
+coverage: $(READY)
+	COVERAGE_FILE=.coverage $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not processes" --cov --cov-report= \
+	  tests/protocol tests/config tests/strategies tests/security tests/client/policy tests/client/data tests/client/state \
+	  tests/server/membership tests/server/rounds tests/server/releases tests/formats
+	for room in $(GATED); do \
+	  $(BIN)/python -m coverage report --fail-under=95 --skip-covered --include="trunkline/$$room/*" || exit 1; done
 
 check: $(READY)
 	$(BIN)/ruff check .
