@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from trunkline.cli.app import _workers
 from trunkline.config.run import parse_run
+from trunkline.simulations.workers import count_workers
 
-TRUNKLINE = [sys.executable, "-m", "trunkline.cli.app"]
+TRUNKLINE = [sys.executable, "-m", "trunkline.cli"]
 
 
 def trunkline(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -129,7 +129,7 @@ def test_a_wrong_option_is_refused_before_anything_starts(
 def test_auto_starts_no_workers_where_there_is_little_to_do(
     settings: dict[str, Any], address: str | None, expected: int | str | None
 ) -> None:
-    found = _workers("auto", 4, address, parse_run(settings, "test"))
+    found = count_workers("auto", 4, address, parse_run(settings, "test"))
     assert found == (min(4, len(os.sched_getaffinity(0))) if expected == "cores" else expected)
 
 

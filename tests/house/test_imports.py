@@ -55,6 +55,7 @@ MAY: dict[str, tuple[str, ...]] = {
     "server/app": (*STATE, "config", "flower", "release", "server/"),
     # ---- simulations and audit: both sides at once
     "simulations/folders": STATE,
+    "simulations/workers": (*VALUES, "config"),
     "simulations/factories": (*VALUES, "runtime"),
     "simulations/world": (*VALUES, "config", "flower", "client/training", "server/rounds"),
     "simulations/vectorized": (*VALUES, "config", "models", "strategies", "client/", "server/rounds"),

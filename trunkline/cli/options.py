@@ -1,0 +1,58 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trunkline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trunkline.config.run import RunConfig
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="What to train; docs/run-toml.md.")]
+SiteDir = Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The folder with site.toml and the data.")]
+OutDir = Annotated[Path, typer.Option("--out", help="Folder of the run: checkpoints, state, report.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the run file; repeatable."),
+]
+StrategyName = Annotated[
+    str | None,
+    typer.Option("--strategy", metavar="NAME", help="Override [strategy] name; its other options fall away."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Override seed.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+ServerState = Annotated[Path, typer.Option("--state", help="The server's folder: database, secret, logs.")]
+ClientState = Annotated[
+    Path | None, typer.Option("--state", help="The plant's state: keys, vault, logs. Default: SITE_DIR/.trunkline")
+]
+KeySource = Annotated[
+    str | None,
+    typer.Option(
+        "--key", help="Key that seals what is secret: file:PATH, env:NAME or keyring:NAME. Default: a file of its own."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for monitoring.")]
+By = Annotated[str, typer.Option("--by", help="Who decides; default: this account's name.")]
+
+
+def read_run(path: Path, seed: int | None, strategy: str | None, settings: list[str] | None) -> "RunConfig":
+    """The run file with the command line laid over it; strategy and options are checked here, before anything starts."""
+    import trunkline.config.run
+    from trunkline.config.parsing import parse_value
+    from trunkline.strategies import build_strategy
+
+    overrides: dict[str, Any] = {}
+    if strategy is not None:
+        overrides["strategy"] = {"name": strategy}
+    if seed is not None:
+        overrides["seed"] = seed
+    for setting in settings or []:
+        key, sign, value = setting.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {setting}: expected KEY.PATH=VALUE, for example --set training.steps=40.")
+        overrides[key.strip()] = parse_value(value.strip())
+    run = trunkline.config.run.read_run(path, overrides)
+    build_strategy(run.strategy.name, run.strategy.options, run.training)
+    return run
