@@ -20,7 +20,8 @@ from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
 from trunkline.protocol.messages import RoundRequest, TaskRow
-from trunkline.server.reporting.report import RoundRecord, build_report
+from trunkline.server.reporting.records import RoundRecord
+from trunkline.server.reporting.report import build_report
 
 
 def run_central(

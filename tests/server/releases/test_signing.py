@@ -30,7 +30,7 @@ from trunkline.security.signatures import RELEASES, Signature, sign_release
 from trunkline.server.releases import signing
 from trunkline.server.releases.lineage import figures_of
 from trunkline.server.releases.signing import CERTIFICATE, find_signer, issue_release_certificate, write_signer
-from trunkline.server.reporting.report import RoundRecord
+from trunkline.server.reporting.records import RoundRecord
 
 MINE, OTHER = Federation.of("north"), Federation.of("south")
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)

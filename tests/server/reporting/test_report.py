@@ -18,9 +18,8 @@ from trunkline.config.run import RunConfig
 from trunkline.errors import DataError, StorageError
 from trunkline.protocol.messages import TaskRow
 from trunkline.server.reporting.plots import MOST_POINTS, Predictions, average_precision
+from trunkline.server.reporting.records import Refusal, RoundRecord
 from trunkline.server.reporting.report import (
-    Refusal,
-    RoundRecord,
     build_report,
     print_report,
     read_report,

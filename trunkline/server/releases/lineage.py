@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import trunkline
 from trunkline.protocol.messages import Offer
 from trunkline.release import FEWEST_SITES, Figure, Membership
-from trunkline.server.reporting.report import RoundRecord
+from trunkline.server.reporting.records import RoundRecord
 
 LOSSES = ("validation_loss", "local_validation_loss")
 PACKAGES = ("torch", "numpy", "flwr")  # whose versions can change what a run makes

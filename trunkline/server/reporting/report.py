@@ -7,7 +7,6 @@ out here that a site could not know of itself: intervals are made at the site an
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from trunkline.config.run import RunConfig
 from trunkline.errors import StorageError
 from trunkline.protocol.messages import TaskRow
 from trunkline.runtime.storage import write_atomic
+from trunkline.server.reporting.records import RoundRecord
 from trunkline.server.reporting.summary import (
     CAME,
     Outcome,
@@ -46,44 +46,6 @@ if TYPE_CHECKING:
 WIDE = 118  # terminal columns from which every column of the table fits beside a site name of 20 letters
 WIDEST = 170  # from which there is room for every candidate as well
 NARROW = 64  # what the stacked columns need; a site name that does not fit beside them gets a line of its own
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One reply that was set aside, and why, in words."""
-
-    site: str
-    cause: str
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What one round cost and brought.
-
-    Args:
-        round: from 1.
-        sites: whose updates were averaged.
-        refused: whose were set aside.
-        seconds: wall time from the first message to the new trunk.
-        bytes_up: of all replies together; bytes_down: of all messages to sites together.
-        train_loss: weighted mean over `sites`; None when no site reported one.
-        metrics: site -> metric name -> this round's value (`exchange.metric_names`): the learning curves.
-        admitted: site -> digest of the update that was counted; only at the centre of a deployment, and in no report.
-        buffer: updates that the step waited for, in a buffered run; 0: it is none.
-        staleness: in a buffered run site -> steps between the trunk it was given and this one, of each of its updates.
-    """
-
-    round: int
-    sites: list[str]
-    refused: list[Refusal]
-    seconds: float
-    bytes_up: int
-    bytes_down: int
-    train_loss: float | None
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    admitted: dict[str, str] = field(default_factory=dict)
-    buffer: int = 0
-    staleness: dict[str, list[int]] = field(default_factory=dict)
 
 
 def build_report(

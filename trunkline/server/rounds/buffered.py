@@ -24,7 +24,7 @@ from trunkline.flower.replies import PUSH_LOST, Replies
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import RoundRequest, Update
 from trunkline.protocol.plan import LocalPlan
-from trunkline.server.reporting.report import Refusal, RoundRecord
+from trunkline.server.reporting.records import Refusal, RoundRecord
 from trunkline.server.rounds.admission import admit
 from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.messaging import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, is_far, now, pause

@@ -37,7 +37,8 @@ from trunkline.security.signatures import Sign
 from trunkline.server.membership.audit_log import operator
 from trunkline.server.releases.lineage import figures_of, parts_of
 from trunkline.server.releases.release import release
-from trunkline.server.reporting.report import Refusal, RoundRecord, build_report
+from trunkline.server.reporting.records import Refusal, RoundRecord
+from trunkline.server.reporting.report import build_report
 from trunkline.server.rounds.admission import admit, read_header
 from trunkline.server.rounds.availability import LAST_WAIT, Presence
 from trunkline.server.rounds.buffered import Buffered
