@@ -27,7 +27,7 @@ from trunkline.security import keys
 from trunkline.security.enrolment import Code
 from trunkline.server.membership import authority
 from trunkline.server.operations import daemon as centre_daemon
-from trunkline.server.operations.run_store import Hold
+from trunkline.server.operations.run_store import RunLock
 from trunkline.server.releases import signing
 from trunkline.server.rounds.disk_wait import Room
 
@@ -347,6 +347,6 @@ def test_on_a_read_only_disk_nothing_begins(
         elif what == "plant":
             plant_daemon.start(plants[0], state=folder)
         else:
-            Hold(folder, 1)
+            RunLock(folder, 1)
     assert str(folder) in str(refused.value)
     assert bytes_of(folder) == before

@@ -164,7 +164,7 @@ def test_a_foreign_app_runs_neither_at_the_centre_nor_at_a_plant(centre: Federat
     run = submit(status["address"], folder, {}, ca=ca)
     within(60.0, lambda: f"refused\n{centre.logs()}", lambda: ended(run))
     said, why = run_status(status["address"], run, ca=ca)
-    assert said == "finished:failed" and "is not the one installed at this centre; nothing of it was run" in why
+    assert said == "finished:failed" and "is not the one installed at this server; none of its code was run" in why
     assert any(link.body["what"] == "refuse app" for link in audit.read(centre.server))
     shown = centre.command("server", "status")
     assert "finished:failed" in shown

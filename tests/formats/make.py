@@ -89,11 +89,11 @@ def make(to: Path) -> None:
 
 def centre(state: Path) -> None:
     from trunkline.server.membership import authority
-    from trunkline.server.operations.run_store import Ledger
+    from trunkline.server.operations.run_store import RunStore
 
     authority.init(state, "Samples", ("127.0.0.1",), f"env:{KEY}")
     authority.Authority.open(state).invite("kiln-02", 1.0)
-    Ledger(state).add("quick", json.dumps({"name": "quick", **SETTINGS}), Path("/srv/runs/quick"), resume=False)
+    RunStore(state).add("quick", json.dumps({"name": "quick", **SETTINGS}), Path("/srv/runs/quick"), resume=False)
 
 
 def back_up(state: Path, file: Path) -> None:

@@ -27,7 +27,7 @@ from trunkline.security.keys import read_certificate
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership.authority import Authority
 from trunkline.server.operations.backup import restore
-from trunkline.server.operations.run_store import Ledger
+from trunkline.server.operations.run_store import RunStore
 from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.simulations.search import read_search
 
@@ -172,14 +172,14 @@ def test_the_state_of_a_centre_opens(tmp_path: Path, key: None) -> None:
     assert opened.federation.name == "Samples"
     assert [one.site for one in opened.registry.read().invitations] == ["kiln-02"]
     assert [link.body["what"] for link in audit.read(state)] == ["init", "invite"]
-    (entry,) = Ledger(state).entries()
+    (entry,) = RunStore(state).records()
     assert (entry.name, entry.state, entry.out) == ("quick", "wanted", "/srv/runs/quick")
 
 
 def test_a_backup_is_put_back(tmp_path: Path, key: None) -> None:
     restore(HERE / "v1" / "backup.tar", tmp_path / "state")
     assert Authority.open(tmp_path / "state").federation.name == "Samples"
-    (entry,) = Ledger(tmp_path / "state").entries()
+    (entry,) = RunStore(tmp_path / "state").records()
     assert Path(entry.out) == tmp_path / "state" / "runs" / entry.key
 
 

@@ -87,10 +87,10 @@ def server_sites(state: ServerState = Path("trunkline-server")) -> None:
     from rich.console import Console
 
     from trunkline.server.membership import authority
-    from trunkline.server.operations import daemon
+    from trunkline.server.operations.status import print_sites
 
     console = Console()
-    console.print(daemon.sites_table(state.resolve()))
+    print_sites(state.resolve(), console)
     for warning in authority.warnings(state.resolve()):
         console.print(f"Note: {warning}", markup=False)
 
@@ -163,7 +163,7 @@ def server_restore(
     """Put a backup back. It is checked as a whole first; nothing is ever restored over a state that is there."""
     from trunkline.server.operations import backup
 
-    inventory = backup.restore(file, state, tell=lambda text: typer.echo(f"Note: {text}"))
+    inventory = backup.restore(file, state, emit=lambda text: typer.echo(f"Note: {text}"))
     typer.echo(
         f"{state}: restored, {len(inventory.members)} files as of {inventory.made}. Next: trunkline server start --state {state}"
     )

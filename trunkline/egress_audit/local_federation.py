@@ -13,7 +13,7 @@ from trunkline.config.run import RunConfig
 from trunkline.errors import DeploymentError
 from trunkline.runtime.programs import accepts
 from trunkline.server.operations import daemon as centre_daemon
-from trunkline.server.operations.run_store import Ledger
+from trunkline.server.operations.run_store import RunStore
 
 READY_S, RUN_S, END_S = 60.0, 240.0, 20.0  # how long parts may take to be ready, to run, and to end
 APP = "trunkline.client.app:app"
@@ -41,7 +41,7 @@ def centre(root: Path) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    code = f"from pathlib import Path; from trunkline.server import daemon; daemon.start(Path({str(root / 'server')!r}), port={port})"
+    code = f"from pathlib import Path; from trunkline.server.operations import daemon; daemon.start(Path({str(root / 'server')!r}), port={port})"
     with process(code, root / "server.log") as child:
         _until(READY_S, "the centre", root / "server.log", lambda: accepts(f"127.0.0.1:{port}"), child)
         yield port
@@ -52,7 +52,7 @@ def plant(
 ) -> contextlib.AbstractContextManager["subprocess.Popen[bytes]"]:
     """A plant's daemon that asks 127.0.0.1:`port` for work."""
     code = (
-        "from pathlib import Path; from trunkline.client import daemon; "
+        "from pathlib import Path; from trunkline.client.agent import daemon; "
         f"daemon.start(Path({str(folder)!r}), server='127.0.0.1:{port}', state=Path({str(state)!r}), client_app={app!r})"
     )
     return process(code, state.parent / f"{state.name}.log")
@@ -65,17 +65,17 @@ def run_through(root: Path, run: RunConfig) -> Path:
         DeploymentError: it ended otherwise, or not in time.
     """
     out = root / "out"
-    entry = centre_daemon.run(root / "server", run.model_dump_json(), out)
+    record = centre_daemon.run(root / "server", run.model_dump_json(), out)
     end = time.monotonic() + RUN_S
-    ledger = Ledger(root / "server")
-    while (entry := ledger.get(entry.key)).open:
+    store = RunStore(root / "server")
+    while (record := store.get(record.key)).open:
         if time.monotonic() > end:
             raise DeploymentError(
-                f"the run did not end within {RUN_S:.0f} s: {entry.state}. {_tail(root / 'server.log')}"
+                f"the run did not end within {RUN_S:.0f} s: {record.state}. {_tail(root / 'server.log')}"
             )
         time.sleep(0.2)
-    if entry.state != "completed":
-        raise DeploymentError(f"the run ended as {entry.state}: {centre_daemon.last_error(out) or entry.note}")
+    if record.state != "completed":
+        raise DeploymentError(f"the run ended as {record.state}: {centre_daemon.last_error(out) or record.note}")
     return out
 
 

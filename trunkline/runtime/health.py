@@ -106,12 +106,21 @@ def print_page(title: str, sections: Iterable[tuple[str, Rows]], found: Mapping[
 
 
 def folded(rows: Rows, width: int) -> list[str]:
-    """Rows in two columns, the second folded to what is left of `width` characters."""
-    first = max(len(name) for name, _ in rows)
+    """Rows in two columns, the second folded to what is left of `width` characters; no name is ever cut.
+
+    A name that would leave the second column too narrow gets a line of its own.
+    """
+    first = max((len(name) for name, _ in rows if len(name) <= width // 3), default=0)
     indent = "  " + (" " * (first + 2) if first else "")
     lines = []
     for name, text in rows:
-        wrapped = textwrap.wrap(clean(text), max(20, width - len(indent) - 1), break_on_hyphens=False) or [""]
-        lines.append(("  " + name.ljust(first + 2 if first else 0) + wrapped[0]).rstrip())
+        # a word longer than the column is a site's name, a path or an address: whole, it can be searched and copied
+        wrapped = textwrap.wrap(
+            clean(text), max(20, width - len(indent) - 1), break_on_hyphens=False, break_long_words=False
+        ) or [""]
+        if len(name) > first:
+            lines += [f"  {name}", (indent + wrapped[0]).rstrip()]
+        else:
+            lines.append(("  " + name.ljust(first + 2 if first else 0) + wrapped[0]).rstrip())
         lines += [indent + one for one in wrapped[1:]]
     return lines

@@ -22,7 +22,7 @@ from trunkline.security.signatures import Sign
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership.authority import is_federation
 from trunkline.server.membership.registry import Registry
-from trunkline.server.operations.run_store import Hold, write_outcome
+from trunkline.server.operations.run_store import RunLock, write_outcome
 from trunkline.server.operations.status import note_event
 from trunkline.server.releases.signing import find_signer
 from trunkline.server.reporting.report import write_report
@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     state = str(config.get("state", ""))
     stamp = getattr(grid, "stamp", dict)  # a simulated world says when it was on its own clock
     far = is_far(grid)
-    hold = Hold(out, context.run_id) if far else None
+    hold = RunLock(out, context.run_id) if far else None
     events = Lines(out / EVENTS)
     incidents = Incidents(Path(state)) if far and state else None
 

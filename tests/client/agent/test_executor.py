@@ -198,7 +198,7 @@ app = ClientApp()
     folder = deployment.app("evil.client:app", {"evil/__init__.py": "", "evil/client.py": code})
     run, out = deployment.start(folder)
     within(40.0, "the centre has refused it", lambda: run_status(deployment.address, run)[0] == "finished:failed")
-    assert "is not the one installed at this centre" in run_status(deployment.address, run)[1]
+    assert "is not the one installed at this server" in run_status(deployment.address, run)[1]
     assert not out.read_text(), "nothing of its server side ran"
     deployment.pin(deployment.server_state, folder)  # an operator who lets it pass has not spoken for the plant
     (line,) = deployment.finish(*deployment.start(folder))

@@ -10,7 +10,7 @@ import pytest
 import trunkline.security.keys
 from trunkline.client.agent import join
 from trunkline.client.agent import membership_monitor as keeper
-from trunkline.client.agent.membership_monitor import Keeper
+from trunkline.client.agent.membership_monitor import MembershipMonitor
 from trunkline.client.state.identity import Identity
 from trunkline.errors import TrustError
 from trunkline.runtime.incidents import Incidents, recent
@@ -43,7 +43,9 @@ class Plant:
         monkeypatch.setattr(keeper, "hello", self.hello)
         monkeypatch.setattr(join, "_post", self.post)
         self.notes = Incidents(self.state, "p")
-        self.keeper = Keeper(self.state, "centre:1", self.said.append, self.wake, ask_s=0.0, incidents=self.notes)
+        self.keeper = MembershipMonitor(
+            self.state, "centre:1", self.said.append, self.wake, ask_s=0.0, incidents=self.notes
+        )
 
     def wake(self) -> None:
         self.woken += 1

@@ -28,7 +28,7 @@ from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership import authority
 from trunkline.server.membership.authority import Authority
 from trunkline.server.operations import backup
-from trunkline.server.operations.run_store import Ledger
+from trunkline.server.operations.run_store import RunStore
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +42,13 @@ def state(tmp_path: Path) -> Path:
     state = tmp_path / "s"
     authority.init(state, "North", ("127.0.0.1",), f"env:{KEY}")
     Authority.open(state).invite("press-07", 1.0)
-    ledger = Ledger(state)
+    store = RunStore(state)
     for name, out in (("inside", state / "runs" / "inside"), ("elsewhere", tmp_path / "big disk" / "elsewhere")):
-        entry = ledger.add(name, "{}", out, resume=False)
-        Shelf(out / "checkpoint", kind="checkpoint", owner=entry.key).put(3, {"w": np.ones(9)}, {})
+        record = store.add(name, "{}", out, resume=False)
+        Shelf(out / "checkpoint", kind="checkpoint", owner=record.key).put(3, {"w": np.ones(9)}, {})
         (out / "events.jsonl").write_text('{"event": "start"}\n')
         (out / "run.lock").write_text("1 1\n")
-    ledger.change(entry.key, state="completed")
+    store.change(record.key, state="completed")
     with contextlib.closing(sqlite3.connect(state / "superlink.db")) as database:
         database.executescript("CREATE TABLE node (id INTEGER); INSERT INTO node VALUES (7);")
     for name in ("pid", "status.json", "logs/gateway.log", "bin/flwr-serverapp", "secret"):
@@ -95,17 +95,17 @@ def test_what_was_backed_up_comes_back_with_its_modes_and_its_runs(state: Path, 
     assert stat.S_IMODE(there.stat().st_mode) == 0o700
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o700 for path in there.rglob("*") if path.is_dir())
     assert found["server.key"][0] == 0o600
-    inside, elsewhere = sorted(Ledger(there).entries(), key=lambda one: one.name, reverse=True)
+    inside, elsewhere = sorted(RunStore(there).records(), key=lambda one: one.name, reverse=True)
     assert inside.out == str(there / "runs" / "inside")
     assert (inside.state, elsewhere.state) == ("waiting", "completed"), "what was under way goes on, the other does not"
     assert Path(elsewhere.out) == there / "runs" / elsewhere.key
-    for entry in (inside, elsewhere):
-        assert Shelf(Path(entry.out) / "checkpoint", owner=entry.key).newest() is not None
-        assert not (Path(entry.out) / "run.lock").exists()
+    for record in (inside, elsewhere):
+        assert Shelf(Path(record.out) / "checkpoint", owner=record.key).newest() is not None
+        assert not (Path(record.out) / "run.lock").exists()
     with contextlib.closing(sqlite3.connect(there / "superlink.db")) as database:
         assert database.execute("SELECT id FROM node").fetchall() == [(7,), (8,)]
     assert [link.body["what"] for link in audit.read(there)] == ["init", "invite", "back up", "restore"]
-    assert any("revoked since has to be revoked again" in text for text in told)
+    assert any("was revoked since then is accepted again" in text for text in told)
 
 
 def test_while_everything_is_being_written_a_backup_is_of_one_moment(state: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_nothing_is_written_over_a_backup_or_into_the_state(state: Path, tmp_pat
     with pytest.raises(StorageError, match=r"b\.tar: exists already, and a backup is never written over another"):
         backup.back_up(state, tmp_path / "b.tar")
     assert (tmp_path / "b.tar").read_bytes() == b"the last one"
-    with pytest.raises(StorageError, match="lies in the state folder, and would be lost with it"):
+    with pytest.raises(StorageError, match="is inside the state folder, and would be lost with it"):
         backup.back_up(state, state / "b.tar")
     with pytest.raises(DeploymentError, match="nothing to back up"):
         backup.back_up(tmp_path / "none", tmp_path / "c.tar")
@@ -181,7 +181,7 @@ def test_nothing_is_written_over_a_backup_or_into_the_state(state: Path, tmp_pat
 def test_nothing_is_restored_over_a_state(state: Path, tmp_path: Path) -> None:
     backup.back_up(state, tmp_path / "b.tar")
     before = contents(state)
-    with pytest.raises(StorageError, match="is not empty, and nothing is restored over what is there"):
+    with pytest.raises(StorageError, match="is not empty, and a restoration never overwrites files"):
         backup.restore(tmp_path / "b.tar", state)
     with Lock(state), pytest.raises(DeploymentError, match="a daemon runs on this state folder"):
         backup.restore(tmp_path / "b.tar", state)

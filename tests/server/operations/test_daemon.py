@@ -9,9 +9,8 @@ import pytest
 
 from trunkline.errors import DeploymentError
 from trunkline.runtime.supervisor import Supervisor
-from trunkline.server.operations import daemon
-from trunkline.server.operations import run_supervisor as conductor
-from trunkline.server.operations.run_store import Ledger
+from trunkline.server.operations import daemon, run_supervisor
+from trunkline.server.operations.run_store import RunStore
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "centre.example"])
@@ -40,13 +39,13 @@ def test_without_a_daemon_nothing_is_submitted(tmp_path: Path) -> None:
 
 def test_a_run_is_told_the_state_folder_whose_key_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, object]] = []
-    monkeypatch.setattr(conductor, "submit", lambda address, app, overrides, ca: told.append(overrides) or 7)
-    monkeypatch.setattr(daemon, "_where", lambda state: ("127.0.0.1:1", None))
+    monkeypatch.setattr(run_supervisor, "submit", lambda address, app, overrides, ca: told.append(overrides) or 7)
+    monkeypatch.setattr(daemon, "superlink_of", lambda state: ("127.0.0.1:1", None))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "centre").mkdir()
-    entry = daemon.run(Path("centre"), '{"name": "r"}', Path("out"), patience_s=0.0)
-    conductor.Conductor(tmp_path / "centre", "127.0.0.1:1", None, daemon.APP).look()
-    assert Ledger(tmp_path / "centre").get(entry.key).number == 7
+    record = daemon.run(Path("centre"), '{"name": "r"}', Path("out"), patience_s=0.0)
+    run_supervisor.RunSupervisor(tmp_path / "centre", "127.0.0.1:1", None, daemon.APP).look()
+    assert RunStore(tmp_path / "centre").get(record.key).run_id == 7
     assert told[0]["state"] == str(tmp_path / "centre")  # the ServerApp has another working directory
     assert (told[0]["resume"], told[0]["out"]) == (0, str(tmp_path / "out"))
     app = tomllib.loads((daemon.APP / "pyproject.toml").read_text())
@@ -54,29 +53,29 @@ def test_a_run_is_told_the_state_folder_whose_key_signs(tmp_path: Path, monkeypa
 
 
 def test_a_run_that_failed_says_why_in_its_own_words(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    entry = ledger.add("r", "{}", tmp_path / "out", resume=False)
-    ledger.change(entry.key, state="failed", note="2 of 5 sites answered")
+    store = RunStore(tmp_path)
+    record = store.add("r", "{}", tmp_path / "out", resume=False)
+    store.change(record.key, state="failed", note="2 of 5 sites answered")
     with pytest.raises(DeploymentError, match="failed: 2 of 5 sites answered"):
-        daemon.wait(tmp_path, entry.key, tmp_path / "out")
+        daemon.wait(tmp_path, record.key, tmp_path / "out")
 
 
 def test_a_server_that_is_down_is_waited_for_and_one_that_stays_away_is_not(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    entry = ledger.add("r", "{}", tmp_path / "out", resume=False)
+    store = RunStore(tmp_path)
+    record = store.add("r", "{}", tmp_path / "out", resume=False)
     (tmp_path / "status.json").write_text(json.dumps({"role": "server", "children": []}))
-    with pytest.raises(DeploymentError, match="goes on by itself once one does"):
-        list(daemon.follow(tmp_path, entry.key, silence_s=0.0, poll_s=0.01))
+    with pytest.raises(DeploymentError, match="resumes by itself once one does"):
+        list(daemon.follow(tmp_path, record.key, silence_s=0.0, poll_s=0.01))
     (tmp_path / "status.json").write_text("{ torn by a power cut")
     seen = []
-    for one in daemon.follow(tmp_path, entry.key, silence_s=60.0, poll_s=0.0):
+    for one in daemon.follow(tmp_path, record.key, silence_s=60.0, poll_s=0.0):
         seen.append(one.state)
         steps: dict[str, dict[str, object]] = {
-            "wanted": {"state": "running", "number": 3},
+            "wanted": {"state": "running", "run_id": 3},
             "running": {"state": "completed"},
         }
         if one.state in steps:
-            ledger.change(entry.key, **steps[one.state])
+            store.change(record.key, **steps[one.state])
     assert seen == ["wanted", "running", "completed"]
 
 

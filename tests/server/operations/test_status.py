@@ -16,6 +16,7 @@ from trunkline.server.membership.authority import Authority
 from trunkline.server.operations.status import (
     TAIL,
     note_event,
+    print_sites,
     print_status,
     progress_of,
     progress_words,
@@ -92,8 +93,8 @@ def centre(state: Path, **more: Any) -> Path:
 
 def run(state: Path, name: str, how: str, since: str, note: str = "", out: Path | None = None) -> None:
     (state / "runs").mkdir(exist_ok=True)
-    entry = {"key": f"{name}-1", "name": name, "out": str(out or ""), "state": how, "number": 1, "since": f"{TODAY}{since}+00:00", "note": note}  # fmt: skip
-    (state / "runs" / f"{name}-1.json").write_text(json.dumps(entry))
+    record = {"key": f"{name}-1", "name": name, "out": str(out or ""), "state": how, "number": 1, "since": f"{TODAY}{since}+00:00", "note": note}  # fmt: skip
+    (state / "runs" / f"{name}-1.json").write_text(json.dumps(record))
 
 
 def page(found: dict[str, Any], width: int = 80) -> str:
@@ -146,7 +147,7 @@ def test_a_page_names_sites_and_incidents_within_its_width(tmp_path: Path) -> No
     found = status(state)
     assert [one["site"] for one in found["sites"]] == ["press-07"]
     said = page(found)
-    assert "centre of North presses" in said and "press-07  invited; code out until" in said and "note 8" in said
+    assert "server of North presses" in said and "press-07  invited; code out until" in said and "note 8" in said
     assert "note 2" not in said, "the last six"
     found["incidents"] = [
         *found["incidents"][:1],
@@ -174,3 +175,33 @@ def test_what_a_run_tells_is_among_the_incidents_where_it_is_one(tmp_path: Path)
     told = [(one["kind"], one["site"], one["round"]) for one in recent(tmp_path, 10)]
     assert told == [("refusal", "mill-04", 7), ("failure", "", 7), ("recovery", "pump-02", 7)]
     assert recent(tmp_path, 10)[0]["text"] == "run turbofans: mill-04, round 7: update set aside. NaN."
+
+
+LONG = "press-07." + "x" * 55  # 64 characters, the longest name a site may have
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_site_name_is_cut_however_narrow_the_terminal(tmp_path: Path, width: int) -> None:
+    state = tmp_path / "s"
+    authority.init(state, "north", (), key=f"file:{tmp_path / 'key'}")
+    server = Authority.open(state)
+    for site in (LONG, "kiln-02"):
+        server.invite(site, 1.0)
+    console = Console(file=io.StringIO(), width=width)
+    print_sites(state, console)
+    listed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert LONG in listed and "kiln-02" in listed and "invited" in listed and "…" not in listed
+    run(centre(state), "turbofans", "waiting", "02:00:00", f"waiting for {LONG}")
+    summary = page(status(state), width).splitlines()
+    assert any(line.strip() == LONG or line.startswith(f"  {LONG}  ") for line in summary), "as a row of its own"
+    assert sum(LONG in line for line in summary) == 2, "in the run's note as well"
+
+
+def test_few_short_names_are_shown_as_a_table(tmp_path: Path) -> None:
+    state = tmp_path / "s"
+    authority.init(state, "north", (), key=f"file:{tmp_path / 'key'}")
+    Authority.open(state).invite("press-07", 1.0)
+    console = Console(file=io.StringIO(), width=100)
+    print_sites(state, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 100 and any("site" in line and "valid until" in line for line in lines)

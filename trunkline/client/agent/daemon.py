@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trunkline.client.agent import status
 from trunkline.client.agent.join import read_membership
-from trunkline.client.agent.membership_monitor import Keeper
+from trunkline.client.agent.membership_monitor import MembershipMonitor
 from trunkline.client.state.identity import Identity
 from trunkline.client.state.permissions import open_seal
 from trunkline.client.state.vault import check_whose
@@ -83,11 +83,11 @@ def start(
     supervisor.tell(f"asking {server} for work; state in {state}. Ctrl-C ends it.")
     keeper = None
     if identity.joined:
-        keeper = Keeper(state, server, supervisor.tell, supervisor.wake, incidents=supervisor.incidents)
+        keeper = MembershipMonitor(state, server, supervisor.tell, supervisor.wake, incidents=supervisor.incidents)
     supervisor.run(_watch(supervisor, keeper))
 
 
-def _watch(supervisor: Supervisor, keeper: Keeper | None) -> Callable[[], None]:
+def _watch(supervisor: Supervisor, keeper: MembershipMonitor | None) -> Callable[[], None]:
     """What the daemon looks at five times a second beside its children."""
     starts, due = 0, 0.0
 

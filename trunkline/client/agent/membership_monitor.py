@@ -26,7 +26,7 @@ OVER = {
 }
 
 
-class Keeper:
+class MembershipMonitor:
     """Call `tick` often; the work is done in a thread of its own, because a network may take its time.
 
     Args:

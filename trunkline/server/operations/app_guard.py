@@ -1,10 +1,11 @@
-"""The centre's own door for code: what stands in for `flwr-serverapp` and runs nothing but the installed app.
+"""Replaces `flwr-serverapp` at the server and runs nothing but the installed app.
 
 Whoever reaches a SuperLink's control interface can submit an app, and Flower starts its server side with the daemon's
-rights. Here the archive's digest is compared with that of the installed thin app before anything of it is unpacked; another
-ends its run as failed and stands in the audit log.
+rights. This program compares the archive's digest with that of the installed thin app before anything is unpacked. A run
+with any other app ends as failed, and the audit log records it.
 
-Run as `python -m trunkline.server.operations.app_guard STATE ...`, by way of `STATE/bin/flwr-serverapp`, which Flower finds first.
+Run as `python -m trunkline.server.operations.app_guard STATE ...`, through `STATE/bin/flwr-serverapp`, which is first in
+the PATH of the process that starts ServerApps.
 """
 
 import logging
@@ -21,11 +22,11 @@ from trunkline.runtime.programs import pins_of
 from trunkline.runtime.storage import write_atomic
 from trunkline.server.membership import audit_log as audit
 
-logger = logging.getLogger("trunkline.launcher")
+logger = logging.getLogger("trunkline.app_guard")
 
 
 def install(state: Path) -> Path:
-    """The folder that has to come first in a launcher's PATH."""
+    """Write the replacement program; the folder that has to be first in PATH."""
     folder = state / "bin"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     script = folder / "flwr-serverapp"
@@ -41,13 +42,13 @@ def check(state: Path, fab: bytes) -> None:
         return
     try:
         audit.note(state, "refuse app", app=digest)
-    except TrunklineError as error:  # the refusal stands even where it cannot be written down
+    except TrunklineError as error:  # the refusal stands even if it cannot be recorded
         logger.error("%s", error)
-    text, remedy = f"refused the app {digest}: nothing of it was run", "Submit runs with `trunkline server run`."
+    text, remedy = f"refused the app {digest}: none of its code was run", "Submit runs with `trunkline server run`."
     Incidents(state).note("refusal", text, remedy=remedy, about=f"app {digest}")
     raise DeploymentError(
-        f"the app {digest[:16]} is not the one installed at this centre; nothing of it was run. Submit runs with `trunkline server "
-        f"run`, or pin it: one digest a line in {state / 'pins.txt'}."
+        f"the app {digest[:16]} is not the one installed at this server; none of its code was run. Submit runs with `trunkline "
+        f"server run`, or pin it: one digest a line in {state / 'pins.txt'}."
     )
 
 

@@ -1,11 +1,11 @@
-"""The centre's state in one file, taken while its daemon runs, and put back where nothing is yet.
+"""A backup of the server's state in one file, made while the daemon runs, and its restoration into an empty folder.
 
-The file is a tar archive whose last member lists all others with their hashes: one that is cut short has no list. It holds
-what the state folder holds, as sealed as it is there, and not the key that seals it.
+The file is a tar archive. Its last member lists all others with their hashes, so a truncated file is recognised by the
+missing list. It holds the files of the state folder, sealed where they are sealed, without the key that seals them.
 
-Files that are replaced as a whole are read through one descriptor, so a copy is of one version. The audit log is copied
-under its own lock; the database by SQLite's own means and after the register, and a run's checkpoints after its journal:
-what comes later may know more than what comes before, never less.
+Files that are replaced as a whole are read through one descriptor, so each copy is of one version. The audit log is copied
+under its lock. The database is copied by SQLite after the registry, and the checkpoints of a run after its journal: a file
+copied later may contain more than an earlier one, never less.
 """
 
 import contextlib
@@ -35,20 +35,19 @@ from trunkline.runtime.lock import read_status
 from trunkline.runtime.storage import write_atomic
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership.authority import is_federation, read_federation
-from trunkline.server.operations.run_store import HOLD, Entry, Ledger
+from trunkline.server.operations.run_store import RUN_LOCK, RunRecord, RunStore
 from trunkline.server.releases.lineage import versions
 
 FORMAT = 1
 LIST = "backup.json"  # the last member
 DATABASE = "superlink.db"
-# of a state folder, what a start makes anew, and logs
+# files of a state folder that every start makes again, and logs
 LEFT_OUT = ("pid", "status.json", "secret", "bin", "flwr", "logs")
 MODES = 0o755  # no other account writes here
 CHUNK = 1 << 20
-Tell = Callable[[str], None]
 
 
-class Member(Frozen):
+class BackedUpFile(Frozen):
     """One file: its sha256, bytes and mode."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -57,13 +56,14 @@ class Member(Frozen):
 
 
 class Listing(Frozen):
-    """What a backup holds.
+    """The list of a backup.
 
     Args:
-        made: ISO 8601, UTC. by: the operator, as the audit log has him.
-        federation: its name; empty where there is none.
-        versions: of Trunkline and the packages beside it; protocol: of the wire.
-        runs: key of a run -> its folder below the state, also of one that lay elsewhere.
+        made: time of the backup, ISO 8601, UTC. by: the operator, as in the audit log.
+        federation: its name; empty without a federation.
+        versions: of Trunkline and its main packages. protocol: version of the wire protocol.
+        runs: key of a run -> its folder in the backup, also for a run whose folder is outside of the state.
+        members: path in the backup -> the file.
     """
 
     format: int = FORMAT
@@ -73,27 +73,27 @@ class Listing(Frozen):
     versions: dict[str, str]
     protocol: int
     runs: dict[str, str]
-    members: dict[str, Member]
+    members: dict[str, BackedUpFile]
 
 
 @dataclass
 class _Archive:
     tar: tarfile.TarFile
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, BackedUpFile] = field(default_factory=dict)
 
     def add(self, name: str, file: IO[bytes], mode: int | None = None) -> None:
-        """As many bytes as the file has now; one that is appended to meanwhile keeps the rest to itself."""
-        found = os.fstat(file.fileno())
+        """As many bytes as the file has now; bytes that are appended meanwhile are not copied."""
+        status = os.fstat(file.fileno())
         info = tarfile.TarInfo(name)
-        info.size, info.mtime = found.st_size, int(found.st_mtime)
-        info.mode = (stat.S_IMODE(found.st_mode) if mode is None else mode) & MODES
+        info.size, info.mtime = status.st_size, int(status.st_mtime)
+        info.mode = (stat.S_IMODE(status.st_mode) if mode is None else mode) & MODES
         reader = _Hashing(file, info.size)
         self.tar.addfile(info, reader)
-        self.members[name] = Member(sha256=reader.digest.hexdigest(), size=info.size, mode=info.mode)
+        self.members[name] = BackedUpFile(sha256=reader.digest.hexdigest(), size=info.size, mode=info.mode)
 
 
 class _Hashing:
-    """Reads so many bytes of a file, and hashes them on the way."""
+    """Reads the first `size` bytes of a file, and hashes them."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file = file
@@ -108,11 +108,11 @@ class _Hashing:
 
 
 def back_up(state: Path, file: Path) -> Listing:
-    """Put the state of a centre into `file`, for this account only.
+    """Write the state of a server into `file`, readable for this account only.
 
     Raises:
-        DeploymentError: there is no state of a centre.
-        StorageError: `file` is there already or lies in the state, or cannot be written; a file cannot be read.
+        DeploymentError: `state` is not the state folder of a server.
+        StorageError: `file` exists or is inside `state`, or cannot be written; a file cannot be read.
     """
     state, file = state.resolve(), file.resolve()
     if not (is_federation(state) or (state / DATABASE).exists()):
@@ -120,7 +120,7 @@ def back_up(state: Path, file: Path) -> Listing:
     if file.exists():
         raise StorageError(f"{file}: exists already, and a backup is never written over another. Name another file.")
     if file.is_relative_to(state):
-        raise StorageError(f"{file}: lies in the state folder, and would be lost with it. Name a file elsewhere.")
+        raise StorageError(f"{file}: is inside the state folder, and would be lost with it. Name a file elsewhere.")
     audit.note(state, "back up", file=str(file))
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -132,10 +132,10 @@ def back_up(state: Path, file: Path) -> Listing:
             os.fsync(out.fileno())
         aside.rename(file)
     except (OSError, tarfile.TarError) as error:
-        why = getattr(error, "strerror", None) or error
-        where = getattr(error, "filename", None) or file
+        cause = getattr(error, "strerror", None) or error
+        path = getattr(error, "filename", None) or file
         raise StorageError(
-            f"{where}: the backup was not made ({why}). Nothing was changed; mend that and try again."
+            f"{path}: the backup was not made ({cause}). Nothing was changed; remove the cause and try again."
         ) from None
     finally:
         aside.unlink(missing_ok=True)
@@ -143,10 +143,10 @@ def back_up(state: Path, file: Path) -> Listing:
 
 
 def _collect(state: Path, archive: _Archive) -> Listing:
-    runs, inside = {}, {entry.key: entry for entry in Ledger(state).entries()}
+    runs, inside = {}, {record.key: record for record in RunStore(state).records()}
     elsewhere: dict[str, Path] = {}
-    for key, entry in inside.items():
-        out = Path(entry.out).resolve()
+    for key, record in inside.items():
+        out = Path(record.out).resolve()
         runs[key] = out.relative_to(state).as_posix() if out.is_relative_to(state) else f"runs/{key}"
         if not out.is_relative_to(state):
             elsewhere[runs[key]] = out
@@ -156,9 +156,9 @@ def _collect(state: Path, archive: _Archive) -> Listing:
             _add_log(archive, path)
         elif name != f"{audit.AUDIT}.head" and not name.startswith(DATABASE):
             _add(archive, path, name)
-    for place, out in elsewhere.items():
+    for folder, out in elsewhere.items():
         for path in _files(out):
-            _add(archive, path, f"{place}/{path.relative_to(out).as_posix()}")
+            _add(archive, path, f"{folder}/{path.relative_to(out).as_posix()}")
     if (state / DATABASE).exists():
         _add_database(archive, state / DATABASE)
     listing = Listing(
@@ -175,27 +175,27 @@ def _collect(state: Path, archive: _Archive) -> Listing:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files of a folder, a run's journal before its checkpoints; not those on their way to another name."""
-    for here, folders, files in os.walk(folder):
-        top = Path(here) == folder
+    """The files of a folder, the journal of a run before its checkpoints, without temporary files and locks."""
+    for parent, folders, files in os.walk(folder):
+        top = Path(parent) == folder
         folders[:] = sorted(
-            (one for one in folders if not (top and one in LEFT_OUT)), key=lambda one: (one == "checkpoint", one)
+            (name for name in folders if not (top and name in LEFT_OUT)), key=lambda name: (name == "checkpoint", name)
         )
         for name in sorted(files):
-            path = Path(here) / name
-            if name.startswith(".") or name.endswith(".lock") or name == HOLD or (top and name in LEFT_OUT):
+            path = Path(parent) / name
+            if name.startswith(".") or name.endswith(".lock") or name == RUN_LOCK or (top and name in LEFT_OUT):
                 continue
             if path.is_file() and not path.is_symlink():  # no sockets either
                 yield path
 
 
 def _add(archive: _Archive, path: Path, name: str) -> None:
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # an older checkpoint went meanwhile
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # an older checkpoint was deleted meanwhile
         archive.add(name, file)
 
 
 def _add_log(archive: _Archive, path: Path) -> None:
-    """The log and its head, with nobody writing in between."""
+    """The log and its head, under a lock that keeps writers out."""
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         archive.add(path.name, file)
@@ -210,31 +210,31 @@ def _add_database(archive: _Archive, path: Path) -> None:
                 contextlib.closing(sqlite3.connect(path, timeout=30.0)) as source,
                 contextlib.closing(sqlite3.connect(copy)) as target,
             ):
-                source.backup(target)  # in one step: a copy of one moment, whatever is written meanwhile
+                source.backup(target)  # in one step: a copy of one moment, even while others write
         except sqlite3.Error as error:
-            raise StorageError(f"{path}: cannot be copied ({error}). Look at it with the daemon ended.") from None
+            raise StorageError(f"{path}: cannot be copied ({error}). Stop the daemon and check the file.") from None
         with copy.open("rb") as file:
             archive.add(path.name, file, mode=0o600)
 
 
-def restore(file: Path, state: Path, tell: Tell = lambda text: None) -> Listing:
-    """Put a backup back as the state of a centre. Everything is checked before `state` is there at all.
+def restore(file: Path, state: Path, emit: Callable[[str], None] = lambda text: None) -> Listing:
+    """Restore a backup as the state of a server. Everything is checked before `state` is created.
 
     Args:
         state: a folder that is empty or absent.
-        tell: takes sentences on what an operator has to see to.
+        emit: takes sentences that tell the operator what to do next.
 
     Raises:
         DeploymentError: a daemon runs on `state`.
-        StorageError: `state` holds something; the file is damaged, cut short, or no backup; it cannot be written.
+        StorageError: `state` is not empty; the file is damaged, cut short, or no backup; it cannot be written.
         ForeignState: the file was written by a newer Trunkline.
     """
     state, file = state.resolve(), file.resolve()
-    if _runs(state):
+    if _is_running(state):
         raise DeploymentError(f"{state}: a daemon runs on this state folder. Nothing was changed; restore to another.")
     if state.exists() and (not state.is_dir() or any(state.iterdir())):
         raise StorageError(
-            f"{state}: is not empty, and nothing is restored over what is there. Name a folder that is not there yet."
+            f"{state}: is not empty, and a restoration never overwrites files. Name a folder that does not exist yet."
         )
     aside = state.with_name(f".{state.name}.{os.getpid()}.restoring")
     try:
@@ -242,7 +242,7 @@ def restore(file: Path, state: Path, tell: Tell = lambda text: None) -> Listing:
         listing = _unpack(file, aside)
         _move_runs(aside, state, listing)
         _flush(aside)
-        aside.rename(state)  # an empty folder gives way
+        aside.rename(state)  # replaces an empty folder
     except OSError as error:
         where = error.filename if error.filename and Path(error.filename) == file else state
         raise StorageError(f"{where}: cannot be restored ({error.strerror}). Nothing was changed.") from None
@@ -251,25 +251,25 @@ def restore(file: Path, state: Path, tell: Tell = lambda text: None) -> Listing:
     try:
         audit.note(state, "restore", file=str(file), made=listing.made)
     except TrunklineError as error:
-        tell(f"{error} Until then `trunkline server start --state {state}` says the same.")
-    tell(
-        f"It is as of {listing.made}: sites that joined since join again with a new code, and a site that was revoked since has to be "
-        "revoked again, before the server is started."
+        emit(f"{error} Until then `trunkline server start --state {state}` fails with the same error.")
+    emit(
+        f"The state is of {listing.made}. Sites that joined since then join again with a new code. A site that was revoked since "
+        "then is accepted again: revoke it before you start the server."
     )
     return listing
 
 
-def _runs(state: Path) -> bool:
+def _is_running(state: Path) -> bool:
     try:
         return bool(read_status(state)["running"])
-    except DeploymentError:  # none ever did
+    except DeploymentError:  # no daemon ever ran
         return False
 
 
 def _unpack(file: Path, to: Path) -> Listing:
-    """Write the members below `to`, and hold each to the list."""
+    """Write the members below `to`, and compare each with the list."""
     damaged = f"{file}: damaged or cut short ({{}}). Nothing was restored; take another backup."
-    found: dict[str, Member] = {}
+    unpacked: dict[str, BackedUpFile] = {}
     listing: Listing | None = None
     try:
         with tarfile.open(file, "r:") as tar:
@@ -280,17 +280,19 @@ def _unpack(file: Path, to: Path) -> Listing:
                     listing = _listing(tar, info, file)
                     continue
                 checked = tarfile.data_filter(info, str(to))
-                if not info.isreg() or checked.name != info.name or info.name in found:
+                if not info.isreg() or checked.name != info.name or info.name in unpacked:
                     raise StorageError(damaged.format(f"{info.name!r} is no file of a backup"))
-                found[info.name] = _write(tar, info, to / info.name)
+                unpacked[info.name] = _write(tar, info, to / info.name)
     except tarfile.FilterError as error:
         raise StorageError(f"{file}: is no backup of ours: {error}. Nothing was restored.") from None
     except (tarfile.TarError, EOFError) as error:
         raise StorageError(damaged.format(error or type(error).__name__)) from None
     if listing is None:
         raise StorageError(damaged.format("its list is missing"))
-    if wrong := [name for name in {**listing.members, **found} if listing.members.get(name) != found.get(name)]:
-        raise StorageError(damaged.format(f"{wrong[0]!r} is not what was backed up"))
+    if different := [
+        name for name in {**listing.members, **unpacked} if listing.members.get(name) != unpacked.get(name)
+    ]:
+        raise StorageError(damaged.format(f"{different[0]!r} is not what was backed up"))
     return listing
 
 
@@ -315,10 +317,10 @@ def _listing(tar: tarfile.TarFile, info: tarfile.TarInfo, file: Path) -> Listing
         raise StorageError(f"{file}: its list cannot be read ({type(error).__name__}). Nothing was restored.") from None
 
 
-def _write(tar: tarfile.TarFile, info: tarfile.TarInfo, path: Path) -> Member:
+def _write(tar: tarfile.TarFile, info: tarfile.TarInfo, path: Path) -> BackedUpFile:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     source = tar.extractfile(info)
-    assert source is not None  # of a regular file there is one
+    assert source is not None  # a regular file has one
     reader = _Hashing(source, info.size)
     mode = info.mode & MODES
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -328,26 +330,26 @@ def _write(tar: tarfile.TarFile, info: tarfile.TarInfo, path: Path) -> Member:
         os.fsync(out.fileno())
     path.chmod(mode)
     os.utime(path, (info.mtime, info.mtime))
-    return Member(sha256=reader.digest.hexdigest(), size=info.size - reader.left, mode=mode)
+    return BackedUpFile(sha256=reader.digest.hexdigest(), size=info.size - reader.left, mode=mode)
 
 
 def _move_runs(aside: Path, state: Path, listing: Listing) -> None:
-    """The list of runs names their folders as they lie from now on, and what was under way is submitted again."""
-    for key, place in listing.runs.items():
+    """Give the runs their new folders, and mark unfinished runs to be submitted again."""
+    for key, folder in listing.runs.items():
         path = aside / "runs" / f"{key}.json"
         try:
-            entry = Entry.model_validate_json(path.read_bytes())
+            record = RunRecord.model_validate_json(path.read_bytes())
         except (FileNotFoundError, ValidationError, ValueError):
-            continue  # it was damaged as it is, and the daemon says so
-        change: dict[str, Any] = {"out": str(state / place)}
-        if entry.open:
+            continue  # it was damaged before the backup, and the daemon reports it
+        change: dict[str, Any] = {"out": str(state / folder)}
+        if record.open:
             change |= {
                 "state": "waiting",
                 "since": _now(),
-                "note": f"put back from the backup of {listing.made}",
+                "note": f"restored from the backup of {listing.made}",
                 "tries": 0,
             }
-        write_atomic(path, json.dumps(entry.model_copy(update=change).model_dump(mode="json"), indent=1).encode())
+        write_atomic(path, record.model_copy(update=change).to_json())
 
 
 def _now() -> str:
@@ -355,8 +357,8 @@ def _now() -> str:
 
 
 def _flush(folder: Path) -> None:
-    for here, _, _ in os.walk(folder):
-        descriptor = os.open(here, os.O_RDONLY)
+    for parent, _, _ in os.walk(folder):
+        descriptor = os.open(parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -1,38 +1,50 @@
-"""Sees to it that every run of the centre goes on until it has ended by itself: submits, watches, submits again.
+"""Keeps every run of the server going until it ends by itself: submits it, watches it, submits it again.
 
-Flower ends a run with whatever dies: with its ServerApp, which nobody starts again; with the process that starts
-ServerApps; with a SuperLink that is away for a minute. What a run has reached is on disk, so it is submitted again and
-goes on from there. A ServerApp that has ended by itself, well or not, leaves its word in the run's folder.
+Flower ends a run when one of its processes dies: the ServerApp, the process that starts ServerApps, or a SuperLink that is
+down for a minute. Nothing in Flower starts that run again. The progress of a run is on disk, so a new submission resumes
+it. A ServerApp that ends by itself, well or not, writes its outcome into the run's folder.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from trunkline.errors import DeploymentError, TrunklineError
 from trunkline.flower.control import run_status, stop_run, submit
 from trunkline.runtime.incidents import Incidents, Kind
 from trunkline.runtime.storage import Shelf
-from trunkline.server.operations.run_store import Entry, Ledger, held_by, read_outcome
+from trunkline.server.operations.run_store import RunRecord, RunStore, lock_holder, read_outcome
 
-LOOK_S = 0.5  # between two looks at the list of runs
-BEGIN_S = 45.0  # from a submission until its ServerApp must have begun; it loads torch, on a busy machine
 TRIES = 12  # submissions in a row without a new round until a run is given up
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0  # between them, doubling
-FORMER = 20  # numbers of earlier submissions that are remembered, to tell them from runs of somebody else
+FORMER = 20  # ids of earlier submissions that are kept, to tell them from runs that somebody else submitted
 
 logger = logging.getLogger(__name__)
 
 
-class Conductor:
+@dataclass(frozen=True)
+class Timing:
+    """Waits of the supervisor, in seconds."""
+
+    look_s: float = 0.5  # between two looks at the list of runs
+    start_s: float = 45.0  # from a submission until its ServerApp must have started; it loads torch, on a busy machine
+    first_pause_s: float = 0.5  # before the first new submission; doubles with each failure
+    longest_pause_s: float = 60.0
+
+    def pause_s(self, tries: int) -> float:
+        """How long to wait before submission number `tries` + 1."""
+        return min(self.first_pause_s * 2.0 ** (tries - 1), self.longest_pause_s)
+
+
+class RunSupervisor:
     """Call `tick` often; the work is done in a thread of its own, because the SuperLink may take its time.
 
     Args:
-        state: of the centre; address, ca: its SuperLink, see `flower.submit`.
+        state: the server's state folder. address, ca: its SuperLink, see `flower.control.submit`.
         app: folder of the app that is submitted.
-        tell: takes a sentence with the run's name whenever something went wrong or right again.
+        emit: takes a sentence with the run's name at every failure and recovery.
         incidents: gets the same.
     """
 
@@ -42,159 +54,167 @@ class Conductor:
         address: str,
         ca: Path | None,
         app: Path,
-        tell: Callable[[str], None] = lambda text: None,
+        emit: Callable[[str], None] = lambda text: None,
         incidents: Incidents | None = None,
+        timing: Timing = Timing(),
     ) -> None:
         self.incidents = incidents
         self.state = state
         self.address = address
         self.ca = ca
         self.app = app
-        self.tell = tell
-        self.ledger = Ledger(state)
+        self.emit = emit
+        self.timing = timing
+        self.store = RunStore(state)
         self._thread: threading.Thread | None = None
         self._due = 0.0
-        self._again: dict[str, float] = {}  # key -> monotonic time of its next submission
-        self._begun: dict[str, float] = {}  # key -> when it was submitted, by this process's clock
-        self._told: set[str] = set()
+        self._next_submission: dict[str, float] = {}  # key -> monotonic time
+        self._submitted: dict[str, float] = {}  # key -> monotonic time
+        self._reported: set[str] = set()
 
     def tick(self) -> None:
         """Start a look when it is time."""
         if self._thread is not None and self._thread.is_alive():
             return
         if time.monotonic() >= self._due:
-            self._due = time.monotonic() + LOOK_S
-            self._thread = threading.Thread(target=self.look, name="conductor", daemon=True)
+            self._due = time.monotonic() + self.timing.look_s
+            self._thread = threading.Thread(target=self.look, name="run-supervisor", daemon=True)
             self._thread.start()
 
     def look(self) -> None:
-        """Bring every unfinished run one step further."""
-        for path in self.ledger.damaged():
-            self._say_once(f"{path}: damaged, so this run is not watched. Restore a backup, or remove the file.")
-        for entry in self.ledger.entries():
-            if not entry.open:
+        """Check every unfinished run, and submit or end it where that is due."""
+        for path in self.store.damaged():
+            self._report_once(f"{path}: damaged, so this run is not supervised. Restore a backup, or remove the file.")
+        for record in self.store.records():
+            if not record.open:
                 continue
             try:
-                self._advance(entry)
-            except DeploymentError as error:  # the SuperLink is away: its own daemon starts it again
-                logger.info("%s: %s", entry.key, error)
-            except TrunklineError as error:  # a full disk, say; looked at again in a moment
-                self._say_once(f"{entry.name}: {error}")
-            except Exception:  # whatever it is, the other runs are still to be watched
-                logger.exception("%s", entry.key)
+                self._advance(record)
+            except DeploymentError as error:  # the SuperLink is down: its supervisor starts it again
+                logger.info("%s: %s", record.key, error)
+            except TrunklineError as error:  # a full disk, say; checked again in a moment
+                self._report_once(f"{record.name}: {error}")
+            except Exception:  # the other runs still need their supervisor
+                logger.exception("%s", record.key)
 
-    def _advance(self, entry: Entry) -> None:
-        out = Path(entry.out)
-        if entry.stop:
-            self._stop(entry)
+    def _advance(self, record: RunRecord) -> None:
+        out = Path(record.out)
+        if record.stop:
+            self._stop(record)
             return
-        if entry.state in ("wanted", "waiting"):
-            if time.monotonic() >= self._again.get(entry.key, 0.0):
-                self._submit(entry, out)
+        if record.state in ("wanted", "waiting"):
+            if time.monotonic() >= self._next_submission.get(record.key, 0.0):
+                self._submit(record, out)
             return
-        held, number = held_by(out)
-        ended = read_outcome(out, entry.number)
-        if ended is not None and not held:
-            self._end(entry, ended)
+        running, run_id = lock_holder(out)
+        ended = read_outcome(out, record.run_id)
+        if ended is not None and not running:
+            self._end(record, ended)
             return
-        status, details = self._status(entry.number)
+        status, details = self._status(record.run_id)
         if status.startswith("finished"):
-            if held and number == entry.number:
-                return  # it is writing its last words
-            if (ended := read_outcome(out, entry.number)) is not None:
-                self._end(entry, ended)
+            if running and run_id == record.run_id:
+                return  # it is writing its outcome
+            if (ended := read_outcome(out, record.run_id)) is not None:
+                self._end(record, ended)
             elif status == "finished:stopped":
-                self._settle(entry, "stopped", "It was stopped through Flower's own control interface.")
+                self._close(record, "stopped", "It was stopped through Flower's own control interface.")
             elif status == "finished:completed":
-                self._end(entry, "")
+                self._end(record, "")
             else:
-                self._retry(entry, out, f"its ServerApp ended without a word ({details[:200] or status})")
+                self._retry(record, out, f"its ServerApp ended without an outcome ({details[:200] or status})")
         elif status == "unknown":
-            self._retry(entry, out, "the SuperLink does not know it any more")
-        elif number == entry.number and not held:
-            self._retry(entry, out, "its ServerApp was killed", stop=True)
-        elif number != entry.number and status != "pending" and self._late(entry):
-            self._retry(entry, out, f"its ServerApp did not begin within {BEGIN_S:g} s", stop=True)
-        elif held and entry.tries and (at := newest_round(out)) > entry.round:
-            self.ledger.change(entry.key, tries=0, round=at)
-            self._say(f"{entry.name}: goes on, round {at} is done.", entry, "recovery")
+            self._retry(record, out, "the SuperLink no longer knows it")
+        elif run_id == record.run_id and not running:
+            self._retry(record, out, "its ServerApp was killed", stop=True)
+        elif run_id != record.run_id and status != "pending" and self._is_late(record):
+            self._retry(record, out, f"its ServerApp did not start within {self.timing.start_s:g} s", stop=True)
+        elif running and record.tries and (newest := newest_round(out)) > record.round:
+            self.store.change(record.key, tries=0, round=newest)
+            self._report(f"{record.name}: running again, round {newest} is done.", record, "recovery")
 
-    def _submit(self, entry: Entry, out: Path) -> None:
-        held, number = held_by(out)
-        if held and number and number != entry.number and self._alive(number):
-            self._running(entry, number, "taken up where it was")  # this daemon was killed before it wrote that down
+    def _submit(self, record: RunRecord, out: Path) -> None:
+        running, run_id = lock_holder(out)
+        if running and run_id and run_id != record.run_id and self._is_alive(run_id):
+            # the daemon before was killed after the submission and before its record
+            self._set_running(record, run_id, "found running, supervised again")
             return
-        if entry.number and self._alive(entry.number):  # a database from a backup may still have it, in folders of then
-            stop_run(self.address, entry.number, ca=self._authority())
+        if record.run_id and self._is_alive(
+            record.run_id
+        ):  # a database from a backup may still list it, with its former folders
+            stop_run(self.address, record.run_id, ca=self._authority())
         values: dict[str, str | int | float] = {
-            "run-toml": entry.toml,
-            "out": entry.out,
-            "resume": int(entry.resume or entry.number > 0 or newest_round(out) >= 0),
+            "run-toml": record.toml,
+            "out": record.out,
+            "resume": int(record.resume or record.run_id > 0 or newest_round(out) >= 0),
             "state": str(self.state),
         }
         try:
             submitted = submit(self.address, self.app, values, ca=self._authority())
         except DeploymentError as error:
-            if entry.note != str(error):
-                self.ledger.change(entry.key, note=str(error))
+            if record.note != str(error):
+                self.store.change(record.key, note=str(error))
             raise
-        self._running(entry, submitted, f"goes on after round {max(0, newest_round(out))}" if values["resume"] else "")
+        note = f"resumed after round {max(0, newest_round(out))}" if values["resume"] else ""
+        self._set_running(record, submitted, note)
 
-    def _running(self, entry: Entry, number: int, how: str) -> None:
-        self._begun[entry.key] = time.monotonic()
-        former = (*entry.former, entry.number)[-FORMER:] if entry.number else entry.former
-        self.ledger.change(entry.key, state="running", number=number, former=former, note=how)
-        if how:
-            self._say(f"{entry.name}: {how}.", entry, "recovery")
+    def _set_running(self, record: RunRecord, run_id: int, note: str) -> None:
+        self._submitted[record.key] = time.monotonic()
+        former = (*record.former, record.run_id)[-FORMER:] if record.run_id else record.former
+        self.store.change(record.key, state="running", run_id=run_id, former=former, note=note)
+        if note:
+            self._report(f"{record.name}: {note}.", record, "recovery")
 
-    def _retry(self, entry: Entry, out: Path, why: str, *, stop: bool = False) -> None:
-        at = newest_round(out)
-        tries = 1 if at > entry.round else entry.tries + 1
+    def _retry(self, record: RunRecord, out: Path, cause: str, *, stop: bool = False) -> None:
+        newest = newest_round(out)
+        tries = 1 if newest > record.round else record.tries + 1
         if tries > TRIES:
-            self._settle(
-                entry, "failed", f"It came no further than round {max(0, at)} in {TRIES} attempts; at last: {why}."
+            self._close(
+                record,
+                "failed",
+                f"No round after {max(0, newest)} was done in {TRIES} attempts; the last cause: {cause}.",
             )
             return
-        pause = min(FIRST_PAUSE_S * 2.0 ** (tries - 1), LONGEST_PAUSE_S)
-        self._again[entry.key] = time.monotonic() + pause
-        # written down before it is stopped: who dies in between must not take the stop for an operator's
-        self.ledger.change(entry.key, state="waiting", note=why, tries=tries, round=at)
-        again = f"it is submitted again in {pause:g} s and goes on after round {max(0, at)}."
-        self._say(f"{entry.name}: {why}; {again}", entry, "failure", at)
+        pause = self.timing.pause_s(tries)
+        self._next_submission[record.key] = time.monotonic() + pause
+        # recorded before the stop: after a kill in between, the stop must not look like an operator's
+        self.store.change(record.key, state="waiting", note=cause, tries=tries, round=newest)
+        remedy = f"it is submitted again in {pause:g} s and resumes after round {max(0, newest)}."
+        self._report(f"{record.name}: {cause}; {remedy}", record, "failure", newest)
         if stop:
             try:
-                stop_run(self.address, entry.number, ca=self._authority())
+                stop_run(self.address, record.run_id, ca=self._authority())
             except DeploymentError as error:
-                logger.info("%s: %s", entry.key, error)
+                logger.info("%s: %s", record.key, error)
 
-    def _stop(self, entry: Entry) -> None:
-        if entry.number and self._alive(entry.number):
-            stop_run(self.address, entry.number, ca=self._authority())
-        self._settle(entry, "stopped", "Stopped by the operator; `trunkline server run --resume` goes on.")
+    def _stop(self, record: RunRecord) -> None:
+        if record.run_id and self._is_alive(record.run_id):
+            stop_run(self.address, record.run_id, ca=self._authority())
+        self._close(record, "stopped", "Stopped by the operator; `trunkline server run --resume` resumes it.")
 
-    def _end(self, entry: Entry, text: str) -> None:
-        self._settle(entry, "failed" if text else "completed", text)
+    def _end(self, record: RunRecord, text: str) -> None:
+        self._close(record, "failed" if text else "completed", text)
 
-    def _settle(self, entry: Entry, state: str, note: str) -> None:
-        self.ledger.change(entry.key, state=state, note=note)
-        self._say(
-            f"{entry.name}: {state}{'. ' + note if note else '.'}", entry, "failure" if state == "failed" else "note"
+    def _close(self, record: RunRecord, state: str, note: str) -> None:
+        self.store.change(record.key, state=state, note=note)
+        self._report(
+            f"{record.name}: {state}{'. ' + note if note else '.'}", record, "failure" if state == "failed" else "note"
         )
 
-    def _status(self, number: int) -> tuple[str, str]:
+    def _status(self, run_id: int) -> tuple[str, str]:
         try:
-            return run_status(self.address, number, ca=self._authority())
+            return run_status(self.address, run_id, ca=self._authority())
         except DeploymentError as error:
-            if "no run" in str(error):  # its database was lost, or put back from before
+            if "no run" in str(error):  # its database was lost, or restored from a backup
                 return "unknown", ""
             raise
 
-    def _alive(self, number: int) -> bool:
-        status, _ = self._status(number)
+    def _is_alive(self, run_id: int) -> bool:
+        status, _ = self._status(run_id)
         return status != "unknown" and not status.startswith("finished")
 
-    def _late(self, entry: Entry) -> bool:
-        return time.monotonic() - self._begun.setdefault(entry.key, time.monotonic()) > BEGIN_S
+    def _is_late(self, record: RunRecord) -> bool:
+        return time.monotonic() - self._submitted.setdefault(record.key, time.monotonic()) > self.timing.start_s
 
     def _authority(self) -> bytes | None:
         try:
@@ -202,16 +222,16 @@ class Conductor:
         except OSError as error:
             raise DeploymentError(f"{self.ca}: cannot be read ({error.strerror}).") from None
 
-    def _say(self, text: str, entry: Entry, kind: Kind, round: int | None = None) -> None:
-        self._told.discard(text)
-        self.tell(f"run {text}")
+    def _report(self, text: str, record: RunRecord, kind: Kind, round: int | None = None) -> None:
+        self._reported.discard(text)
+        self.emit(f"run {text}")
         if self.incidents is not None:
-            self.incidents.note(kind, f"run {text}", round=round, about=f"run {entry.key}")
+            self.incidents.note(kind, f"run {text}", round=round, about=f"run {record.key}")
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            self.tell(f"run {text}")
+    def _report_once(self, text: str) -> None:
+        if text not in self._reported:
+            self._reported.add(text)
+            self.emit(f"run {text}")
             if self.incidents is not None:
                 self.incidents.note("failure", f"run {text}")
 

@@ -1,4 +1,4 @@
-"""What each part of the centre does now, since when, and what is wrong: `trunkline server status`."""
+"""The state of each part of the server, since when, and every problem: `trunkline server status` and `server sites`."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trunkline.errors import DeploymentError, TrunklineError
 from trunkline.flower.control import list_nodes, list_runs
-from trunkline.runtime.health import Rows, base_of, child_words, clock, daemon_words, disk_words, print_page
+from trunkline.runtime.health import Rows, base_of, child_words, clock, daemon_words, disk_words, folded, print_page
 from trunkline.runtime.incidents import Incidents, Kind, look_up
 from trunkline.runtime.lock import read_status
 from trunkline.runtime.progress import EVENTS
@@ -16,39 +16,42 @@ from trunkline.server.membership.authority import is_federation, read_federation
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 RUNS = "runs"  # below the state folder: a small file a run, beside the runs' own folders
 HEAD, TAIL = 64 << 10, 256 << 10  # bytes read at both ends of a long run's events
 MOST_RUNS, MOST_SITES = 8, 20  # that a page shows
+SITE_COLUMNS = ("site", "state", "since (UTC)", "valid until", "online", "key", "note")
+NOTE_WIDTH = 20
 GOING = ("running", "waiting", "wanted")  # states of a run that has not ended
-DOES = {
+ROLES = {
     "superlink": "passes messages on",
     "superexec": "starts the runs",
     "registrar": "lets sites join and renews certificates",
 }
 
 
-def where(state: Path) -> tuple[str, bytes | None]:
+def superlink_of(state: Path) -> tuple[str, bytes | None]:
     """Address and certificate authority of the SuperLink of the daemon that runs on `state`.
 
     Raises:
-        DeploymentError: none runs there.
+        DeploymentError: no daemon runs on `state`.
     """
-    found = read_status(state.resolve())
-    if not found["running"] or found.get("role") != "server":
+    daemon = read_status(state.resolve())
+    if not daemon["running"] or daemon.get("role") != "server":
         raise DeploymentError(
             f"{state}: no server runs on this state folder. `trunkline server start --state {state}`."
         )
-    ca = Path(found["ca"]).read_bytes() if found.get("ca") else None
-    return str(found["address"]), ca
+    ca = Path(daemon["ca"]).read_bytes() if daemon.get("ca") else None
+    return str(daemon["address"]), ca
 
 
 def status(state: Path) -> dict[str, Any]:
-    """How the centre stands, for a person or for monitoring.
+    """The state of the server, for a person or for monitoring.
 
     Returns:
         running, pid, since, listens, ready; children (name, pid, since, restarts, last_exit, trouble, log); nodes and runs as
-        the SuperLink has them, problem if it is mute; listed (runs of this centre: key, name, out, state, since, note, and
+        the SuperLink has them, problem if it does not answer; listed (runs of this server: key, name, out, state, since, note, and
         progress); sites (site, state, online, since, note) where there is a federation; disk; incidents; wrong (sentences,
         empty when all is well); well.
 
@@ -56,75 +59,80 @@ def status(state: Path) -> dict[str, Any]:
         DeploymentError: no daemon ever ran on this folder.
     """
     state = state.resolve()
-    found = base_of(state)
-    found.update(nodes=[], runs=[], problem="", listed=runs_of(state), sites=[], federation="")
-    if found["running"]:
+    summary = base_of(state)
+    summary.update(nodes=[], runs=[], problem="", listed=runs_of(state), sites=[], federation="")
+    if summary["running"]:
         try:
-            address, ca = where(state)
+            address, ca = superlink_of(state)
             nodes = [node for node in list_nodes(address, ca=ca) if node["status"] != "unregistered"]
-            found["nodes"] = [{key: node[key] for key in ("node", "status", "since")} for node in nodes]
-            found["runs"] = list_runs(address, ca=ca)
+            summary["nodes"] = [{key: node[key] for key in ("node", "status", "since")} for node in nodes]
+            summary["runs"] = list_runs(address, ca=ca)
         except DeploymentError as error:
-            found["problem"] = str(error)
-            found["wrong"].append(f"The SuperLink is mute: {error}")
+            summary["problem"] = str(error)
+            summary["wrong"].append(f"The SuperLink does not answer: {error}")
     if is_federation(state):
         try:
-            found["federation"] = read_federation(state).name
-            online = {node["node"]: node["since"] for node in found["nodes"] if node["status"] == "online"}
-            found["sites"] = [
+            summary["federation"] = read_federation(state).name
+            online = {node["node"]: node["since"] for node in summary["nodes"] if node["status"] == "online"}
+            summary["sites"] = [
                 {**row, "online": row["node"] in online, "since": online.get(row["node"], row["since"])}
                 for row in sites(state)
             ]
-            found["wrong"] += warnings(state)
+            summary["wrong"] += warnings(state)
         except TrunklineError as error:
-            found["wrong"].append(str(error))
-    found["wrong"] += [
-        f"Run {one['name']} has failed: {_why(one)}" for one in found["listed"] if one["state"] == "failed"
+            summary["wrong"].append(str(error))
+    summary["wrong"] += [
+        f"Run {run['name']} has failed: {_cause(run)}" for run in summary["listed"] if run["state"] == "failed"
     ]
-    found["well"] = not found["wrong"]
-    return found
+    summary["well"] = not summary["wrong"]
+    return summary
 
 
 def runs_of(state: Path) -> list[dict[str, Any]]:
-    """The runs that this centre was given, those under way first, each with its `progress`."""
+    """The runs of this server, unfinished ones first, each with its `progress`."""
     listed = []
     for path in sorted((state / RUNS).glob("*.json")):
-        one = look_up(path)
-        if isinstance(one.get("name"), str) and isinstance(one.get("state"), str):
-            since, out = str(one.get("since") or ""), str(one.get("out") or "")
+        run = look_up(path)
+        if isinstance(run.get("name"), str) and isinstance(run.get("state"), str):
+            since, out = str(run.get("since") or ""), str(run.get("out") or "")
             listed.append(
-                {"key": "", "note": "", **one, "since": since, "progress": progress_of(Path(out)) if out else {}}
+                {"key": "", "note": "", **run, "since": since, "progress": progress_of(Path(out)) if out else {}}
             )
-    listed.sort(key=lambda one: one["since"], reverse=True)
-    return sorted(listed, key=lambda one: one["state"] not in GOING)
+    listed.sort(key=lambda run: run["since"], reverse=True)
+    return sorted(listed, key=lambda run: run["state"] not in GOING)
 
 
 def progress_of(out: Path) -> dict[str, Any]:
-    """Where a run stands, by what it has told: phase (gather, round, pause, score, end, error), and as far as known round,
-    rounds, since, got, of, waiting (sites not heard of in this round), text."""
+    """The progress of a run, from its events: phase (gather, round, pause, waiting, score, end, error), and as far as the
+    events have them round, rounds, since, got, of, waiting (sites without a reply in this round), text."""
     now: dict[str, Any] = {}
     members: set[str] = set()
     heard: set[str] = set()
     for event in _events(out / EVENTS):
-        name, at = event.get("event"), event.get("at")
+        name, time = event.get("event"), event.get("at")
         if name == "gather":
-            there = event.get("sites")
+            sites = event.get("sites")
             now = {
                 "phase": "gather",
-                "got": len(there) if isinstance(there, list) else there,
+                "got": len(sites) if isinstance(sites, list) else sites,
                 "of": event.get("wanted"),
-                "since": at,
+                "since": time,
             }
         elif name == "start":
             members = set(map(str, event.get("sites") or ()))
-            now = {"phase": "pause", "round": event.get("resumed_at") or 0, "rounds": event.get("rounds"), "since": at}
+            now = {
+                "phase": "pause",
+                "round": event.get("resumed_at") or 0,
+                "rounds": event.get("rounds"),
+                "since": time,
+            }
         elif name == "round":
             heard = set()
             now = {
                 "phase": "round",
                 "round": event.get("round"),
                 "rounds": event.get("rounds"),
-                "since": at,
+                "since": time,
                 "got": 0,
                 "of": None,
             }
@@ -133,9 +141,9 @@ def progress_of(out: Path) -> dict[str, Any]:
             members.add(str(event.get("site")))
             now |= {"got": event.get("in"), "of": event.get("of")}
         elif name == "round_end":
-            now = {"phase": "pause", "round": event.get("round"), "rounds": event.get("rounds"), "since": at}
+            now = {"phase": "pause", "round": event.get("round"), "rounds": event.get("rounds"), "since": time}
         elif name == "waiting":
-            now = {**now, "phase": "waiting", "text": str(event.get("text", "")), "since": at}
+            now = {**now, "phase": "waiting", "text": str(event.get("text", "")), "since": time}
         elif name == "evaluate":
             now = {**now, "phase": "score", "got": event.get("in"), "of": event.get("of"), "since": now.get("since")}
         elif name in ("end", "done", "error"):
@@ -143,17 +151,17 @@ def progress_of(out: Path) -> dict[str, Any]:
                 **now,
                 "phase": "error" if name == "error" else "end",
                 "text": str(event.get("text", "")),
-                "since": at,
+                "since": time,
             }
     waiting = sorted(members - heard - {""})
-    # where only a share is asked, or somebody joined since, nobody can say from here who is missing
+    # with a sampled cohort, or after a site has joined, the events do not tell which sites are missing
     if now.get("phase") == "round" and members and now["of"] in (None, len(members)):
         now |= {"waiting": waiting, "of": len(members)}
     return now
 
 
 def _events(path: Path) -> Iterable[dict[str, Any]]:
-    """The events of a run; of a long one those at both ends."""
+    """The events of a run; of a long run only those at its start and end."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -173,20 +181,20 @@ def _events(path: Path) -> Iterable[dict[str, Any]]:
             yield event
 
 
-def run_words(one: Mapping[str, Any]) -> str:
+def run_words(run: Mapping[str, Any]) -> str:
     """One run in words: `round 7 of 30 since 02:14, 3 of 4 sites in, waiting for mill-04`."""
-    state, when = one["state"], clock(one["since"])
+    state, when = run["state"], clock(run["since"])
     if state == "wanted":
         return f"to be started, since {when}"
     if state in ("running", "waiting"):
-        words = progress_words(one.get("progress") or {})
-        return f"waiting since {when}: {one['note'] or words}" if state == "waiting" else words
+        words = progress_words(run.get("progress") or {})
+        return f"waiting since {when}: {run['note'] or words}" if state == "waiting" else words
     how = {"completed": "completed", "stopped": "stopped"}.get(state, state)
-    return f"{how} {when}" + (f": {_why(one)}" if state != "completed" and _why(one) else "")
+    return f"{how} {when}" + (f": {_cause(run)}" if state != "completed" and _cause(run) else "")
 
 
 def progress_words(now: Mapping[str, Any]) -> str:
-    """What a run under way does now."""
+    """The phase of an unfinished run."""
     phase, since = now.get("phase"), f" since {clock(now['since'])}" if now.get("since") else ""
     rounds = f" of {now['rounds']}" if now.get("rounds") else ""
     got = f", {now['got'] or 0} of {now['of']} sites in" if now.get("of") else ""
@@ -205,17 +213,17 @@ def progress_words(now: Mapping[str, Any]) -> str:
     return {"end": "writing its report", "error": f"stopped: {now.get('text')}"}.get(str(phase), "about to begin")
 
 
-def _why(one: Mapping[str, Any]) -> str:
-    return str(one.get("note") or (one.get("progress") or {}).get("text") or "")
+def _cause(run: Mapping[str, Any]) -> str:
+    return str(run.get("note") or (run.get("progress") or {}).get("text") or "")
 
 
 def note_event(incidents: Incidents, run: str, event: Mapping[str, Any]) -> None:
-    """Put what a run tells among the centre's incidents, where it is one: a reply set aside, sites that are waited for or back."""
+    """Add a run's event to the server's incidents if it is one: a refused reply, a wait for sites, sites that are back."""
     name = event.get("event")
     kinds: dict[Any, Kind] = {"reply": "refusal", "waiting": "failure", "recovered": "recovery"}
     text = event.get("refused") if name == "reply" else event.get("text")
     if name in kinds and text:
-        remedy = "" if name != "reply" else "The round goes on without it; mend what the text names at the site."
+        remedy = "" if name != "reply" else "The round continues without it; fix the cause at the site."
         site, round = str(event.get("site") or ""), event.get("round")
         incidents.note(kinds[name], f"run {run}: {text}", site=site, round=round, remedy=remedy)
 
@@ -229,32 +237,82 @@ def site_words(row: Mapping[str, Any]) -> str:
 
 
 def headline(info: Mapping[str, Any], state: Path) -> str:
-    """The whole in one line, for systemd."""
-    runs = [f"{one['name']}: {run_words(one)}" for one in runs_of(state)[:MOST_RUNS] if one["state"] in GOING]
+    """The state of the server in one line, for systemd."""
+    runs = [f"{run['name']}: {run_words(run)}" for run in runs_of(state)[:MOST_RUNS] if run["state"] in GOING]
     return "; ".join([f"serving at {info['listens']}", *(runs or ["no run under way"])])
 
 
-def print_status(found: Mapping[str, Any], console: "Console") -> None:
-    """What `status` found, for a person."""
-    rows: Rows = [("daemon", daemon_words(found))]
-    does = dict(DOES)
-    if found["running"]:
-        online = sum(node["status"] == "online" for node in found["nodes"])
-        known = len([one for one in found["sites"] if one["state"] == "enrolled"] or found["nodes"])
-        serving = f"serving {online} of {known} sites at {found['listens']}"
-        gated = any(one["name"] == "gateway" for one in found["children"])
-        does["gateway" if gated else "superlink"] = serving if found.get("ready") else f"opens {found['listens']}"
-        rows += [(one["name"], child_words(one, does.get(one["name"], ""))) for one in found["children"]]
-    rows.append(("disk", disk_words(found)))
-    runs: Rows = [(one["name"], run_words(one)) for one in found["listed"][:MOST_RUNS]]
-    known_numbers = {str(number) for one in found["listed"] for number in (one.get("number"), *one.get("former", ()))}
-    for one in found["runs"][: MOST_RUNS - len(runs)]:
-        if str(one["run"]) not in known_numbers:
-            told = f": {one['details']}" if one["details"] else ""
-            runs.append((f"run {one['run']}", f"{one['status']} since {clock(one['started'])}{told}"))
-    listed = found["sites"]
-    if len(listed) > MOST_SITES:  # then those that are not there are the news
-        listed = [one for one in listed if not one["online"]][:MOST_SITES]
-    places: Rows = [(one["site"], site_words(one)) for one in listed]
-    title = f"centre of {found['federation']}" if found["federation"] else f"centre at {found['listens']}"
-    print_page(title, [("", rows), ("runs", runs), ("sites", places)], found, console)
+def print_status(summary: Mapping[str, Any], console: "Console") -> None:
+    """The result of `status` as a page for a person."""
+    rows: Rows = [("daemon", daemon_words(summary))]
+    roles = dict(ROLES)
+    if summary["running"]:
+        online = sum(node["status"] == "online" for node in summary["nodes"])
+        members = len([site for site in summary["sites"] if site["state"] == "enrolled"] or summary["nodes"])
+        serving = f"serving {online} of {members} sites at {summary['listens']}"
+        gated = any(child["name"] == "gateway" for child in summary["children"])
+        roles["gateway" if gated else "superlink"] = serving if summary.get("ready") else f"opens {summary['listens']}"
+        rows += [(child["name"], child_words(child, roles.get(child["name"], ""))) for child in summary["children"]]
+    rows.append(("disk", disk_words(summary)))
+    listed = summary["listed"]
+    runs: Rows = [(run["name"], run_words(run)) for run in listed[:MOST_RUNS]]
+    run_ids = {str(run_id) for run in listed for run_id in (run.get("number"), *run.get("former", ()))}
+    for run in summary["runs"][: MOST_RUNS - len(runs)]:
+        if str(run["run"]) not in run_ids:
+            details = f": {run['details']}" if run["details"] else ""
+            runs.append((f"run {run['run']}", f"{run['status']} since {clock(run['started'])}{details}"))
+    shown = summary["sites"]
+    if len(shown) > MOST_SITES:  # the page has no room for all, and the missing sites are the news
+        shown = [site for site in shown if not site["online"]][:MOST_SITES]
+    site_rows: Rows = [(site["site"], site_words(site)) for site in shown]
+    federation = summary["federation"]
+    title = f"server of {federation}" if federation else f"server at {summary['listens']}"
+    print_page(title, [("", rows), ("runs", runs), ("sites", site_rows)], summary, console)
+
+
+def print_sites(state: Path, console: "Console") -> None:
+    """Every site of the federation, and whether it is online if the server runs; no site name is ever cut.
+
+    A table where all of its columns fit the console beside a note of NOTE_WIDTH characters, else a block of lines a site.
+    """
+    online: set[int] = set()
+    title = f"sites of {read_federation(state).name}"
+    try:
+        address, ca = superlink_of(state)
+        online = {node["node"] for node in list_nodes(address, ca=ca) if node["status"] == "online"}
+    except DeploymentError:
+        title += " (the server is not running, so no site is online)"
+    rows = [
+        (
+            row["site"],
+            row["state"],
+            row["since"][:10],
+            row["until"][:10],
+            "yes" if row["node"] in online else "no" if row["state"] == "enrolled" else "",
+            row["key"][:8],
+            row["note"],
+        )
+        for row in sites(state)
+    ]
+    widths = [max(map(len, column)) for column in zip(SITE_COLUMNS, *rows, strict=True)]
+    if sum(widths[:-1]) + min(widths[-1], NOTE_WIDTH) + 3 * len(widths) + 1 <= console.width:
+        console.print(_sites_table(title, rows))
+        return
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    for name, *cells in rows:
+        console.print(name, style="bold", markup=False, highlight=False, soft_wrap=True)
+        text = ", ".join(f"{column} {cell}" for column, cell in zip(SITE_COLUMNS[1:], cells, strict=True) if cell)
+        for line in folded([("", text)], console.width):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _sites_table(title: str, rows: Iterable[tuple[str, ...]]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for name in SITE_COLUMNS:
+        table.add_column(name, overflow="fold", no_wrap=name != "note")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
