@@ -36,7 +36,7 @@ from trunkline.server.app import app
 from trunkline.server.reporting.report import read_report, write_report
 from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.simulations.factories import write_sites
-from trunkline.simulations.ray.site_host import DeskGrid
+from trunkline.simulations.in_process import InProcessGrid
 from trunkline.simulations.world.clock import SECOND
 from trunkline.simulations.world.network import WorldGrid, _Flight
 
@@ -61,7 +61,7 @@ MODES: dict[str, dict[str, Any]] = {
 class Watched(WorldGrid):
     """A world that looks, after every round, at what each plant would have if the run ended there."""
 
-    def __init__(self, grid: DeskGrid, run: RunConfig, out: Path, every: int) -> None:
+    def __init__(self, grid: InProcessGrid, run: RunConfig, out: Path, every: int) -> None:
         super().__init__(grid, run, out)
         self.out, self.every = out, every
         self.finished: dict[int, list[tuple[int, int]]] = {node: [] for node in self.places}  # (us, round)
@@ -116,7 +116,7 @@ class Watched(WorldGrid):
 
 def live(folders: list[Path], run: RunConfig, out: Path) -> Watched:
     out.mkdir(parents=True)
-    grid = DeskGrid(folders, [out / "state" / folder.name for folder in folders])
+    grid = InProcessGrid(folders, [out / "state" / folder.name for folder in folders])
     try:
         grid.open_sites()
         world = Watched(grid, run, out, every=max(1, run.rounds // 15))

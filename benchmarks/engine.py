@@ -397,11 +397,11 @@ def noop(job: dict[str, Any]) -> dict[str, Any]:
     else:
         import ray
 
-        from trunkline.simulations.ray import grid as simulation
+        from trunkline.simulations.ray.grid import RayGrid
 
         # the grid starts Ray as always, but for the hook
         ray.init = partial(ray.init, runtime_env={"worker_process_setup_hook": "engine.use_noop"})
-        grid = simulation.RayGrid(sites, sites, workers=job["workers"])
+        grid = RayGrid(sites, sites, workers=job["workers"])
     trunk = {"trunk.w": np.zeros(job["answer"], np.float32)}
 
     def updates(round: int) -> Iterator[Update]:

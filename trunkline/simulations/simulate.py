@@ -18,8 +18,8 @@ from trunkline.strategies import build_strategy
 
 if TYPE_CHECKING:
     from trunkline.server.reporting.plots import Predictions
+    from trunkline.simulations.in_process import InProcessGrid
     from trunkline.simulations.ray.grid import RayGrid
-    from trunkline.simulations.ray.site_host import DeskGrid
     from trunkline.simulations.world.network import WorldGrid
 
 
@@ -98,11 +98,13 @@ def simulate(
     return report
 
 
-def _grid(folders: list[Path], states: list[Path], workers: int | None, address: str | None) -> "DeskGrid | RayGrid":
+def _grid(
+    folders: list[Path], states: list[Path], workers: int | None, address: str | None
+) -> "InProcessGrid | RayGrid":
     if workers == 0:
-        from trunkline.simulations.ray.site_host import DeskGrid
+        from trunkline.simulations.in_process import InProcessGrid
 
-        return DeskGrid(folders, states)
+        return InProcessGrid(folders, states)
     from trunkline.simulations.ray.grid import RayGrid  # here, because importing and starting Ray takes seconds
 
     return RayGrid(folders, states, workers=workers, address=address)

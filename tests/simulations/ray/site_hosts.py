@@ -1,4 +1,4 @@
-"""What workers of the engine's tests do instead of training."""
+"""What workers of the tests of Ray do instead of training."""
 
 import os
 import time
@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Context, Message
 
 from trunkline.flower.records import open_records, to_records
-from trunkline.simulations.ray.site_host import Desk
+from trunkline.simulations.ray.site_host import SiteHost
 
 
 class NoOp:
@@ -41,8 +41,8 @@ class Bulky(NoOp):
     SIZE = 1 << 20  # 4 MiB
 
 
-class Deadly(Desk):
-    """A real desk at which the site kiln-02's training ends the process, as the kernel does when memory runs out."""
+class Deadly(SiteHost):
+    """A real host with which the site kiln-02's training ends the process, as the kernel does when memory runs out."""
 
     def answer(self, message: Message, context: Context) -> Message:
         if message.metadata.message_type == "train" and Path(str(context.node_config["site"])).name == VICTIM:
@@ -50,8 +50,8 @@ class Deadly(Desk):
         return super().answer(message, context)
 
 
-class Slow(Desk):
-    """A real desk whose sites take a second to train, far longer than their rows take to read."""
+class Slow(SiteHost):
+    """A real host whose sites take a second to train, far longer than their rows take to read."""
 
     def answer(self, message: Message, context: Context) -> Message:
         if message.metadata.message_type == "train":

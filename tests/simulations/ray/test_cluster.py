@@ -50,10 +50,10 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_workers_spread_over_the_nodes_and_a_site_stays_where_it_was_opened(cluster: Cluster, tmp_path: Path) -> None:
-    grid = RayGrid(empty(12, tmp_path), [tmp_path] * 12, workers=None, address=cluster.address, desk=NoOp)
+    grid = RayGrid(empty(12, tmp_path), [tmp_path] * 12, workers=None, address=cluster.address, site_host=NoOp)
     try:
         grid.open_sites()
-        assert len({seat.home for seat in grid._seats}) == 2
+        assert len({slot.process.node for slot in grid.scheduler.slots}) == 2
         rounds = [answers(grid, lambda node: to_records({}, "{}"), round) for round in (1, 2, 3)]
     finally:
         grid.close()
@@ -71,10 +71,10 @@ def test_the_gpus_of_a_node_are_dealt_to_its_workers(tmp_path: Path) -> None:
     )
     try:
         started.add_node(num_cpus=1, object_store_memory=STORE)
-        grid = RayGrid(empty(8, tmp_path), [tmp_path] * 8, workers=None, address=started.address, desk=Showing)
+        grid = RayGrid(empty(8, tmp_path), [tmp_path] * 8, workers=None, address=started.address, site_host=Showing)
         try:
             grid.open_sites()
-            shares = {seat.number: grid._gpus[seat.home] for seat in grid._seats}
+            shares = {slot.process.number: slot.process.gpu_share for slot in grid.scheduler.slots}
             seen = {node: place for node, (place, _) in answers(grid, lambda node: to_records({}, "{}"), 1).items()}
         finally:
             grid.close()
@@ -82,7 +82,7 @@ def test_the_gpus_of_a_node_are_dealt_to_its_workers(tmp_path: Path) -> None:
         ray.shutdown()
         started.shutdown()
     assert sorted(shares.values()) == [0.0, 0.5, 0.5, 0.5]
-    owner = {node: seat.number for node, seat in grid._owner.items()}
+    owner = {node: slot.process.number for node, slot in grid.scheduler.owner.items()}
     by_worker = {owner[node]: place for node, place in seen.items()}
     assert sorted(by_worker[number] for number, share in shares.items() if share) in (["0", "0", "1"], ["0", "1", "1"])
 
@@ -98,7 +98,7 @@ def test_a_node_that_dies_in_mid_round_costs_no_site_and_no_byte(
         grid.open_sites()
         head = cluster.head_node.node_id
         honest = grid._dispatch
-        there = [node for node, seat in grid._owner.items() if seat.home != head]
+        there = [node for node, slot in grid.scheduler.owner.items() if slot.process.node != head]
 
         def watched(message: Message, context: Any) -> None:
             honest(message, context)
@@ -110,7 +110,7 @@ def test_a_node_that_dies_in_mid_round_costs_no_site_and_no_byte(
         grid._dispatch = watched  # type: ignore[method-assign]
         federate(plants, out, grid=grid, cohort=PATIENT)  # type: ignore[arg-type]
         assert gone.is_set()
-        assert {seat.home for seat in grid._owner.values()} == {head}
+        assert {slot.process.node for slot in grid.scheduler.owner.values()} == {head}
     finally:
         grid.close()
     assert not any(refusals_of(out).values())

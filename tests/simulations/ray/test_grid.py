@@ -21,9 +21,12 @@ from trunkline.errors import DeploymentError
 from trunkline.flower.errors import error_site
 from trunkline.flower.records import to_records
 from trunkline.server.rounds.messaging import ask
-from trunkline.simulations.ray import grid as engine
+from trunkline.simulations.in_process import InProcessGrid
+from trunkline.simulations.ray import cluster, scheduler
+from trunkline.simulations.ray.cluster import WorkerProcess
 from trunkline.simulations.ray.grid import RayGrid
-from trunkline.simulations.ray.site_host import Desk, DeskGrid
+from trunkline.simulations.ray.site_host import SiteHost
+from trunkline.simulations.ray.worker import versions
 
 pytestmark = [
     pytest.mark.processes,
@@ -36,7 +39,7 @@ PATIENT = {"min_sites": 1, "deadline_s": 120.0, "gather_s": 120.0}  # a process 
 @pytest.fixture(scope="module")
 def cpus() -> Iterator[None]:
     """One Ray for all tests here: starting it takes longer than most of them."""
-    engine._start_ray(None, 3)
+    cluster.start_ray(None, 3)
     yield
     ray.shutdown()
 
@@ -62,7 +65,7 @@ def reference(plants: list[Path], tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 def empty(count: int, tmp_path: Path) -> list[Path]:
-    """Folders for sites whose desk reads none."""
+    """Folders for sites whose host reads none."""
     return [tmp_path / f"site-{number}" for number in range(count)]
 
 
@@ -77,17 +80,17 @@ def test_a_worker_that_dies_is_replaced_once_and_the_bytes_are_the_same(
 ) -> None:
     grid = grid_of(plants, tmp_path, workers=1)
     grid.open_sites()
-    made: list[Any] = []
-    honest = grid._worker
+    starts: list[WorkerProcess] = []
+    honest = WorkerProcess.start
 
-    def counted(seat: Any) -> Any:
-        made.append(honest(seat))
-        return made[-1]
+    def counted(process: WorkerProcess) -> None:
+        starts.append(process)
+        honest(process)
 
-    monkeypatch.setattr(grid, "_worker", counted)
-    ray.kill(grid._seats[0].actor)  # all four sites are its own, and all four will be waiting for it
+    monkeypatch.setattr(WorkerProcess, "start", counted)
+    ray.kill(grid.scheduler.slots[0].process.actor)  # all four sites are its own, and all four will be waiting for it
     federate(plants, tmp_path, grid=grid, cohort=PATIENT)  # type: ignore[arg-type]
-    assert len(made) == 1
+    assert len(starts) == 1
     assert trunk_of(tmp_path).digest() == reference
 
 
@@ -111,7 +114,7 @@ def test_a_worker_killed_at_a_random_moment_costs_no_site_and_no_byte(
     def kill() -> None:
         training.wait(60.0)
         time.sleep(moment.uniform(0.0, 0.6))
-        ray.kill(moment.choice(grid._seats).actor)
+        ray.kill(moment.choice(grid.scheduler.slots).process.actor)
         killed.set()
 
     threading.Thread(target=kill, daemon=True).start()
@@ -124,7 +127,7 @@ def test_a_worker_killed_at_a_random_moment_costs_no_site_and_no_byte(
 def test_a_site_that_kills_its_worker_twice_is_named_and_left_out_and_the_others_go_on(
     plants: list[Path], tmp_path: Path, grid_of: Callable[..., RayGrid]
 ) -> None:
-    grid = grid_of(plants, tmp_path, workers=1, desk=Deadly)
+    grid = grid_of(plants, tmp_path, workers=1, site_host=Deadly)
     grid.open_sites()
     federate(plants, tmp_path, grid=grid, cohort=PATIENT, rounds=2)  # type: ignore[arg-type]
     for refused in refusals_of(tmp_path).values():
@@ -138,7 +141,7 @@ def test_a_site_that_kills_its_worker_twice_is_named_and_left_out_and_the_others
 
 def test_a_site_whose_folder_vanishes_is_named_with_where_it_was_looked_for(plants: list[Path], tmp_path: Path) -> None:
     mine = [Path(shutil.copytree(plant, tmp_path / "sites" / plant.name)) for plant in plants]
-    grid = DeskGrid(mine, [tmp_path / "state" / plant.name for plant in mine])
+    grid = InProcessGrid(mine, [tmp_path / "state" / plant.name for plant in mine])
     grid.open_sites()
     honest = grid._dispatch
 
@@ -156,7 +159,7 @@ def test_a_site_whose_folder_vanishes_is_named_with_where_it_was_looked_for(plan
 
 
 def test_a_worker_says_on_which_node_a_folder_was_missing(tmp_path: Path, grid_of: Callable[..., RayGrid]) -> None:
-    grid = grid_of(empty(1, tmp_path), tmp_path, workers=1, desk=Desk)
+    grid = grid_of(empty(1, tmp_path), tmp_path, workers=1, site_host=SiteHost)
     (asked,) = grid.push_messages([Message(to_records({}, "{}"), 2, "train", ttl=60.0, group_id="1")])
     end = time.monotonic() + 60.0
     while not (replies := grid.pull_messages([asked])) and time.monotonic() < end:
@@ -164,16 +167,16 @@ def test_a_worker_says_on_which_node_a_folder_was_missing(tmp_path: Path, grid_o
     told = error_site(replies[0])
     assert told is not None
     assert "site-0" in told[2]
-    assert f"Ray node {grid._seats[0].home[:8]}" in told[2]
+    assert f"Ray node {grid.scheduler.slots[0].process.node[:8]}" in told[2]
 
 
 def test_content_that_goes_to_all_is_put_into_the_store_once_a_round(
     tmp_path: Path, grid_of: Callable[..., RayGrid]
 ) -> None:
-    grid = grid_of(empty(40, tmp_path), tmp_path, workers=2, desk=NoOp)
+    grid = grid_of(empty(40, tmp_path), tmp_path, workers=2, site_host=NoOp)
     put = []
-    honest = grid._sharing._put
-    grid._sharing._put = lambda buffers: put.append(1) or honest(buffers)  # type: ignore[func-returns-value]
+    honest = grid.contents._put
+    grid.contents._put = lambda buffers: put.append(1) or honest(buffers)  # type: ignore[func-returns-value]
     for round in (1, 2, 3):
         found = answers(grid, lambda node: to_records({"w": np.full(10_000, float(round), np.float32)}, "{}"), round)  # noqa: B023
         assert {total for _, total in found.values()} == {10_000.0 * round}
@@ -183,7 +186,7 @@ def test_content_that_goes_to_all_is_put_into_the_store_once_a_round(
 
 
 def test_contents_that_differ_reach_each_their_own_site(tmp_path: Path, grid_of: Callable[..., RayGrid]) -> None:
-    grid = grid_of(empty(30, tmp_path), tmp_path, workers=2, desk=NoOp)
+    grid = grid_of(empty(30, tmp_path), tmp_path, workers=2, site_host=NoOp)
     found = answers(grid, lambda node: to_records({"w": np.full(10_000, float(node % 7), np.float32)}, "{}"))
     assert {node: total for node, (_, total) in found.items()} == {
         node: 10_000.0 * (node % 7) for node in grid.contexts
@@ -193,7 +196,7 @@ def test_contents_that_differ_reach_each_their_own_site(tmp_path: Path, grid_of:
 def test_a_question_asked_again_while_it_waits_is_not_done_twice(
     tmp_path: Path, grid_of: Callable[..., RayGrid]
 ) -> None:
-    grid = grid_of(empty(1, tmp_path), tmp_path, workers=1, desk=NoOp)
+    grid = grid_of(empty(1, tmp_path), tmp_path, workers=1, site_host=NoOp)
 
     def question(value: float) -> Message:
         return Message(to_records({"w": np.full(10_000, value)}, "{}"), 2, "train", ttl=60.0, group_id="1")
@@ -211,8 +214,8 @@ def test_replies_do_not_pile_up_in_the_store_however_many_sites_answer(
     tmp_path: Path, grid_of: Callable[..., RayGrid], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = Bulky.SIZE * 4
-    monkeypatch.setattr(engine, "AHEAD", 2 * size)
-    grid = grid_of(empty(60, tmp_path), tmp_path, workers=2, desk=Bulky)
+    monkeypatch.setattr(scheduler, "AHEAD", 2 * size)
+    grid = grid_of(empty(60, tmp_path), tmp_path, workers=2, site_host=Bulky)
     grid.open_sites()
     trunk = np.ones(Bulky.SIZE, np.float32)
     requests = {node: (lambda: to_records({"w": trunk}, "{}")) for node in grid.contexts}
@@ -248,11 +251,11 @@ def own_memory() -> int:
 def test_idle_workers_take_waiting_sites_over_and_the_bytes_are_the_same(
     plants: list[Path], tmp_path: Path, reference: str, grid_of: Callable[..., RayGrid]
 ) -> None:
-    grid = grid_of(plants, tmp_path, workers=2, desk=Slow)
-    grid._owner = dict.fromkeys(grid.contexts, grid._seats[0])
+    grid = grid_of(plants, tmp_path, workers=2, site_host=Slow)
+    grid.scheduler.owner = dict.fromkeys(grid.contexts, grid.scheduler.slots[0])
     grid.open_sites()
     federate(plants, tmp_path, grid=grid, cohort=PATIENT)  # type: ignore[arg-type]
-    assert {seat.number for seat in grid._owner.values()} == {0, 1}
+    assert {slot.process.number for slot in grid.scheduler.owner.values()} == {0, 1}
     assert trunk_of(tmp_path).digest() == reference
 
 
@@ -260,36 +263,41 @@ def test_idle_workers_take_waiting_sites_over_and_the_bytes_are_the_same(
 def test_a_site_moves_only_if_its_rows_are_read_before_its_worker_would_come_to_it(
     tmp_path: Path, grid_of: Callable[..., RayGrid], reading: float, moved: int
 ) -> None:
-    grid = grid_of(empty(4, tmp_path), tmp_path, workers=2, desk=NoOp)
-    owner, idle = grid._seats
-    grid._owner = dict.fromkeys(grid.contexts, owner)
-    grid._opened = dict.fromkeys(grid.contexts, reading)
-    grid._seconds = {(node, "train"): 1.0 for node in grid.contexts}  # 3 s of others' work, and 1 s of its own
+    grid = grid_of(empty(4, tmp_path), tmp_path, workers=2, site_host=NoOp)
+    owner, idle = grid.scheduler.slots
+    grid.scheduler.owner = dict.fromkeys(grid.contexts, owner)
+    grid.scheduler.workload.opening = dict.fromkeys(grid.contexts, reading)
+    grid.scheduler.workload.seconds = {
+        (node, "train"): 1.0 for node in grid.contexts
+    }  # 3 s of others' work, and 1 s of its own
     grid.push_messages([Message(to_records({}, "{}"), node, "train", ttl=60.0, group_id="1") for node in grid.contexts])
-    grid._steal(idle)
+    grid.scheduler.steal(idle)
     assert (len(owner.queue), len(idle.queue)) == (4 - moved, moved)
-    assert sum(seat is idle for seat in grid._owner.values()) == moved
+    assert sum(slot is idle for slot in grid.scheduler.owner.values()) == moved
 
 
 def test_long_sites_start_first_and_are_dealt_evenly(tmp_path: Path, grid_of: Callable[..., RayGrid]) -> None:
-    grid = grid_of(empty(9, tmp_path), tmp_path, workers=2, desk=NoOp)
+    grid = grid_of(empty(9, tmp_path), tmp_path, workers=2, site_host=NoOp)
     for node, seconds in zip(grid.contexts, [1, 1, 9, 2, 5, 3, 4, 8, 7], strict=True):
-        grid._seconds[node, "train"] = float(seconds)
-    order = [grid._seconds[node, "train"] for node in grid.get_node_ids()]
+        grid.scheduler.workload.seconds[node, "train"] = float(seconds)
+    order = [grid.scheduler.workload.seconds[node, "train"] for node in grid.get_node_ids()]
     assert order == sorted(order, reverse=True)
-    grid._owner = {}
-    dealt = grid._dealt(grid.contexts, grid._seats)
-    loads = [sum(grid._seconds[node, "train"] for node, seat in dealt.items() if seat is one) for one in grid._seats]
+    grid.scheduler.owner = {}
+    dealt = grid.scheduler.assign(grid.contexts, grid.scheduler.slots)
+    loads = [
+        sum(grid.scheduler.workload.seconds[node, "train"] for node, owner in dealt.items() if owner is slot)
+        for slot in grid.scheduler.slots
+    ]
     assert loads == [20.0, 20.0]
 
 
 def test_a_worker_with_other_versions_is_refused_with_both_named(
     tmp_path: Path, grid_of: Callable[..., RayGrid], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = {**engine.versions(), "torch": "1.0"}
-    monkeypatch.setattr(engine, "versions", lambda: expected)
-    grid = grid_of(empty(1, tmp_path), tmp_path, workers=1, desk=NoOp)
-    found = rf"Ray node {grid._seats[0].home[:8]} .* has torch 2\..*; this process has torch 1.0. Install the same"
+    expected = {**versions(), "torch": "1.0"}
+    monkeypatch.setattr(cluster, "versions", lambda: expected)
+    grid = grid_of(empty(1, tmp_path), tmp_path, workers=1, site_host=NoOp)
+    found = rf"Ray node {grid.scheduler.slots[0].process.node[:8]} .* has torch 2\..*; this process has torch 1.0. Install the same"
     with pytest.raises(DeploymentError, match=found):
         grid.open_sites()
 
@@ -302,7 +310,7 @@ class Homeless(NoOp):
 def test_a_node_where_trunkline_is_missing_is_named_with_what_to_install(
     tmp_path: Path, grid_of: Callable[..., RayGrid]
 ) -> None:
-    grid = grid_of(empty(1, tmp_path), tmp_path, workers=1, desk=Homeless)
+    grid = grid_of(empty(1, tmp_path), tmp_path, workers=1, site_host=Homeless)
     with pytest.raises(
         DeploymentError, match=r"cannot start on Ray node .*No module named 'trunkline'.*trunkline 0\..*Install"
     ):

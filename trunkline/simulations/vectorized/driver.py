@@ -1,9 +1,10 @@
 """The driver's half of a crowd on Ray: one order a worker and round, one sum back."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import ray
+from flwr.app import Context
 from ray.exceptions import RayActorError
 
 from trunkline.errors import StateLost
@@ -11,22 +12,29 @@ from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import RoundRequest
 from trunkline.simulations.vectorized.worker import Part, wanted
 
-if TYPE_CHECKING:
-    from trunkline.simulations.ray.grid import RayGrid
-
 AT_ONCE = 512  # sites an order: a large round shows progress, and a small one costs one call a worker
 LOSSES = 2  # workers that may die with the same round in their hands before everybody is asked singly
 
 
+class Workers(Protocol):
+    """What the driver needs of the scheduler: the worker processes with their sites, and a new one for a dead one."""
+
+    def sites_by_worker(self) -> list[tuple[Any, list[Context]]]:
+        """Every worker's actor, with the contexts of the sites that it owns."""
+
+    def replace(self, actor: Any) -> str | None:
+        """Start a worker that has died again; returns its description, or None where `actor` is none of the workers."""
+
+
 class Together:
-    """Which sites of a RayGrid are trained in stacks, by which worker, and what of them is only in memory.
+    """Which sites are trained in stacks, by which worker, and what of them is only in memory.
 
     Args:
-        grid: whose workers and sites they are.
+        workers: the processes that own the sites.
     """
 
-    def __init__(self, grid: "RayGrid") -> None:
-        self.grid = grid
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
         self.pass_of: tuple[str, int] | None = None
         self.actor_of: dict[int, Any] = {}  # node -> the worker process that holds its state
         self.dirty = False  # whether a worker holds what its vaults do not
@@ -70,7 +78,7 @@ class Together:
         self.flush()
         self.pass_of, self.actor_of = (request.run, request.passed), {}
         text, waiting = request.model_dump_json(), []
-        for actor, contexts in self.grid.homes():
+        for actor, contexts in self.workers.sites_by_worker():
             waiting.append((actor, actor.crowd_begin.remote(text, contexts)))
         found = [(actor, self._get(reference, actor, request)) for actor, reference in waiting]
         self.actor_of = {node: actor for actor, nodes in found for node in nodes}
@@ -98,7 +106,7 @@ class Together:
                 self.losses[key] = self.losses.get(key, 0) + 1
             self.pass_of, self.actor_of, self.dirty = None, {}, False
             when = f"Round {request.round}: " if request else ""
-            who = self.grid.replace(actor) or "a worker"
+            who = self.workers.replace(actor) or "a worker"
             raise StateLost(
                 f"{when}{who} died, most likely out of memory, with what its sites had learnt since."
             ) from None
