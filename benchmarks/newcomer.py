@@ -24,7 +24,8 @@ import torch
 
 from trunkline.client.adaptation.adapt import Adapted, adapt_data
 from trunkline.client.data.site_data import open_newcomer
-from trunkline.client.training.loop import DeviceDataset, device, outputs_of
+from trunkline.client.training.device_dataset import DeviceDataset, device
+from trunkline.client.training.loop import outputs_of
 from trunkline.config.run import parse_run
 from trunkline.models.trunk import TrunkModel
 from trunkline.release import RELEASE, read_release

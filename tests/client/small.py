@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from trunkline.client.training.loop import DeviceDataset
+from trunkline.client.training.device_dataset import DeviceDataset
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import Task, make_task
 from trunkline.models.trunk import TrunkModel, build_model

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from trunkline.client.handlers import answer_evaluate, answer_offer, answer_train, contract_of
 from trunkline.client.site import Site, open_site
-from trunkline.client.training.loop import DeviceDataset, train_site
+from trunkline.client.training.device_dataset import DeviceDataset
+from trunkline.client.training.loop import train_site
 from trunkline.errors import StorageError
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays

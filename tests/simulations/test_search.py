@@ -13,7 +13,7 @@ from rich.console import Console
 from tests.loopback import QUICK, WatchedGrid, trunk_of
 from trunkline.client.site import Site
 from trunkline.client.state.vault import Vault
-from trunkline.client.training.loop import DeviceDataset
+from trunkline.client.training.device_dataset import DeviceDataset
 from trunkline.config.run import RunConfig, parse_run
 from trunkline.errors import ConfigError, DataError, QuorumError, StorageError
 from trunkline.server.rounds.run import run_rounds

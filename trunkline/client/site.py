@@ -17,7 +17,8 @@ from trunkline.client.availability import Pauses, free_memory
 from trunkline.client.data import SiteData, open_data
 from trunkline.client.state.permissions import open_seal
 from trunkline.client.state.vault import check_whose
-from trunkline.client.training.loop import DeviceDataset, between_steps, device
+from trunkline.client.training.device_dataset import DeviceDataset, device
+from trunkline.client.training.loop import between_steps
 from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import Away, ConfigError
 from trunkline.models.trunk import TrunkModel, build_model
@@ -28,7 +29,7 @@ from trunkline.security.encryption import Seal
 
 CURVE_SAMPLES = 2000  # validation windows a round's curve is drawn from; the final choice uses all of them
 
-Part = Literal["train", "curve", "validation", "all", "test"]
+RowSubset = Literal["train", "curve", "validation", "all", "test"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Site:
             free_memory()
             raise
 
-    def rows(self, request: RoundRequest) -> Part:
+    def rows(self, request: RoundRequest) -> RowSubset:
         """What `order` trains on: in the second pass of a run that refits, the validation rows too."""
         return "all" if request.passed else "train"
 
@@ -93,7 +94,7 @@ class Site:
             self._conditions = now
             self._now.clear()
 
-    def resident(self, part: Part) -> DeviceDataset:
+    def resident(self, part: RowSubset) -> DeviceDataset:
         """`train`, `validation`, `test`, `all` (the first two), or `curve` (a spread of the validation windows), on the device."""
         if part not in self._resident:
             if part == "train":  # a batch of unlabelled windows would be a step that learns nothing
@@ -111,7 +112,7 @@ class Site:
             self._now[part] = self._met(self._resident[part], part)
         return self._now[part]
 
-    def _met(self, rows: DeviceDataset, part: Part) -> DeviceDataset:
+    def _met(self, rows: DeviceDataset, part: RowSubset) -> DeviceDataset:
         """Rows of `part` as the conditions have them. The order of groups, and of rows in them, is that in which labels come."""
         conditions, seed = self._conditions
         if part in ("train", "all") and conditions.labelled < 1.0 and len(rows):

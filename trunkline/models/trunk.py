@@ -21,7 +21,7 @@ from trunkline.models.norms import SiteNorm, group_norm
 from trunkline.models.stems import STEMS
 from trunkline.models.stems.raw import RawColumns
 from trunkline.protocol.arrays import Arrays, seed_of
-from trunkline.protocol.plan import Part, TrunkSpec
+from trunkline.protocol.plan import ModelPart, TrunkSpec
 
 if TYPE_CHECKING:  # the centre builds first trunks without loading what tasks need
     from trunkline.models.tasks.task import Task
@@ -128,9 +128,9 @@ class TrunkModel(nn.Module):
         own = {name: tensor.detach() for name, tensor in _tensors(self._kept(lend))}
         _fill(own, private, None, _not_this_site)
 
-    def parameters_of(self, part: Part) -> list[nn.Parameter]:
+    def parameters_of(self, part: ModelPart) -> list[nn.Parameter]:
         """What trains when a phase names `part`. The norms belong to the trunk wherever they live."""
-        modules: dict[Part, tuple[nn.Module, ...]] = {
+        modules: dict[ModelPart, tuple[nn.Module, ...]] = {
             "stem": (self.stem,), "trunk": (self.trunk, self.norms), "heads": (self.heads,),
         }  # fmt: skip
         return [parameter for module in modules[part] for parameter in module.parameters()]

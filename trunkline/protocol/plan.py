@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from trunkline.protocol.frozen import Frozen
 
-Part = Literal["stem", "trunk", "heads"]
+ModelPart = Literal["stem", "trunk", "heads"]
 SITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # also a folder name, so no separators
 PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*$"  # free text that may be shown on a terminal as it is
 TASK_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"  # part of a parameter name, so no dots
@@ -43,7 +43,7 @@ class TrunkSpec(Frozen):
 class Phase(Frozen):
     """One stretch of a site's local training: which parts move, for which share of the round's steps."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     share: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
@@ -105,7 +105,7 @@ class LocalPlan(Frozen):
     finish_steps: int = Field(
         default=0, ge=0, le=1_000_000, description="steps a site takes alone with `finish_parts` before it is scored"
     )
-    finish_parts: tuple[Part, ...] = ("heads",)
+    finish_parts: tuple[ModelPart, ...] = ("heads",)
     finish_rate: float = Field(
         default=1.0, gt=0.0, le=1.0, description="their learning rate, as a multiple of learning_rate"
     )

@@ -12,7 +12,8 @@ import torch
 from trunkline.client.handlers import alone
 from trunkline.client.model_selection.evaluation import Decision, decide_site, score_site
 from trunkline.client.site import Site, open_site
-from trunkline.client.training.loop import DeviceDataset, steps_of, train_site
+from trunkline.client.training.device_dataset import DeviceDataset
+from trunkline.client.training.loop import steps_of, train_site
 from trunkline.config.run import RunConfig
 from trunkline.errors import ConfigError
 from trunkline.models.tasks import make_task

@@ -10,7 +10,7 @@ from trunkline.flower.grid import LoopbackGrid
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import RoundRequest
 from trunkline.simulations.ray.site_host import SiteHost, check_opened, node_configs
-from trunkline.simulations.vectorized.worker import Alone, Part
+from trunkline.simulations.vectorized.worker import InProcess, PartialRound
 
 
 class InProcessGrid(LoopbackGrid):
@@ -25,9 +25,9 @@ class InProcessGrid(LoopbackGrid):
         logging.getLogger("flwr").setLevel(logging.ERROR)
         self._site_host = SiteHost("this process")
         super().__init__(self._site_host.app, node_configs(sites, states))
-        self._vectorized = Alone({node: context.node_config for node, context in self.contexts.items()})
+        self._vectorized = InProcess({node: context.node_config for node, context in self.contexts.items()})
 
-    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
         """A round of the sites that can be trained in stacks; the others are to be asked singly."""
         return self._vectorized.together(request, arrays, nodes)
 

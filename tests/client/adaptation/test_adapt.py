@@ -12,12 +12,13 @@ from tests.client.adaptation.wearing import RUN, machines, plant, write_plant
 from tests.loopback import federate
 from trunkline.client.adaptation import adapt as adapt_module
 from trunkline.client.adaptation import evidence
-from trunkline.client.adaptation.adapt import BLENDS, Adapted, Workshop, adapt, adapt_data
+from trunkline.client.adaptation.adapt import BLENDS, Adapted, CandidateBuilder, adapt, adapt_data
 from trunkline.client.adaptation.model_file import MODEL, read_model
 from trunkline.client.adaptation.probe import ridge
-from trunkline.client.data.preprocess.shrinkage import Beside
+from trunkline.client.data.preprocess.shrinkage import PooledPrior
 from trunkline.client.data.site_data import open_data, open_newcomer
-from trunkline.client.training.loop import DeviceDataset, device, outputs_of
+from trunkline.client.training.device_dataset import DeviceDataset, device
+from trunkline.client.training.loop import outputs_of
 from trunkline.errors import DataError, StorageError, TrustError
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import Arrays
@@ -64,7 +65,7 @@ def same(one: TrunkModel, other: TrunkModel) -> bool:
 
 def test_as_is_is_the_released_model_to_the_bit(tmp_path: Path, read: tuple[Arrays, Card]) -> None:
     arrays, card = read
-    shop = Workshop(open_newcomer(plant(tmp_path / "n", 3, 9), None, card.scales), arrays, card)
+    shop = CandidateBuilder(open_newcomer(plant(tmp_path / "n", 3, 9), None, card.scales), arrays, card)
     assert shop.fit.as_is
     assert not shop.fit.notes
     assert shop.as_is(shop.labelled).share(("trunk", "stem", "heads")).digest() == arrays.digest()
@@ -74,7 +75,7 @@ def test_as_is_is_the_released_model_to_the_bit(tmp_path: Path, read: tuple[Arra
 def test_other_sensors_or_units_are_said_and_only_what_fits_is_taken(tmp_path: Path, read: tuple[Arrays, Card]) -> None:
     arrays, card = read
     folder = plant(tmp_path / "n", 4, 9, channels=("c1", "c0", "c2"), unit="hours")
-    shop = Workshop(open_newcomer(folder, None, card.scales), arrays, card)
+    shop = CandidateBuilder(open_newcomer(folder, None, card.scales), arrays, card)
     assert not shop.fit.stem
     assert shop.fit.heads == ("failing",)
     assert any("reads other channels: c0, c1, c2" in note for note in shop.fit.notes)
@@ -117,7 +118,7 @@ def test_no_label_at_all_is_named(tmp_path: Path, read: tuple[Arrays, Card]) -> 
 
 def test_interpolating_goes_from_the_release_to_the_fine_tuned_model(tmp_path: Path, read: tuple[Arrays, Card]) -> None:
     arrays, card = read
-    shop = Workshop(open_newcomer(plant(tmp_path / "n", 3, 9), None, card.scales), arrays, card)
+    shop = CandidateBuilder(open_newcomer(plant(tmp_path / "n", 3, 9), None, card.scales), arrays, card)
     tuned = shop.make("full", shop.labelled)
     assert same(shop.blend(tuned, 0.0), shop.released())
     assert same(shop.blend(tuned, 1.0), tuned)
@@ -128,7 +129,7 @@ def test_interpolating_goes_from_the_release_to_the_fine_tuned_model(tmp_path: P
 
 def test_a_probe_moves_the_heads_and_nothing_else(tmp_path: Path, read: tuple[Arrays, Card]) -> None:
     arrays, card = read
-    shop = Workshop(open_newcomer(plant(tmp_path / "n", 3, 9), None, card.scales), arrays, card)
+    shop = CandidateBuilder(open_newcomer(plant(tmp_path / "n", 3, 9), None, card.scales), arrays, card)
     probed = shop.make("probe", shop.labelled).share(("trunk", "stem", "heads"))
     moved = {name for name in arrays if not np.array_equal(arrays[name], probed[name])}
     assert moved == {name for name in arrays if name.startswith("head.")}
@@ -221,8 +222,8 @@ POOLED = PooledScale(
 
 
 def lean(groups: float, mean: float = 11.0, std: float = 1.0, channel: str = "p") -> tuple[float, float]:
-    beside = Beside(POOLED, np.zeros(1, np.int64), np.array([groups]))
-    middle, spread = beside.lean(channel, np.array([50]), np.array([mean]), np.array([std]))
+    prior = PooledPrior(POOLED, np.zeros(1, np.int64), np.array([groups]))
+    middle, spread = prior.shrink(channel, np.array([50]), np.array([mean]), np.array([std]))
     return float(middle[0]), float(spread[0])
 
 
@@ -247,7 +248,7 @@ def test_a_few_machines_see_the_world_more_like_everybody(tmp_path: Path, read: 
     for seed in (31, 32, 33):
         folder = plant(tmp_path / f"n{seed}", 1, seed)
         for scales, found in (((), own), (card.scales, leaning)):
-            shop = Workshop(open_newcomer(folder, None, scales), arrays, card)
+            shop = CandidateBuilder(open_newcomer(folder, None, scales), arrays, card)
             test = DeviceDataset.of(shop.data.test, device())
             task = shop.tasks["rul"]
             output = outputs_of(shop.released(), test, {"rul": task})["rul"]
@@ -301,7 +302,7 @@ def test_the_group_least_like_the_labelled_ones_is_to_be_labelled_next(
     folder = write_plant(
         tmp_path / "n", train.with_columns(odd.alias("c1"), *blank), machines(3, 8, name="t"), name="n"
     )
-    shop = Workshop(open_newcomer(folder, None, card.scales), arrays, card)
+    shop = CandidateBuilder(open_newcomer(folder, None, card.scales), arrays, card)
     found = evidence.label_next(shop)
     assert found[0]["group"] == "m03"
     assert {one["group"] for one in found} == {"m02", "m03", "m04", "m05"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from trunkline.client.training.lbfgs import fit_whole, reseed
+from trunkline.client.training.lbfgs import fit_lbfgs, reseed
 from trunkline.protocol.plan import Augment, LocalPlan
 
 
@@ -15,7 +15,7 @@ def test_a_few_iterations_reach_the_least_squares_answer_at_any_scale(scale: flo
     x = torch.randn(30, 6, generator=draw) * scale
     y = torch.randn(30, generator=draw)
     weight = nn.Parameter(torch.zeros(6))
-    first = fit_whole([weight], lambda: (x @ weight / scale - y).square().mean(), 25, seed=1)
+    first = fit_lbfgs([weight], lambda: (x @ weight / scale - y).square().mean(), 25, seed=1)
     wanted = np.linalg.lstsq(x.numpy() / scale, y.numpy(), rcond=None)[0]
     np.testing.assert_allclose(weight.detach().numpy(), wanted, rtol=1e-3, atol=1e-4)
     assert float(first) == pytest.approx(float(y.square().mean()))
@@ -34,7 +34,7 @@ def test_dropout_is_the_same_in_every_call_of_a_search() -> None:
         return value
 
     with torch.random.fork_rng(devices=[]):
-        fit_whole([weight], loss, 20, seed=3)
+        fit_lbfgs([weight], loss, 20, seed=3)
         best = min(seen)
         reseed(3, torch.device("cpu"))
         assert loss().item() == pytest.approx(best, rel=1e-5)
@@ -42,7 +42,7 @@ def test_dropout_is_the_same_in_every_call_of_a_search() -> None:
 
 def test_no_label_moves_nothing() -> None:
     weight = nn.Parameter(torch.ones(3))
-    fit_whole([weight], lambda: torch.zeros(()), 5, seed=0)
+    fit_lbfgs([weight], lambda: torch.zeros(()), 5, seed=0)
     assert torch.equal(weight.detach(), torch.ones(3))
 
 

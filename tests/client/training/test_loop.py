@@ -12,7 +12,8 @@ from torch import nn
 from tests.client.small import learnable, model_for, resident, tasks_for
 from trunkline.client.data import open_data
 from trunkline.client.training import loop as training
-from trunkline.client.training.loop import DeviceDataset, train_site
+from trunkline.client.training.device_dataset import DeviceDataset
+from trunkline.client.training.loop import train_site
 from trunkline.client.training.sampling import Batches, chances
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.labels import known
@@ -82,7 +83,9 @@ def test_rows_that_do_not_fit_on_the_device_stay_and_are_sent(
 ) -> None:
     data = open_data(plants[0], tmp_path).train
     plain = DeviceDataset.of(data, CPU)
-    monkeypatch.setattr(training, "fits", lambda nbytes, where: nbytes < data.values.nbytes)
+    monkeypatch.setattr(
+        "trunkline.client.training.device_dataset.fits", lambda nbytes, where: nbytes < data.values.nbytes
+    )
     sent = DeviceDataset.of(data, CPU)
     assert (plain.goes, sent.goes, sent.where) == (None, CPU, CPU)
     both = DeviceDataset.joined([plain, sent])

@@ -16,7 +16,7 @@ from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import LocalPlan, Phase, TrunkSpec
-from trunkline.simulations.vectorized.sites import Crew, kind_of
+from trunkline.simulations.vectorized.sites import VectorizedSites, kind_of
 
 ALIKE = 1e-4  # of the largest change of a round: what float32 leaves of sums in another order, after four steps
 SITE = """
@@ -61,14 +61,14 @@ def run(folders: list[Path], state: Path, request: RoundRequest, rounds: int, to
     arrays = first_trunk(request.trunk, request.seed) if request.lend else Arrays()
     if "stem" in request.lend:
         arrays = sites[0].model(request).share(request.lend)
-    crew: Crew | None = None
+    vectorized: VectorizedSites | None = None
     told = []
     for round in range(request.round, request.round + rounds):
         now = request.model_copy(update={"round": round})
         found: dict[str, Any] = {}
         if together:
-            crew = crew or Crew(sites, now)
-            for stack in crew.answer([site.name for site in sites], now, arrays):
+            vectorized = vectorized or VectorizedSites(sites, now)
+            for stack in vectorized.answer([site.name for site in sites], now, arrays):
                 for at, (name, one) in enumerate(zip(stack.names, stack.told, strict=True)):
                     found[name] = ({key: rows[at] for key, rows in stack.changes.items()}, one.metrics, one.weight)
         else:
@@ -78,8 +78,8 @@ def run(folders: list[Path], state: Path, request: RoundRequest, rounds: int, to
         told.append(found)
         mean = {key: np.mean([one[0][key] for one in found.values()], axis=0) for key in arrays}
         arrays = Arrays({key: (array + mean[key]).astype(np.float32) for key, array in arrays.items()})
-    if crew is not None:
-        crew.flush()
+    if vectorized is not None:
+        vectorized.flush()
     return told
 
 
@@ -162,8 +162,8 @@ def test_with_the_optimiser_as_it_is_a_round_differs_by_a_hundredth_of_itself_at
         assert np.linalg.norm(flat[0] - flat[1]) < 0.01 * np.linalg.norm(flat[0])
 
 
-def test_a_crew_goes_on_from_the_vaults(tmp_path: Path, smooth: None) -> None:
-    """Two rounds, put away, and two more by another crew: the same as four in one go."""
+def test_vectorized_sites_go_on_from_the_vaults(tmp_path: Path, smooth: None) -> None:
+    """Two rounds, put away, and two more by other stacks: the same as four in one go."""
     request = order_of(trunk=ROWS)
     folders = [write(tmp_path / "sites", place, window="", more="", rows=12) for place in range(3)]
     whole = run(folders, tmp_path / "whole", request, 4, together=True)
@@ -174,8 +174,8 @@ def test_a_crew_goes_on_from_the_vaults(tmp_path: Path, smooth: None) -> None:
         mean = {key: np.mean([one[0][key] for one in found.values()], axis=0) for key in arrays}
         arrays = {key: (array + mean[key]).astype(np.float32) for key, array in arrays.items()}
     now = request.model_copy(update={"round": 3})
-    crew = Crew(sites, now)
-    for stack in crew.answer([site.name for site in sites], now, Arrays(arrays)):
+    vectorized = VectorizedSites(sites, now)
+    for stack in vectorized.answer([site.name for site in sites], now, Arrays(arrays)):
         for at, name in enumerate(stack.names):
             for key, rows in stack.changes.items():
                 np.testing.assert_allclose(rows[at], whole[2][name][0][key], rtol=0, atol=1e-5)

@@ -13,15 +13,15 @@ from trunkline.config.run import parse_run
 from trunkline.protocol.arrays import Arrays
 from trunkline.server.reporting.report import read_report
 from trunkline.simulations.simulate import simulate
-from trunkline.simulations.vectorized.worker import FEWEST, SWITCH, Crowd
+from trunkline.simulations.vectorized.worker import FEWEST, SWITCH, VectorizedWorker
 
 pytestmark = [
-    pytest.mark.xdist_group("crowd"),  # one worker: the reference is made once
+    pytest.mark.xdist_group("vectorized"),  # one worker: the reference is made once
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # files that Ray leaves open
 ]
 SITES = 2 * FEWEST + 2
 RUN: dict[str, Any] = {
-    "name": "crowd", "rounds": 4, "seed": 5, "lend": ["trunk"],
+    "name": "vectorized", "rounds": 4, "seed": 5, "lend": ["trunk"],
     "trunk": {"backbone": "mlp", "width": 64, "dropout": 0.1},
     "training": {"steps": 2, "batch_size": 32, "learning_rate": 0.002},
     "strategy": {"name": "fedper"}, "report": {"baseline": True}, "cohort": {"min_sites": 1},
@@ -77,9 +77,9 @@ def test_most_sites_go_in_stacks_and_the_odd_one_by_message(
 ) -> None:
     stacked: list[int] = []
     singly: list[str] = []
-    answer, train = Crowd.answer, "trunkline.client.app.answer_train"
+    answer, train = VectorizedWorker.answer, "trunkline.client.app.answer_train"
 
-    def watched(self: Crowd, order: Any, arrays: Any, nodes: Any) -> Any:
+    def watched(self: VectorizedWorker, order: Any, arrays: Any, nodes: Any) -> Any:
         stacked.append(len(nodes))
         return answer(self, order, arrays, nodes)
 
@@ -89,7 +89,7 @@ def test_most_sites_go_in_stacks_and_the_odd_one_by_message(
         singly.append(site.name)
         return answer_train(site, order, arrays)
 
-    monkeypatch.setattr(Crowd, "answer", watched)
+    monkeypatch.setattr(VectorizedWorker, "answer", watched)
     monkeypatch.setattr(train, message)
     simulate(parse_run(dict(RUN), "test"), folders, tmp_path / "stacks", workers=0)
     assert stacked == [SITES - 1] * 4
@@ -115,12 +115,12 @@ def test_without_stacks_it_is_the_run_of_a_loopback_to_the_byte(
 def test_a_worker_that_dies_takes_the_run_back_to_its_checkpoint(
     folders: list[Path], tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trunkline.simulations.vectorized.driver import Together
+    from trunkline.simulations.vectorized.driver import VectorizedDriver
 
     killed: list[int] = []
-    answer = Together.answer
+    answer = VectorizedDriver.answer
 
-    def deadly(self: Together, order: Any, arrays: Any, nodes: Any) -> Any:
+    def deadly(self: VectorizedDriver, order: Any, arrays: Any, nodes: Any) -> Any:
         if order.round == 3 and not killed:  # before it can answer, and with what two rounds have taught its sites
             import ray
 
@@ -128,7 +128,7 @@ def test_a_worker_that_dies_takes_the_run_back_to_its_checkpoint(
             ray.kill(next(iter(self.actor_of.values())), no_restart=True)
         yield from answer(self, order, arrays, nodes)
 
-    monkeypatch.setattr(Together, "answer", deadly)
+    monkeypatch.setattr(VectorizedDriver, "answer", deadly)
     report = simulate(parse_run(dict(RUN), "test"), folders, tmp_path, workers=2)
     told = [one["text"] for one in events_of(tmp_path) if one["event"] == "note"]
     assert killed
@@ -142,16 +142,18 @@ def test_a_worker_that_dies_takes_the_run_back_to_its_checkpoint(
 def test_a_diverging_site_costs_the_round_one_site(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trunkline.simulations.vectorized.sites import Crew
+    from trunkline.simulations.vectorized.sites import VectorizedSites
 
-    def poisoned(self: Crew, places: list[int], order: Any, arrays: Any, whole: Any = Crew._stack_of) -> Any:
+    def poisoned(
+        self: VectorizedSites, places: list[int], order: Any, arrays: Any, whole: Any = VectorizedSites._stack_of
+    ) -> Any:
         stack = whole(self, places, order, arrays)
         if order.round == 2 and "plant-3" in stack.names:
             for rows in stack.changes.values():
                 rows[stack.names.index("plant-3")] = np.nan
         return stack
 
-    monkeypatch.setattr(Crew, "_stack_of", poisoned)
+    monkeypatch.setattr(VectorizedSites, "_stack_of", poisoned)
     report = simulate(parse_run(dict(RUN), "test"), folders, tmp_path, workers=0)
     (refusal,) = report["rounds"][1]["refused"]
     assert refusal["site"] == "plant-3" and "NaN" in refusal["cause"] and "round 2" in refusal["cause"]
@@ -179,15 +181,15 @@ def test_stopped_and_resumed_it_ends_where_it_would_have(
     class Stop(BaseException):
         pass
 
-    answer = Crowd.answer
+    answer = VectorizedWorker.answer
 
-    def stopped(self: Crowd, order: Any, arrays: Any, nodes: Any) -> Any:
+    def stopped(self: VectorizedWorker, order: Any, arrays: Any, nodes: Any) -> Any:
         if order.round == 3:
             raise Stop
         return answer(self, order, arrays, nodes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Crowd, "answer", stopped)
+        patch.setattr(VectorizedWorker, "answer", stopped)
         with pytest.raises(Stop):
             simulate(parse_run(dict(RUN), "test"), folders, tmp_path, workers=0)
     report = simulate(parse_run(dict(RUN), "test"), folders, tmp_path, workers=0, resume=True)

@@ -479,7 +479,7 @@ def test_inputs_move_by_the_week_each_sites_in_its_own_direction(benches: list[P
             assert torch.allclose(moved, moved[:1].expand_as(moved), atol=1e-6)  # every row alike
             assert float(moved.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)
         ways.append(moved[0])
-        kind_of(site, plain)  # a crowd begins a run too, and nothing of a world before it may stay
+        kind_of(site, plain)  # vectorized sites begin a run too, and nothing of a world before it may stay
         assert site.resident("test").values is before
     assert not torch.allclose(ways[0], ways[1], atol=0.05)
 

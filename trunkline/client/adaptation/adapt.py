@@ -31,18 +31,19 @@ from trunkline.client.data.site_data import open_newcomer
 from trunkline.client.data.statistics import label_scale, set_label_scale
 from trunkline.client.state.identity import Identity
 from trunkline.client.state.permissions import open_seal
-from trunkline.client.training.loop import DeviceDataset, device, outputs_of, total_loss, train_site
+from trunkline.client.training.device_dataset import DeviceDataset, device
+from trunkline.client.training.loop import outputs_of, total_loss, train_site
 from trunkline.errors import DataError
 from trunkline.models.lora import add_low_rank, merge_low_rank
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, build_model
 from trunkline.protocol.arrays import Arrays, seed_of
-from trunkline.protocol.plan import Augment, LocalPlan, Part, Phase
+from trunkline.protocol.plan import Augment, LocalPlan, ModelPart, Phase
 from trunkline.release import Card, open_release
 from trunkline.security.signatures import Verdict
 
 Groups = NDArray[np.int64]
-ALL: tuple[Part, ...] = ("stem", "trunk", "heads")
+ALL: tuple[ModelPart, ...] = ("stem", "trunk", "heads")
 TRAINED = ("probe", "lp_ft", "lora", "full", "scratch")
 LATE = ("probe", "lp_ft", "lora", "scratch")
 BLENDS = (0.25, 0.5, 0.75)  # shares of the fine-tuned weights that are tried beside the prior one
@@ -68,7 +69,7 @@ LOW_RANK = LocalPlan(
     phases=(Phase(parts=("trunk", "heads")),), steps=80, batch_size=64, learning_rate=2e-3, weight_decay=0.0
 )
 FASTEST = 1e-3  # of FULL, however many labels
-SPEEDS: Mapping[Part, float] = {"stem": 0.5, "trunk": 0.5, "heads": 1.0}
+SPEEDS: Mapping[ModelPart, float] = {"stem": 0.5, "trunk": 0.5, "heads": 1.0}
 
 
 def _longer(plan: LocalPlan, groups: Groups) -> LocalPlan:
@@ -135,11 +136,11 @@ class Adapted:
     fit: Fit
     choice: Choice
     model: TrunkModel
-    workshop: "Workshop"
+    workshop: "CandidateBuilder"
     verdict: Verdict | None = None  # on the release, where it was read from a file
 
 
-class Workshop:
+class CandidateBuilder:
     """One site and one release: makes candidates out of any of its labelled groups.
 
     Args:
@@ -459,10 +460,10 @@ def adapt(
 
 def adapt_data(data: SiteData, arrays: Arrays, card: Card, *, labelled: int | None = None, draw: int = 0) -> Adapted:
     """As `adapt`, of what was read already."""
-    workshop = Workshop(data, arrays, card, labelled=labelled, draw=draw)
+    workshop = CandidateBuilder(data, arrays, card, labelled=labelled, draw=draw)
     choice = workshop.choose()
     model = workshop.build(choice.name, choice.share, workshop.labelled)
     return Adapted(data, card, workshop.fit, choice, model, workshop)
 
 
-__all__: Sequence[str] = ("Adapted", "Choice", "Fit", "Workshop", "adapt", "adapt_data")
+__all__: Sequence[str] = ("Adapted", "CandidateBuilder", "Choice", "Fit", "adapt", "adapt_data")

@@ -19,12 +19,13 @@ from rich.table import Table
 from torch import Tensor
 
 from trunkline import __version__
-from trunkline.client.adaptation.adapt import HONEST, Adapted, Workshop, label_of
+from trunkline.client.adaptation.adapt import HONEST, Adapted, CandidateBuilder, label_of
 from trunkline.client.adaptation.model_file import MODEL, write_model
 from trunkline.client.adaptation.probe import embeddings
 from trunkline.client.data import WindowSet
 from trunkline.client.model_selection.evaluation import Scored, paired_bootstrap
-from trunkline.client.training.loop import DeviceDataset, device, outputs_of
+from trunkline.client.training.device_dataset import DeviceDataset, device
+from trunkline.client.training.loop import outputs_of
 from trunkline.errors import StorageError
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
@@ -72,7 +73,7 @@ def collect(adapted: Adapted, *, curve: bool = True) -> Evidence:
     }
 
 
-def judged(task: Task, model: TrunkModel, workshop: Workshop, outputs: Tensor) -> tuple[Task, NDArray[Any]]:
+def judged(task: Task, model: TrunkModel, workshop: CandidateBuilder, outputs: Tensor) -> tuple[Task, NDArray[Any]]:
     """A copy of `task`, settled for `model` where its kind wants that, and its predictions for `outputs`."""
     own = copy.copy(task)
     if own.settles:
@@ -170,7 +171,7 @@ def _curve(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, An
     return points
 
 
-def label_next(workshop: Workshop) -> list[dict[str, Any]]:
+def label_next(workshop: CandidateBuilder) -> list[dict[str, Any]]:
     """Unlabelled groups in the order in which a label would tell most, by k-centre greedy on the trunk's embedding.
 
     Sener and Savarese 2018, arXiv:1708.00489: each time the group farthest from everything that is labelled or named.
@@ -195,7 +196,7 @@ def label_next(workshop: Workshop) -> list[dict[str, Any]]:
     return chosen
 
 
-def _place(workshop: Workshop, train: WindowSet, group: int) -> NDArray[np.float64]:
+def _place(workshop: CandidateBuilder, train: WindowSet, group: int) -> NDArray[np.float64]:
     samples = train.subset(train.groups == group).spread(PER_GROUP)
     model = workshop.released()
     mean: NDArray[np.float64] = (

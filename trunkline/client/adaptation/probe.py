@@ -7,7 +7,8 @@ head is pulled to the federation's (or, where none came, to nothing), the harder
 import torch
 from torch import Tensor, nn
 
-from trunkline.client.training.loop import SCORE_BATCH, DeviceDataset
+from trunkline.client.training.device_dataset import DeviceDataset
+from trunkline.client.training.loop import SCORE_BATCH
 from trunkline.models.tasks.regression import Regression
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel

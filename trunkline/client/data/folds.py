@@ -1,16 +1,30 @@
 """Groups dealt to shares that look alike: what `folds` in site.toml stands on."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from trunkline.client.data.split import Shuffle
+from numpy.typing import NDArray
 
 OUTSIZED = 2.0  # times the rows of a mean group
 
 
-def deal(data: "Shuffle", places: list[int], shares: int, known: dict[str, int]) -> dict[str, int]:
+@dataclass(frozen=True)
+class SplitInput:
+    """What splitting looks at: the rows of `files` (not of `test_files`), sorted by group, then order.
+
+    Args:
+        names: group names; `group` holds places in it.
+        order: ascending within a group.
+        present: (groups, classes) whether a group holds a class of some binary or multiclass task; (groups, 0) if none.
+    """
+
+    names: tuple[str, ...]
+    group: NDArray[np.int32]
+    order: NDArray[np.float64]
+    present: NDArray[np.bool_]
+
+
+def assign_folds(data: SplitInput, places: list[int], shares: int, known: dict[str, int]) -> dict[str, int]:
     """Group -> share, for the groups at `places`: those of `known`, then the others, so that shares are equally many
     groups and hold about as many rows of every class.
 
@@ -55,7 +69,7 @@ def deal(data: "Shuffle", places: list[int], shares: int, known: dict[str, int])
     return share
 
 
-def missed(data: "Shuffle", places: list[int], share: dict[str, int], validate: int) -> tuple[int, float]:
+def validation_cost(data: SplitInput, places: list[int], share: dict[str, int], validate: int) -> tuple[int, float]:
     """What it costs to validate on share `validate` of `places`: classes that training or validation would not have,
     and how far its rows are from those of an even share.
     """

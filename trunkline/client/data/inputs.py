@@ -13,7 +13,7 @@ from trunkline.client.data.preprocess import clean
 from trunkline.client.data.preprocess.reference import MARK, reference
 from trunkline.client.data.preprocess.regimes import Regimes
 from trunkline.client.data.preprocess.scale import Scaler, moments, scale
-from trunkline.client.data.preprocess.shrinkage import Beside, groups_seen, lay_beside
+from trunkline.client.data.preprocess.shrinkage import PooledPrior, groups_seen, match_pooled
 from trunkline.client.data.read import Table
 from trunkline.config.site import SiteConfig
 from trunkline.release import PooledScale
@@ -30,13 +30,13 @@ def read_inputs(
     """The scaled, filled input matrix (rows, channels), how it was scaled, and what the channels looked like before.
 
     Args:
-        scales: statistics of a federation to lean on where there are few groups; see `lean.py`.
+        scales: statistics of a federation to shrink towards where there are few groups; see `shrinkage.py`.
     """
     rules, training = config.data.clean, layout.training
     names = [name for name in config.data.channels if name in table.frame.columns]
     regimes, regime = _regimes(table, config, layout, findings)
     groups = groups_seen(layout.group[training], regime[training], len(regimes)) if scales else np.zeros(0)
-    beside = lay_beside(scales, regimes, groups) if config.data.scale == "zscore" else None
+    prior = match_pooled(scales, regimes, groups) if config.data.scale == "zscore" else None
     references = [name + MARK for name in names] if config.data.reference else []
     inputs = [*names, *references, *([AGE] if config.data.age else [])]
     values = np.empty((len(layout.rows), len(inputs)), dtype=np.float32, order="F")
@@ -54,11 +54,9 @@ def read_inputs(
         count[:, place], mean[:, place], std[:, place] = moments(raw[training], regime[training], len(regimes))
         if config.data.scale == "none":
             mean[:, place], std[:, place] = 0.0, 1.0
-        constant = (
-            "keep" if beside and beside.knows(name) else rules.constant
-        )  # it moves at others, and may on test rows
-        if beside is not None:
-            mean[:, place], std[:, place] = beside.lean(name, count[:, place], mean[:, place], std[:, place])
+        constant = "keep" if prior and prior.knows(name) else rules.constant  # it moves at others, and may on test rows
+        if prior is not None:
+            mean[:, place], std[:, place] = prior.shrink(name, count[:, place], mean[:, place], std[:, place])
         if not _judge(name, raw[training], report[-1], constant, findings):
             still.append(name)
         scaled = scale(raw, mean[:, place], std[:, place], regime)
@@ -82,18 +80,20 @@ def read_inputs(
         values[:, here] = reference(values[:, : len(names)], layout, config.data.reference)
         count[:, here], std[:, here] = count[:, : len(names)], 1.0  # made of what is scaled already
     if config.data.age:
-        values[:, -1] = _age(layout, std, count, beside, findings)
+        values[:, -1] = _age(layout, std, count, prior, findings)
     return np.ascontiguousarray(values), Scaler(tuple(inputs), regimes, count, mean, std), report
 
 
-def _age(layout: Layout, std: Floats, count: Rows, beside: Beside | None, findings: Findings) -> NDArray[np.float32]:
+def _age(
+    layout: Layout, std: Floats, count: Rows, prior: PooledPrior | None, findings: Findings
+) -> NDArray[np.float32]:
     """(rows,) time since each group's first row, in training standard deviations; fills the last column of `std` and `count`."""
     start = np.full(len(layout.names), np.inf)
     np.minimum.at(start, layout.group, layout.order)
     age = layout.order - start[layout.group]
     std[:, -1], count[:, -1] = float(age[layout.training].std()), int(layout.training.sum())
-    if beside is not None:  # one figure for all regimes, as the age has none
-        std[:, -1] = beside.lean(AGE, count[:, -1], np.zeros(len(std)), std[:, -1])[1].mean()
+    if prior is not None:  # one figure for all regimes, as the age has none
+        std[:, -1] = prior.shrink(AGE, count[:, -1], np.zeros(len(std)), std[:, -1])[1].mean()
     if not std[0, -1]:
         findings.problem("site.toml", "`age = true`, but every training row has the same age.", "Set `age = false`.")
     return scale(age, np.zeros(1), std[:1, -1], np.zeros(len(age), dtype=np.int64))

@@ -7,10 +7,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from trunkline.client.data.folds import SplitInput
 from trunkline.client.data.notes import Findings, counted
 from trunkline.client.data.preprocess import clean
 from trunkline.client.data.read import Table
-from trunkline.client.data.split import PARTS, TEST, TRAIN, VALIDATION, Shuffle, Split, divide, read_split
+from trunkline.client.data.split import PARTS, TEST, TRAIN, VALIDATION, Split, divide, read_split
 from trunkline.client.data.windows import segments
 from trunkline.config.site import SiteConfig
 from trunkline.config.tasks import CLASSED
@@ -119,7 +120,7 @@ def keep_apart(table: Table, group: NDArray[np.int32], names: tuple[str, ...], f
         findings.problem("", f"{len(both) - 5} further groups are in `files` and `test_files`.")
 
 
-def deal(
+def lay_out_rows(
     table: Table, config: SiteConfig, group: NDArray[np.int32], order: Floats, names: tuple[str, ...], rows: Rows,
     labels: dict[str, NDArray[np.float32]], path: Path | None, findings: Findings, hold_out: bool = True,
     seal: Sealing | None = None,
@@ -133,7 +134,7 @@ def deal(
     own = rows < table.test_from  # rows of `files`; those of `test_files` are test rows and take no part in splitting
     codes, local = np.unique(group[rows[own]], return_inverse=True)
     present = _present(config, labels, rows[own], local, len(codes))
-    data = Shuffle(tuple(names[code] for code in codes), local.astype(np.int32), order[rows[own]], present)
+    data = SplitInput(tuple(names[code] for code in codes), local.astype(np.int32), order[rows[own]], present)
     part = np.full(len(rows), TEST, dtype=np.int8)
     part[own] = TRAIN  # where splitting fails, the rest is still looked at as if all rows were for training
     split: Split | None = None

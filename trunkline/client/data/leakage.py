@@ -37,7 +37,7 @@ Codes = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def look_for_kin(
+def warn_of_leakage(
     config: SiteConfig,
     layout: Layout,
     split: Split,

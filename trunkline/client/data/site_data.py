@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trunkline.client.data.inputs import AGE, read_categories, read_inputs
-from trunkline.client.data.layout import Layout, deal, keep_apart, read_groups, sort_rows
-from trunkline.client.data.leakage import look_for_kin
+from trunkline.client.data.layout import Layout, keep_apart, lay_out_rows, read_groups, sort_rows
+from trunkline.client.data.leakage import warn_of_leakage
 from trunkline.client.data.notes import Findings, Note, counted, some
 from trunkline.client.data.preprocess.clean import ChannelStatistics
 from trunkline.client.data.preprocess.scale import Scaler
@@ -138,7 +138,7 @@ def survey(
     keep_apart(table, group, names, findings)
     rows = sort_rows(table, config, group, order, findings)
     path = state / "split.json" if state else None
-    layout, result.split = deal(
+    layout, result.split = lay_out_rows(
         table, config, group, order, names, rows, labels, path, findings, hold_out=newcomer is None, seal=seal
     )
     result.groups = {name: len(np.unique(layout.group[layout.part == number])) for number, name in enumerate(PARTS)}
@@ -147,7 +147,7 @@ def survey(
         _unlabel(result.split, layout, labels)
     values, scaler, result.statistics = read_inputs(table, config, layout, findings, newcomer or ())
     if result.split is not None:
-        look_for_kin(config, layout, result.split, table.test_from, values, told, findings)
+        warn_of_leakage(config, layout, result.split, table.test_from, values, told, findings)
     codes, category_names = read_categories(table, config, layout)
     for task in tasks.values():
         task.bind_inputs(_samples(config, table, scaler))

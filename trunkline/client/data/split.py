@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trunkline.client.data.folds import deal, missed
+from trunkline.client.data.folds import SplitInput, assign_folds, validation_cost
 from trunkline.client.data.notes import Findings
 from trunkline.config.site import SplitConfig
 from trunkline.errors import DataError, StorageError
@@ -55,22 +55,6 @@ class Split:
     folds: int | None = None
     fold: int = 0
     share: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Shuffle:
-    """What splitting looks at: the rows of `files` (not of `test_files`), sorted by group, then order.
-
-    Args:
-        names: group names; `group` holds places in it.
-        order: ascending within a group.
-        present: (groups, classes) whether a group holds a class of some binary or multiclass task; (groups, 0) if none.
-    """
-
-    names: tuple[str, ...]
-    group: NDArray[np.int32]
-    order: NDArray[np.float64]
-    present: NDArray[np.bool_]
 
 
 def read_split(path: Path, seal: Sealing | None = None) -> Split | None:
@@ -123,7 +107,7 @@ def write_split(path: Path, split: Split, seal: Sealing | None = None) -> None:
 
 
 def divide(
-    data: Shuffle,
+    data: SplitInput,
     config: SplitConfig,
     by: Literal["group", "time"],
     test_apart: bool,
@@ -190,7 +174,7 @@ def _ranked(names: tuple[str, ...], *seed: object) -> NDArray[np.intp]:
     return np.argsort(np.array([seed_of(*seed, name) for name in names], dtype=np.int64), kind="stable")
 
 
-def _by_group(data: Shuffle, base: Split, fresh: bool, findings: Findings) -> Split | None:
+def _by_group(data: SplitInput, base: Split, fresh: bool, findings: Findings) -> Split | None:
     number = len(data.names)
     need = 3 if base.test > 0.0 else 2
     if number < need and fresh:
@@ -214,9 +198,9 @@ def _by_group(data: Shuffle, base: Split, fresh: bool, findings: Findings) -> Sp
     return replace(base, assignment=assignment)
 
 
-def _by_fold(data: Shuffle, base: Split, folds: int, fresh: bool, findings: Findings) -> Split | None:
+def _by_fold(data: SplitInput, base: Split, folds: int, fresh: bool, findings: Findings) -> Split | None:
     ranked = _ranked(data.names, base.seed, "folds").tolist()
-    share = deal(data, ranked, folds, base.share)
+    share = assign_folds(data, ranked, folds, base.share)
     learning = [place for place in ranked if share[data.names[place]] != base.fold]
     if fresh and (len(data.names) < folds or len(learning) < 2):
         findings.problem(
@@ -231,8 +215,8 @@ def _by_fold(data: Shuffle, base: Split, folds: int, fresh: bool, findings: Find
     if fresh:
         # of the rest another such deal, so that validation looks like the whole too
         shares = min(max(2, round(sum(wanted) / base.validation)), len(learning))
-        again = deal(data, learning, shares, {})
-        validate = min(range(shares), key=lambda one: missed(data, learning, again, one))
+        again = assign_folds(data, learning, shares, {})
+        validate = min(range(shares), key=lambda one: validation_cost(data, learning, again, one))
         assignment = {data.names[place]: PARTS[TEST] for place in ranked if place not in learning}
         for name, one in again.items():
             assignment[name] = PARTS[VALIDATION if one == validate else TRAIN]
@@ -249,7 +233,7 @@ def _by_fold(data: Shuffle, base: Split, folds: int, fresh: bool, findings: Find
     return replace(base, assignment=assignment, share=share)
 
 
-def _first_assignment(data: Shuffle, base: Split) -> dict[str, str]:
+def _first_assignment(data: SplitInput, base: Split) -> dict[str, str]:
     """Shares of a seeded shuffle; of up to 20 shuffles the first in which the parts miss the fewest classes."""
     number = len(data.names)
     validation = max(1, round(base.validation * number))
@@ -261,8 +245,8 @@ def _first_assignment(data: Shuffle, base: Split) -> dict[str, str]:
         ranks = _ranked(data.names, base.seed, "split", *([attempt] if attempt else []))
         pieces = (ranks[validation + test :], ranks[:validation], ranks[validation : validation + test])
         # a class no training group has cannot be learnt at all, so that counts more than one that cannot be scored
-        missed = [int((~data.present[piece].any(axis=0)).sum()) if len(piece) else 0 for piece in pieces]
-        cost = 100 * missed[TRAIN] + missed[VALIDATION] + missed[TEST]
+        validation_cost = [int((~data.present[piece].any(axis=0)).sum()) if len(piece) else 0 for piece in pieces]
+        cost = 100 * validation_cost[TRAIN] + validation_cost[VALIDATION] + validation_cost[TEST]
         if best is None or cost < best[0]:
             best = (
                 cost,
@@ -274,7 +258,7 @@ def _first_assignment(data: Shuffle, base: Split) -> dict[str, str]:
     return best[1]
 
 
-def _by_time(data: Shuffle, base: Split) -> Split:
+def _by_time(data: SplitInput, base: Split) -> Split:
     until = dict(base.until)
     starts = np.searchsorted(data.group, np.arange(len(data.names) + 1))
     for place, name in enumerate(data.names):
@@ -290,7 +274,7 @@ def _by_time(data: Shuffle, base: Split) -> Split:
     return replace(base, until=until)
 
 
-def _parts(data: Shuffle, split: Split) -> NDArray[np.int8]:
+def _parts(data: SplitInput, split: Split) -> NDArray[np.int8]:
     if split.by == "group":
         return np.array([PARTS.index(split.assignment[name]) for name in data.names], dtype=np.int8)[data.group]
     boundary = np.array([split.until[name] for name in data.names])[data.group]  # (rows, 2)
@@ -299,7 +283,7 @@ def _parts(data: Shuffle, split: Split) -> NDArray[np.int8]:
 
 
 def _labelled(
-    data: Shuffle, split: Split, part: NDArray[np.int8], number: int | None, findings: Findings
+    data: SplitInput, split: Split, part: NDArray[np.int8], number: int | None, findings: Findings
 ) -> tuple[str, ...]:
     """The training groups that keep their labels: those stored first, then further ones in seeded order."""
     if number is None:

@@ -13,13 +13,13 @@ from trunkline.client.training.loop import train_site
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
 from trunkline.protocol.messages import RoundRequest
-from trunkline.protocol.plan import LocalPlan, Part, Phase
+from trunkline.protocol.plan import LocalPlan, ModelPart, Phase
 
 QUARTERS = (1, 2, 4)  # after so many quarters of the fine-tuning a version is kept: stopping early is a choice as well
 MIXES = (0.25, 0.5, 0.75)  # shares of the fine-tuned weights in the average of the two
 
 
-def _only(plan: LocalPlan, parts: tuple[Part, ...], steps: int, rate: float = 1.0) -> LocalPlan:
+def _only(plan: LocalPlan, parts: tuple[ModelPart, ...], steps: int, rate: float = 1.0) -> LocalPlan:
     """So many steps in which `parts` train together, with no pull to anybody."""
     changes = {
         "phases": (Phase(parts=parts),),

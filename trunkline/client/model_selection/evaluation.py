@@ -13,9 +13,10 @@ from torch import Tensor
 
 from trunkline.client.model_selection.candidates import versions
 from trunkline.client.model_selection.gate import Tried, choose
-from trunkline.client.site import Part, Site
+from trunkline.client.site import RowSubset, Site
 from trunkline.client.state.vault import predictions_place
-from trunkline.client.training.loop import DeviceDataset, outputs_of, total_loss
+from trunkline.client.training.device_dataset import DeviceDataset
+from trunkline.client.training.loop import outputs_of, total_loss
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
@@ -99,7 +100,7 @@ class _Judge:
     site: Site
     model: TrunkModel
     tasks: dict[str, Task]
-    rows: Part  # what it was trained on
+    rows: RowSubset  # what it was trained on
     _own: dict[str, Task] = field(default_factory=dict)
     _outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 

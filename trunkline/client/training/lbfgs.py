@@ -14,7 +14,7 @@ def reseed(seed: int, where: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def fit_whole(moving: list[nn.Parameter], loss_of: Callable[[], Tensor], iterations: int, seed: int) -> Tensor:
+def fit_lbfgs(moving: list[nn.Parameter], loss_of: Callable[[], Tensor], iterations: int, seed: int) -> Tensor:
     """L-BFGS with a strong Wolfe line search (Nocedal and Wright 2006, chapter 7), in place.
 
     Where AdamW needs a decaying rate and hundreds of steps to settle, this reaches float32's last digits of a small smooth

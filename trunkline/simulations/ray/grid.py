@@ -21,8 +21,8 @@ from trunkline.simulations.ray.cluster import start_ray, start_workers
 from trunkline.simulations.ray.scheduler import Job, Scheduler
 from trunkline.simulations.ray.serialization import Buffer, ContentStore
 from trunkline.simulations.ray.site_host import SiteHost, check_opened, node_configs
-from trunkline.simulations.vectorized.driver import Together
-from trunkline.simulations.vectorized.worker import Part
+from trunkline.simulations.vectorized.driver import VectorizedDriver
+from trunkline.simulations.vectorized.worker import PartialRound
 
 
 class RayGrid(LocalGrid):
@@ -58,7 +58,7 @@ class RayGrid(LocalGrid):
         file_bytes = {node: _bytes_in(site) for node, site in zip(self.contexts, sites, strict=True)}
         self.scheduler = Scheduler(self.contexts, file_bytes, start_workers(workers, len(sites), site_host))
         self.contents = ContentStore(_put)
-        self._vectorized = Together(self.scheduler)
+        self._vectorized = VectorizedDriver(self.scheduler)
 
     def get_node_ids(self) -> list[int]:
         """Longest first: a long site that starts last is what a round would wait for."""
@@ -87,8 +87,8 @@ class RayGrid(LocalGrid):
 
     # ---- many sites at once
 
-    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
-        """A round of the sites that can be trained in stacks; see `Together.answer`."""
+    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
+        """A round of the sites that can be trained in stacks; see `VectorizedDriver.answer`."""
         return self._vectorized.answer(request, arrays, nodes)
 
     def flush(self) -> None:

@@ -51,18 +51,18 @@ class Worker:
         """Return this process's versions; the driver takes the call's return as the sign that the process has started."""
         return versions()
 
-    def crowd_begin(self, request: str, contexts: list[Context]) -> list[int]:
-        """Prepare the sites for training in stacks; a process has one `Crowd`, made anew for every pass of a run."""
-        from trunkline.simulations.vectorized.worker import Crowd
+    def vectorized_begin(self, request: str, contexts: list[Context]) -> list[int]:
+        """Prepare the sites for training in stacks; a process has one `VectorizedWorker`, made anew for every pass of a run."""
+        from trunkline.simulations.vectorized.worker import VectorizedWorker
 
-        self.crowd = Crowd({context.node_id: context.node_config for context in contexts})
-        return self.crowd.begin(RoundRequest.model_validate_json(request))
+        self.vectorized = VectorizedWorker({context.node_id: context.node_config for context in contexts})
+        return self.vectorized.begin(RoundRequest.model_validate_json(request))
 
-    def crowd_answer(self, request: str, arrays: dict[str, Any], nodes: list[int]) -> Any:
-        return self.crowd.answer(RoundRequest.model_validate_json(request), Arrays(arrays), nodes)
+    def vectorized_answer(self, request: str, arrays: dict[str, Any], nodes: list[int]) -> Any:
+        return self.vectorized.answer(RoundRequest.model_validate_json(request), Arrays(arrays), nodes)
 
-    def crowd_flush(self) -> None:
-        self.crowd.flush()
+    def vectorized_flush(self) -> None:
+        self.vectorized.flush()
 
     def open(self, contexts: list[Context]) -> list[tuple[str | None, float]]:
         """Open these sites; for each the text of its problem, or None, and the seconds that it took."""

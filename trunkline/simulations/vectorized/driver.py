@@ -1,4 +1,4 @@
-"""The driver's half of a crowd on Ray: one order a worker and round, one sum back."""
+"""The driver's half of vectorized sites on Ray: one request per worker and round, one sum back."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 from trunkline.errors import StateLost
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import RoundRequest
-from trunkline.simulations.vectorized.worker import Part, wanted
+from trunkline.simulations.vectorized.worker import PartialRound, wanted
 
 AT_ONCE = 512  # sites an order: a large round shows progress, and a small one costs one call a worker
 LOSSES = 2  # workers that may die with the same round in their hands before everybody is asked singly
@@ -26,7 +26,7 @@ class Workers(Protocol):
         """Start a worker that has died again; returns its description, or None where `actor` is none of the workers."""
 
 
-class Together:
+class VectorizedDriver:
     """Which sites are trained in stacks, by which worker, and what of them is only in memory.
 
     Args:
@@ -44,7 +44,7 @@ class Together:
     def holding(self) -> bool:
         return bool(self.actor_of)
 
-    def answer(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+    def answer(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
         """Parts of a round as they come; nodes that are in none are to be asked singly.
 
         Raises:
@@ -63,14 +63,14 @@ class Together:
             if node in self.actor_of:
                 by_actor.setdefault(self.actor_of[node], []).append(node)
         running = {
-            actor.crowd_answer.remote(text, shared, mine[start : start + AT_ONCE]): actor
+            actor.vectorized_answer.remote(text, shared, mine[start : start + AT_ONCE]): actor
             for actor, mine in by_actor.items()
             for start in range(0, len(mine), AT_ONCE)
         }
         self.dirty = self.dirty or bool(running)
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
-            part: Part = self._get(ready, running.pop(ready), request)
+            part: PartialRound = self._get(ready, running.pop(ready), request)
             del ready
             yield part
 
@@ -79,7 +79,7 @@ class Together:
         self.pass_of, self.actor_of = (request.run, request.passed), {}
         text, waiting = request.model_dump_json(), []
         for actor, contexts in self.workers.sites_by_worker():
-            waiting.append((actor, actor.crowd_begin.remote(text, contexts)))
+            waiting.append((actor, actor.vectorized_begin.remote(text, contexts)))
         found = [(actor, self._get(reference, actor, request)) for actor, reference in waiting]
         self.actor_of = {node: actor for actor, nodes in found for node in nodes}
 
@@ -91,13 +91,13 @@ class Together:
         """
         if not self.dirty:
             return
-        waiting = [(actor, actor.crowd_flush.remote()) for actor in dict.fromkeys(self.actor_of.values())]
+        waiting = [(actor, actor.vectorized_flush.remote()) for actor in dict.fromkeys(self.actor_of.values())]
         for actor, reference in waiting:
             self._get(reference, actor, None)
         self.dirty = False
 
     def _get(self, reference: Any, actor: Any, request: RoundRequest | None) -> Any:
-        """What a worker answered. One that died is started anew, and crews are made again from the vaults."""
+        """What a worker answered. One that died is started anew, and stacks are loaded again from the vaults."""
         try:
             return ray.get(reference)
         except RayActorError:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from trunkline.client.handlers import apart
 from trunkline.client.site import Site
 from trunkline.client.state.vault import Entry, State, Vault
-from trunkline.client.training.loop import LOOKS, SCORE_BATCH, DeviceDataset, device, steps_of
+from trunkline.client.training.device_dataset import DeviceDataset, device
+from trunkline.client.training.loop import LOOKS, SCORE_BATCH, steps_of
 from trunkline.client.training.sampling import Batches
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, tensors_of
@@ -96,7 +97,7 @@ class Stack:
 
 @dataclass
 class _Role:
-    """The models of one role ("federated" or "local") of all sites of a crew, but what is lent.
+    """The models of one role ("federated" or "local") of all vectorized sites, but what is lent.
 
     Args:
         order: as this role takes it.
@@ -118,7 +119,7 @@ class _Role:
     round: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-class Crew:
+class VectorizedSites:
     """Sites of equal kind (`kind_of`) in one run, with all they need between two rounds in memory.
 
     Their state reaches the vaults by `flush`. Until then it is what would be lost with this process.

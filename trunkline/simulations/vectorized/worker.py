@@ -1,6 +1,6 @@
 """A round of many sites at once: each process trains its own in stacks and sends one sum.
 
-A message a site costs more than a small network's training, so in a simulation sites of equal kind (`client.crowd`) get
+A message a site costs more than a small network's training, so in a simulation sites of equal kind (`sites.kind_of`) get
 one order together. Their updates are checked and added where they are, in the exact sum the server uses, and their state
 stays in memory until a checkpoint asks for it. Sites that fit no stack are left out of it and get their own message.
 """
@@ -16,7 +16,7 @@ from trunkline.client.site import Site, open_site
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import RoundRequest
 from trunkline.server.rounds.admission import LARGEST_CHANGE
-from trunkline.simulations.vectorized.sites import Crew, Key, kind_of
+from trunkline.simulations.vectorized.sites import Key, VectorizedSites, kind_of
 from trunkline.strategies.exact_sum import largest_of
 from trunkline.strategies.streaming import Streamed
 
@@ -25,7 +25,7 @@ SWITCH = "TRUNKLINE_BATCH"  # "0" in the environment: every site alone
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialRound:
     """What some sites of one process came to in one round.
 
     Args:
@@ -43,7 +43,7 @@ def wanted() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
-class Crowd:
+class VectorizedWorker:
     """The sites of one process, by what can be trained together.
 
     Args:
@@ -53,17 +53,17 @@ class Crowd:
     def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
         self.nodes = dict(nodes)
         self.pass_of: tuple[str, int] | None = None
-        self.crews: list[Crew] = []
-        self.crew_of: dict[int, tuple[Crew, str]] = {}
+        self.stacks: list[VectorizedSites] = []
+        self.stack_of: dict[int, tuple[VectorizedSites, str]] = {}
 
     def begin(self, request: RoundRequest) -> list[int]:
-        """Make crews for a pass of a run, from what the vaults hold before `order`; the nodes that are in one.
+        """Load the stacks for a pass of a run from what the vaults hold before `request`; returns the nodes in a stack.
 
         Raises:
             StorageError: a vault cannot be read.
         """
         self.flush()
-        self.pass_of, self.crews, self.crew_of = (request.run, request.passed), [], {}
+        self.pass_of, self.stacks, self.stack_of = (request.run, request.passed), [], {}
         kinds: dict[Key, list[tuple[int, Site]]] = {}
         for node, config in self.nodes.items():
             site = open_site(config)
@@ -75,24 +75,24 @@ class Crowd:
         for members in kinds.values():
             if len(members) < FEWEST:
                 continue
-            crew = Crew([site for _, site in members], request)
-            self.crews.append(crew)
-            self.crew_of |= {node: (crew, site.name) for node, site in members}
+            sites = VectorizedSites([site for _, site in members], request)
+            self.stacks.append(sites)
+            self.stack_of |= {node: (sites, site.name) for node, site in members}
         gc.collect()
         gc.freeze()  # hundreds of sites are here for good: no need to look through them again at every collection
-        return list(self.crew_of)
+        return list(self.stack_of)
 
-    def answer(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Part:
-        """One round of these nodes, all of them in a crew."""
+    def answer(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> PartialRound:
+        """One round of these nodes, all of them in a stack."""
         total, metrics, problems = Streamed(), {}, {}
-        by_crew: dict[int, list[int]] = {}
+        by_stack: dict[int, list[int]] = {}
         for node in nodes:
-            by_crew.setdefault(id(self.crew_of[node][0]), []).append(node)
-        for crew in self.crews:
-            own = {self.crew_of[node][1]: node for node in by_crew.get(id(crew), [])}
+            by_stack.setdefault(id(self.stack_of[node][0]), []).append(node)
+        for sites in self.stacks:
+            own = {self.stack_of[node][1]: node for node in by_stack.get(id(sites), [])}
             if not own:
                 continue
-            for stack in crew.answer(list(own), request, arrays.only(crew.lent)):
+            for stack in sites.answer(list(own), request, arrays.only(sites.lent)):
                 largest = {name: largest_of(rows) for name, rows in stack.changes.items()}
                 most = np.max(list(largest.values()), axis=0) if largest else np.zeros(len(stack.names))
                 good = []
@@ -110,12 +110,12 @@ class Crowd:
                 weights = np.array([stack.told[at].weight for at in good])
                 told = [stack.told[at].metrics for at in good]
                 total.add_stack(request.run, request.round, changes, weights, told, largest)
-        return Part(total, metrics, problems)
+        return PartialRound(total, metrics, problems)
 
     def flush(self) -> None:
         """Every site's state into its vault."""
-        for crew in self.crews:
-            crew.flush()
+        for sites in self.stacks:
+            sites.flush()
 
 
 def _objection(largest: float, metrics: Mapping[str, float]) -> str:
@@ -130,29 +130,29 @@ def _objection(largest: float, metrics: Mapping[str, float]) -> str:
     return ""
 
 
-class Alone:
-    """The crowd of a simulation without workers: in this process.
+class InProcess:
+    """The vectorized sites of a simulation without workers: in this process.
 
     Args:
-        nodes: as of `Crowd`.
+        nodes: as of `VectorizedWorker`.
     """
 
     def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
-        self.crowd = Crowd(nodes)
+        self.worker = VectorizedWorker(nodes)
 
-    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Part]:
+    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
         """Parts of a round, one after the other; nodes that are in none are to be asked singly."""
         if not wanted():
             return
-        if self.crowd.pass_of != (request.run, request.passed):
-            self.crowd.begin(request)
-        mine = [node for node in nodes if node in self.crowd.crew_of]
+        if self.worker.pass_of != (request.run, request.passed):
+            self.worker.begin(request)
+        mine = [node for node in nodes if node in self.worker.stack_of]
         for start in range(0, len(mine), 256):
-            yield self.crowd.answer(request, arrays, mine[start : start + 256])
+            yield self.worker.answer(request, arrays, mine[start : start + 256])
 
     @property
     def holding(self) -> bool:
-        return bool(self.crowd.crews)
+        return bool(self.worker.stacks)
 
     def flush(self) -> None:
-        self.crowd.flush()
+        self.worker.flush()

@@ -28,7 +28,7 @@ def groups_seen(group: NDArray[np.integer], regime: NDArray[np.int64], regimes: 
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
+class PooledPrior:
     """The federation's statistics laid beside one site's regimes.
 
     Args:
@@ -40,7 +40,7 @@ class Beside:
     place: NDArray[np.int64]
     groups: Floats
 
-    def lean(self, channel: str, count: NDArray[np.int64], mean: Floats, std: Floats) -> tuple[Floats, Floats]:
+    def shrink(self, channel: str, count: NDArray[np.int64], mean: Floats, std: Floats) -> tuple[Floats, Floats]:
         """The site's mean and standard deviation of one channel, as if WORTH groups of the federation were its own.
 
         A channel or regime that the federation does not know keeps its own, and so does one whose own mean lies so far
@@ -69,7 +69,7 @@ class Beside:
         return any(at >= 0 and self.pooled.variance[at][column] > 0.0 for at in self.place.tolist())
 
 
-def lay_beside(scales: Sequence[PooledScale], regimes: Regimes, groups: Floats) -> Beside | None:
+def match_pooled(scales: Sequence[PooledScale], regimes: Regimes, groups: Floats) -> PooledPrior | None:
     """The statistics of the sites with the same settings, matched to `regimes` by centre; None where no site has them."""
     for pooled in scales:
         if pooled.settings != regimes.settings:
@@ -83,5 +83,5 @@ def lay_beside(scales: Sequence[PooledScale], regimes: Regimes, groups: Floats) 
         farthest = apart.max(axis=2, initial=0.0)
         nearest = farthest.argmin(axis=1)
         place = np.where(farthest[np.arange(len(regimes)), nearest] <= GAP, nearest, -1)
-        return Beside(pooled, place.astype(np.int64), groups)
+        return PooledPrior(pooled, place.astype(np.int64), groups)
     return None
