@@ -60,6 +60,7 @@ MAY: dict[str, tuple[str, ...]] = {
     "simulations/world": (*VALUES, "config", "flower", "client/training", "server/rounds"),
     "simulations/vectorized": (*VALUES, "config", "models", "strategies", "client/", "server/rounds"),
     "simulations/ray": (*VALUES, "flower", "client/app", "client/site", "server/rounds", "simulations/vectorized"),
+    "simulations/in_process": (*VALUES, "flower", "simulations/ray", "simulations/vectorized"),
     "simulations/central": (*VALUES, "config", "models", "client/", "server/reporting", "server/rounds"),
     "simulations/newcomers": (*VALUES, "config", "release", "client/"),
     "simulations/search": (*VALUES, "config", "runtime", "strategies", "server/rounds"),
@@ -75,7 +76,11 @@ FOREIGN = {  # packages that a wing imports nowhere, not even in a function
     "client": {"ray"},
     "server": {"torch", "ray"},
 }
-NO_TORCH = ("trunkline.client.policy.", "trunkline.simulations.ray.worker")  # transitively, when they are imported
+NO_TORCH = (
+    "trunkline.client.policy.",
+    "trunkline.simulations.ray.worker",
+    "trunkline.simulations.ray.site_host",
+)  # transitively, when they are imported
 
 
 def room_of(module: str) -> str:
