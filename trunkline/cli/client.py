@@ -8,14 +8,14 @@ import typer
 from trunkline.cli.options import AsJson, By, ClientState, KeySource, SiteDir
 from trunkline.cli.output import show_status
 
-client = typer.Typer(no_args_is_help=True, help="The plant's daemon.")
+client = typer.Typer(no_args_is_help=True, help="A plant: join a federation, train, decide about runs.")
 RunKey = Annotated[str, typer.Argument(metavar="RUN", help="As `trunkline client contracts` lists it.")]
 
 
 @client.command("join")
 def client_join(
     site_dir: SiteDir,
-    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the centre.")] = "",
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Address of the server.")] = "",
     code: Annotated[str, typer.Option("--code", help="What `trunkline server invite` printed.", prompt=True)] = "",
     state: ClientState = None,
     key: KeySource = None,
@@ -23,10 +23,13 @@ def client_join(
         Path | None, typer.Option("--request", help="Without a network: write the request to this file instead.")
     ] = None,
     admission: Annotated[
-        Path | None, typer.Option("--admission", help="And take up the answer that came back.")
+        Path | None, typer.Option("--admission", help="Without a network: read the answer from this file.")
     ] = None,
 ) -> None:
-    """Become a member: keys are made here and stay here, a certificate is fetched with the code."""
+    """Join a federation with a one-time code.
+
+    The keys are made here and never leave the plant; the server signs a certificate for them.
+    """
     import trunkline.client.agent.join as joining
     from trunkline.client.agent.daemon import state_of
     from trunkline.errors import ConfigError
@@ -61,7 +64,10 @@ def client_join(
 
 @client.command("renew")
 def client_renew(site_dir: SiteDir, state: ClientState = None) -> None:
-    """Another certificate for the same key, now. The daemon does it by itself in time."""
+    """Fetch a new certificate for the same key now.
+
+    The daemon does this by itself before the certificate expires.
+    """
     import trunkline.client.agent.join as joining
     from trunkline.client.agent.daemon import state_of
 
@@ -76,7 +82,7 @@ def client_start(
     site_dir: SiteDir,
     server: Annotated[
         str | None,
-        typer.Option("--server", help="HOST:PORT of the centre; default: the one joined, or this machine's."),
+        typer.Option("--server", help="HOST:PORT of the server. Default: the one joined, or this machine's."),
     ] = None,
     state: ClientState = None,
 ) -> None:
@@ -90,12 +96,15 @@ def client_start(
 def client_pause(
     site_dir: SiteDir,
     minutes: Annotated[
-        float | None, typer.Option("--for", metavar="MINUTES", min=0.0, help="End it by itself after so long.")
+        float | None, typer.Option("--for", metavar="MINUTES", min=0.0, help="End the pause after this time.")
     ] = None,
     by: By = "",
     state: ClientState = None,
 ) -> None:
-    """Have training stand still within seconds, where it is, because the machine is wanted for something else."""
+    """Pause training within seconds.
+
+    Use it when the machine is needed for something else. Training continues later where it stopped.
+    """
     from trunkline.client import availability as pausing
 
     until = pausing.pause(state or site_dir / ".trunkline", minutes, by)
@@ -105,7 +114,7 @@ def client_pause(
 
 @client.command("resume")
 def client_resume(site_dir: SiteDir, state: ClientState = None) -> None:
-    """End a pause: training goes on where it stood."""
+    """End a pause; training continues where it stopped."""
     from trunkline.client import availability as pausing
 
     folder = state or site_dir / ".trunkline"
@@ -116,7 +125,10 @@ def client_resume(site_dir: SiteDir, state: ClientState = None) -> None:
 
 @client.command("status")
 def client_status(site_dir: SiteDir, state: ClientState = None, as_json: AsJson = False) -> None:
-    """What the plant's daemon does now, since when, and what is wrong (exit code 1)."""
+    """Show what the plant's daemon does, and every problem.
+
+    The exit code is 1 if there is a problem.
+    """
     import trunkline.client.agent.status as status
 
     show_status(status.status(site_dir, state), status.print_status, as_json)
@@ -129,10 +141,13 @@ def client_report(
         Path | None, typer.Option("--from", help="The --out of `trunkline adapt`. Default: SITE_DIR/.trunkline/adapted")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Put the page here, for a browser; it is not encrypted.")
+        Path | None, typer.Option("--out", help="Also write a page for a browser; it is not encrypted.")
     ] = None,
 ) -> None:
-    """The evidence of the last adaptation, decrypted where it is sealed."""
+    """Show the evidence of the last adaptation.
+
+    Encrypted evidence is decrypted for this command only.
+    """
     from rich.console import Console
 
     from trunkline.client.adaptation import evidence
@@ -147,7 +162,7 @@ def client_report(
 
 @client.command("contracts")
 def client_contracts(site_dir: SiteDir, state: ClientState = None) -> None:
-    """The runs that have asked this plant, and what was decided about each."""
+    """List the runs that asked this plant, and each decision."""
     from rich.console import Console
 
     from trunkline.client.policy import contracts
@@ -157,7 +172,7 @@ def client_contracts(site_dir: SiteDir, state: ClientState = None) -> None:
 
 @client.command("contract")
 def client_contract(site_dir: SiteDir, run: RunKey, state: ClientState = None) -> None:
-    """What a run would take from this plant, in words."""
+    """Show in words what a run would take from this plant."""
     from rich.console import Console
 
     from trunkline.client.policy import contracts
@@ -167,7 +182,10 @@ def client_contract(site_dir: SiteDir, run: RunKey, state: ClientState = None) -
 
 @client.command("accept")
 def client_accept(site_dir: SiteDir, run: RunKey, by: By = "", state: ClientState = None) -> None:
-    """Say yes to a run; it holds while nothing about the run changes, and never against the policy."""
+    """Accept a run.
+
+    The consent is valid while nothing about the run changes. It never overrides the policy.
+    """
     from trunkline.client.policy import consent
 
     decision = consent.decide(state or site_dir / ".trunkline", run, "accepted", by)
@@ -176,7 +194,10 @@ def client_accept(site_dir: SiteDir, run: RunKey, by: By = "", state: ClientStat
 
 @client.command("refuse")
 def client_refuse(site_dir: SiteDir, run: RunKey, by: By = "", state: ClientState = None) -> None:
-    """Say no to a run, also to one that is under way: from its next question on nothing of it is answered."""
+    """Refuse a run, even one that has started.
+
+    The plant answers no further request of the run.
+    """
     from trunkline.client.policy import consent
 
     decision = consent.decide(state or site_dir / ".trunkline", run, "refused", by)
@@ -186,12 +207,15 @@ def client_refuse(site_dir: SiteDir, run: RunKey, by: By = "", state: ClientStat
 @client.command("manifest")
 def client_manifest(
     site_dir: SiteDir,
-    run: Annotated[str, typer.Option("--run", help="Of this run only.")] = "",
-    verify: Annotated[bool, typer.Option("--verify", help="Only say whether it is intact.")] = False,
+    run: Annotated[str, typer.Option("--run", help="Show the replies to this run only.")] = "",
+    verify: Annotated[bool, typer.Option("--verify", help="Only check that the record is intact.")] = False,
     json: Annotated[bool, typer.Option("--json", help="A line of JSON for each reply.")] = False,
     state: ClientState = None,
 ) -> None:
-    """Everything that left this plant. Exit code 1 if the record of it was tampered with."""
+    """Show everything that left this plant.
+
+    The exit code is 1 if somebody altered the record.
+    """
     from rich.console import Console
 
     from trunkline.client.policy import manifest
@@ -210,11 +234,16 @@ def client_manifest(
 def client_prove_egress(
     site_dir: SiteDir,
     run: Annotated[
-        Path | None, typer.Option("--run", metavar="RUN.toml", help="Whose model and strategy; default: a small run.")
+        Path | None,
+        typer.Option("--run", metavar="RUN.toml", help="Take model and strategy from this file. Default: a small run."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the evidence there, JSON.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the evidence to this file, JSON.")] = None,
 ) -> None:
-    """Show that nothing private leaves: canaries in a copy of the site, a real recorded run, a search. Exit code 1 if any is found."""
+    """Test that nothing private leaves this plant.
+
+    It puts canaries into a copy of the site, records a real run and searches every message for them. The exit code is
+    1 if the search finds one.
+    """
     import json
 
     from rich.console import Console

@@ -7,14 +7,12 @@ import typer
 
 from trunkline.cli.options import ClientState, KeySource, SiteDir
 
-vault = typer.Typer(
-    no_args_is_help=True, help="What the plant keeps of its runs: how it is encrypted, and with which key."
-)
+vault = typer.Typer(no_args_is_help=True, help="The plant's private state: encryption, keys, copies.")
 
 
 @vault.command("status")
 def vault_status(site_dir: SiteDir, state: ClientState = None) -> None:
-    """Where the key comes from, what is sealed with which, what is plain, and what is kept of each run."""
+    """Show the key's source, what it encrypts, and what is kept."""
     from rich.console import Console
 
     from trunkline.client.state import at_rest
@@ -31,7 +29,10 @@ def vault_seal(
     state: ClientState = None,
     key: KeySource = None,
 ) -> None:
-    """Encrypt what the plant keeps, from now on and what is there already. Back the key up: nothing opens without it."""
+    """Encrypt the plant's private state, existing files included.
+
+    Back the key up: nothing opens without it.
+    """
     from trunkline.client.state import at_rest
     from trunkline.config.site import read_site
 
@@ -44,13 +45,16 @@ def vault_rekey(
     site_dir: SiteDir,
     state: ClientState = None,
     to: Annotated[
-        str | None, typer.Option("--to", help="Where the key comes from henceforth: file:, env:, keyring:")
+        str | None, typer.Option("--to", help="New source of the key: file:PATH, env:NAME or keyring:NAME")
     ] = None,
     forget: Annotated[
-        bool, typer.Option("--forget", help="Take older keys out of a source that others may use too.")
+        bool, typer.Option("--forget", help="Remove older keys from a source that other programs may use too.")
     ] = False,
 ) -> None:
-    """A new key, and everything encrypted again with it. If it is cut short, give the command again."""
+    """Make a new key and encrypt everything with it.
+
+    If the command is interrupted, run it again.
+    """
     from trunkline.client.state import rekeying
 
     rekeying.rekey(state or site_dir / ".trunkline", to, forget=forget, tell=typer.echo)
@@ -64,10 +68,13 @@ def vault_open(
     run: Annotated[str, typer.Option("--run", help="A run that `vault status` shows.")] = "",
     round: Annotated[int | None, typer.Option("--round", min=0, help="Default: the newest.")] = None,
     file: Annotated[
-        str, typer.Option("--file", help="In place of --run: a file by its place in the state folder.")
+        str, typer.Option("--file", help="In place of --run: path of a file within the state folder.")
     ] = "",
 ) -> None:
-    """A decrypted copy: stem, heads and all else of one round as safetensors."""
+    """Write a decrypted copy of one round or one file.
+
+    A round is a safetensors file with stem, heads and the rest of the model.
+    """
     from trunkline.client.state import at_rest
     from trunkline.errors import ConfigError
 

@@ -1,27 +1,36 @@
-"""Commands of somebody who studies federations on one machine: sites, check, simulate, report, adapt."""
+"""Commands to study federations on one machine: sites, check, simulate, report, adapt, schema; and released trunks."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import trunkline.api as api
 from trunkline.cli.options import OutDir, Resume, RunFile, Seed, Settings, SiteDir, StrategyName, read_run
 from trunkline.cli.output import message_at_interrupt, show_report
 
 research = typer.Typer()
-trunk = typer.Typer(no_args_is_help=True, help="Released trunks: what one says of itself, and whether to believe it.")
+trunk = typer.Typer(no_args_is_help=True, help="Released trunks: show the card and check the signature.")
+
+
+class File(StrEnum):
+    """The files that `trunkline schema` describes."""
+
+    site = "site"
+    run = "run"
 
 
 @research.command()
 def sites(
     name: Annotated[str, typer.Argument(help="`synthetic`, or a known data set.")],
     out: OutDir,
-    data: Annotated[Path | None, typer.Option(help="Where the data set lies.")] = None,
-    plants: Annotated[int | None, typer.Option(min=1, help="Deal its groups to this many plants.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    plants: Annotated[int | None, typer.Option(min=1, help="Divide its groups among this many plants.")] = None,
     groups: Annotated[int | None, typer.Option(min=1, help="Leave each plant this many labelled groups.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Write site folders: built-in factories, or a known data set dealt to plants."""
+    """Write site folders: built-in factories or a known data set."""
     from trunkline.simulations.factories import write_sites
 
     folders = write_sites(name, out, data=data, plants=plants, groups=groups, seed=seed)
@@ -31,14 +40,17 @@ def sites(
 
 @research.command()
 def check(site_dir: SiteDir) -> None:
-    """What would be trained, on which rows; every problem by file, line and remedy. Exit code 1 if there is one."""
+    """Show what a site would train on, and every problem.
+
+    Each problem names file, line and remedy. The exit code is 1 if there is a problem.
+    """
     from rich.console import Console
 
-    from trunkline.client.check import check_site, render
+    from trunkline.client.check import render
 
-    report = check_site(site_dir)
-    render(report, Console())
-    if not report.ok:
+    result = api.check_site(site_dir)
+    render(result.details, Console())
+    if not result.ok:
         raise typer.Exit(1)
 
 
@@ -50,12 +62,12 @@ def simulate(
     workers: Annotated[
         str,
         typer.Option(
-            help="Worker processes; `auto`: one a core, never more than sites, none where there is little to do; 0: all in this one."
+            help="Worker processes. `auto`: one per core, at most one per site, none for a small run. 0: all in this process."
         ),
     ] = "auto",
     address: Annotated[
         str | None,
-        typer.Option(help="Join a Ray cluster: HOST:PORT or ray://HOST:PORT; sites and --out on shared storage."),
+        typer.Option(help="Join a Ray cluster: HOST:PORT or ray://HOST:PORT. Sites and --out are on shared storage."),
     ] = None,
     resume: Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
@@ -63,33 +75,25 @@ def simulate(
     strategy: StrategyName = None,
     settings: Settings = None,
 ) -> None:
-    """The whole run on Ray: real site folders, the apps that are deployed, the worth-it report."""
-    from trunkline.runtime.watch import run_with_progress
-    from trunkline.simulations.folders import prepare, site_folders
-    from trunkline.simulations.workers import count_workers
+    """Run a whole federation on this machine and report on it.
 
+    It reads real site folders and runs the deployed apps, in this process or on Ray.
+    """
     run = read_run(run_toml, seed, strategy, settings)
-    folders = site_folders(sites)
-    count = count_workers(workers, len(folders), address, run)
-    prepare(out, resume=resume, overwrite=overwrite)
-    from trunkline.simulations.simulate import simulate
-
     with message_at_interrupt("stopped. Everything up to the last finished round is on disk; go on with --resume."):
-        report = run_with_progress(
-            out, lambda: simulate(run, folders, out, workers=count, resume=resume, address=address)
-        )
+        result = api.simulate(run, sites, out, workers=workers, address=address, resume=resume, overwrite=overwrite)
     if run.search.trials:
         from rich.console import Console
 
         from trunkline.simulations.search import print_search, read_search
 
         print_search(read_search(out), Console())
-    show_report(report, out)
+    show_report(result.report, out)
 
 
 @research.command()
 def report(out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR")]) -> None:
-    """The worth-it report again: table, report.json, report.html."""
+    """Write and show the report of a run again."""
     from trunkline.server.reporting.report import read_report, write_report
     from trunkline.simulations.simulate import predictions_below
 
@@ -104,34 +108,44 @@ def adapt(
     trunk: Annotated[Path, typer.Option("--trunk", help="A released trunk: trunk.safetensors of a run.")],
     out: Annotated[Path | None, typer.Option("--out", help="Default: SITE_DIR/.trunkline/adapted")] = None,
     groups: Annotated[
-        int | None, typer.Option(min=1, help="Use the labels of so many groups only, to see what fewer would do.")
+        int | None, typer.Option(min=1, help="Use the labels of this many groups only, to see the effect of fewer.")
     ] = None,
-    state: Annotated[Path | None, typer.Option(help="The plant's state, if it is not SITE_DIR/.trunkline")] = None,
+    state: Annotated[Path | None, typer.Option(help="The plant's state. Default: SITE_DIR/.trunkline")] = None,
     unsigned: Annotated[
-        bool, typer.Option("--unsigned", help="At a plant that has joined: take a trunk its centre did not sign.")
+        bool, typer.Option("--unsigned", help="At a plant that has joined: accept a trunk its server did not sign.")
     ] = False,
 ) -> None:
-    """A new plant: the model to use here, from a released trunk and a few labelled groups, with its evidence.
+    """Make the model for a new plant from a released trunk.
 
-    A plant that has joined a federation takes only what its centre signed; one that has not is told that nothing was checked.
+    It needs a few labelled groups and writes the evidence for its choice. A plant that has joined a federation accepts
+    only a trunk that its server signed. At other plants nothing is checked, and the output reports that.
     """
     from rich.console import Console
 
     from trunkline.client.adaptation import evidence
-    from trunkline.client.adaptation.adapt import adapt as adapt_site
 
-    folder = out or site_dir / ".trunkline" / "adapted"
-    adapted = adapt_site(site_dir, trunk, state=state, labelled=groups, unsigned=unsigned)
-    if adapted.verdict is not None:
-        typer.echo(adapted.verdict.line)
-    proof = evidence.collect(adapted)
-    evidence.write(adapted, proof, folder)
-    evidence.render(proof, Console())
-    typer.echo(f"Model: {folder / evidence.MODEL}  (evidence: {folder / evidence.PAGE})")
-    if evidence.sealed(folder):
+    adapted = api.adapt(site_dir, trunk, out, groups=groups, state=state, unsigned=unsigned)
+    if adapted.signature:
+        typer.echo(adapted.signature)
+    evidence.render(adapted.report, Console())
+    typer.echo(f"Model: {adapted.model}  (evidence: {adapted.page})")
+    if adapted.sealed:
         typer.echo(
-            f"Both are encrypted; `trunkline client report {site_dir} --from {folder} --out FILE.html` opens a copy."
+            f"Both are encrypted; `trunkline client report {site_dir} --from {adapted.path} --out FILE.html` opens a copy."
         )
+
+
+@research.command()
+def schema(file: Annotated[File, typer.Argument(help="Which file the schema describes.")]) -> None:
+    """Print the JSON Schema of site.toml or run.toml.
+
+    An editor completes and checks the file with it; docs/site-toml.md and docs/run-toml.md show how.
+    """
+    import json
+
+    from trunkline.api.schemas import build_schema
+
+    typer.echo(json.dumps(build_schema(file.value), indent=2))
 
 
 @trunk.command("verify")
@@ -145,9 +159,9 @@ def trunk_verify(
         typer.Option("--site", metavar="SITE_DIR", help="A plant that has joined: its federation's authority."),
     ] = None,
 ) -> None:
-    """The card of a released trunk, and whether its centre signed it.
+    """Show the card of a released trunk and check its signature.
 
-    Exit code 0 only where it was checked and is right; without --authority or --site nothing can vouch for it: 1.
+    The exit code is 0 only if the signature was checked and is right. The check needs --authority or --site.
     """
     from rich.console import Console
 

@@ -18,7 +18,7 @@ from trunkline.cli.options import (
 )
 from trunkline.cli.output import message_at_interrupt, show_report, show_status
 
-server = typer.Typer(no_args_is_help=True, help="The centre: SuperLink and its supervisor; submit a run; watch it.")
+server = typer.Typer(no_args_is_help=True, help="The federation's server: start it, admit plants, submit runs.")
 
 
 @server.command("init")
@@ -26,13 +26,16 @@ def server_init(
     host: Annotated[
         list[str] | None, typer.Option("--host", help="Name or address by which plants reach the server; repeatable.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Of the federation, as plants will read it.")] = "Trunkline",
+    name: Annotated[str, typer.Option(help="Name of the federation, as plants read it.")] = "Trunkline",
     state: ServerState = Path("trunkline-server"),
     key: KeySource = None,
     site_days: Annotated[float, typer.Option(help="Days a site's certificate is valid.")] = 365.0,
     server_days: Annotated[float, typer.Option(help="Days the server's certificate is valid.")] = 180.0,
 ) -> None:
-    """Make a federation: its authority, the server's certificate, the register of sites. Nothing is ever made over one."""
+    """Create a federation: authority, certificate, register of sites.
+
+    An existing federation is never overwritten.
+    """
     from trunkline.security.encryption import find_seal
     from trunkline.security.keys import fingerprint, spoken
     from trunkline.server.membership import authority
@@ -52,7 +55,10 @@ def server_invite(
     hours: Annotated[float, typer.Option(min=0.0, help="Hours until the code expires.")] = 72.0,
     state: ServerState = Path("trunkline-server"),
 ) -> None:
-    """A one-time code with which a plant joins. A code that is out for the same site is withdrawn."""
+    """Print a one-time code with which a plant joins.
+
+    An earlier unused code for the same site becomes invalid.
+    """
     from trunkline.security.keys import fingerprint, spoken
     from trunkline.server.membership.authority import Authority
 
@@ -67,10 +73,13 @@ def server_invite(
 @server.command("admit")
 def server_admit(
     request: Annotated[Path, typer.Argument(metavar="REQUEST", help="What `trunkline client join --request` wrote.")],
-    out: Annotated[Path, typer.Option("--out", help="Answer to carry back to the plant.")],
+    out: Annotated[Path, typer.Option("--out", help="The answer, a file to carry back to the plant.")],
     state: ServerState = Path("trunkline-server"),
 ) -> None:
-    """Enrol a plant that cannot reach the server to join: request and answer are carried by hand."""
+    """Enrol a plant that cannot reach the server to join.
+
+    Request and answer are files that a person carries.
+    """
     from trunkline.runtime.storage import write_atomic
     from trunkline.server.membership.authority import Authority
 
@@ -83,7 +92,7 @@ def server_admit(
 
 @server.command("sites")
 def server_sites(state: ServerState = Path("trunkline-server")) -> None:
-    """Who is enrolled, invited, revoked; until when; and who is online."""
+    """List the sites: enrolled, invited, revoked, online; until when."""
     from rich.console import Console
 
     from trunkline.server.membership import authority
@@ -98,10 +107,13 @@ def server_sites(state: ServerState = Path("trunkline-server")) -> None:
 @server.command("revoke")
 def server_revoke(
     site: Annotated[str, typer.Argument(metavar="SITE")],
-    reason: Annotated[str, typer.Option(help="Said to the plant, and in the audit log.")] = "",
+    reason: Annotated[str, typer.Option(help="The plant and the audit log get this text.")] = "",
     state: ServerState = Path("trunkline-server"),
 ) -> None:
-    """Turn a site away from its next request on, and nobody else. `server invite` lets it in again, with a new key."""
+    """Refuse a site from its next request on.
+
+    The other sites continue. `server invite` admits it again, with a new key.
+    """
     from trunkline.server.membership import authority
 
     entry = authority.revoke(state.resolve(), site, reason)
@@ -110,7 +122,10 @@ def server_revoke(
 
 @server.command("rotate")
 def server_rotate(state: ServerState = Path("trunkline-server")) -> None:
-    """A new key and certificate for the server, taken up at the next connection. A running server does it by itself in time."""
+    """Make a new key and certificate for the server.
+
+    The next connection uses them. A running server also rotates by itself before the certificate expires.
+    """
     from trunkline.security.keys import fingerprint, spoken
     from trunkline.server.membership.authority import Authority
 
@@ -124,10 +139,13 @@ def server_rotate(state: ServerState = Path("trunkline-server")) -> None:
 def server_audit(
     state: ServerState = Path("trunkline-server"),
     begin_anew: Annotated[
-        bool, typer.Option("--begin-anew", help="Set a log that was tampered with aside and begin another.")
+        bool, typer.Option("--begin-anew", help="Set a log that was altered aside and begin another.")
     ] = False,
 ) -> None:
-    """Who enrolled, ran, revoked, and whether anybody altered the log. Exit code 1 if so."""
+    """Show who enrolled, ran and revoked, and check the audit log.
+
+    The exit code is 1 if somebody altered the log.
+    """
     from rich.console import Console
 
     from trunkline.server.membership import audit_log as audit
@@ -142,7 +160,10 @@ def server_backup(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file outside of --state.")],
     state: ServerState = Path("trunkline-server"),
 ) -> None:
-    """Everything the centre has to keep, in one file; the server may run meanwhile. Not in it: the key that seals its keys."""
+    """Write everything that the server must keep to one file.
+
+    The server may run meanwhile. The file does not hold the key that encrypts the server's keys.
+    """
     from trunkline.security.encryption import find_seal
     from trunkline.server.operations import backup
 
@@ -158,9 +179,12 @@ def server_backup(
 @server.command("restore")
 def server_restore(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `trunkline server backup` made.")],
-    state: Annotated[Path, typer.Option("--state", help="A folder that is empty or not there yet.")],
+    state: Annotated[Path, typer.Option("--state", help="A folder that is empty or does not exist yet.")],
 ) -> None:
-    """Put a backup back. It is checked as a whole first; nothing is ever restored over a state that is there."""
+    """Restore a backup into an empty folder.
+
+    The whole backup is checked first. An existing state is never overwritten.
+    """
     from trunkline.server.operations import backup
 
     inventory = backup.restore(file, state, emit=lambda text: typer.echo(f"Note: {text}"))
@@ -174,7 +198,10 @@ def server_nginx(
     listen: Annotated[str, typer.Option(help="HOST:PORT for nginx to listen on.")] = "0.0.0.0:9140",
     state: ServerState = Path("trunkline-server"),
 ) -> None:
-    """The gateway's configuration for nginx, for who would rather run that. Print it again after `invite` and `revoke`."""
+    """Print the gateway's configuration for nginx.
+
+    Use it to run nginx in place of the built-in gateway. Print it again after `invite` and `revoke`.
+    """
     from trunkline.server.gateway.nginx import nginx_config
     from trunkline.server.operations import daemon
 
@@ -189,7 +216,7 @@ def server_start(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 9140,
 ) -> None:
-    """Run the centre until SIGTERM or Ctrl-C."""
+    """Run the server until SIGTERM or Ctrl-C."""
     import trunkline.server.operations.daemon as daemon
 
     daemon.start(state, host=host, port=port)
@@ -206,7 +233,10 @@ def server_run(
     strategy: StrategyName = None,
     settings: Settings = None,
 ) -> None:
-    """Submit a run to the server of STATE and follow it to its report. Ctrl-C stops watching, not the run."""
+    """Submit a run to the server and follow it to its report.
+
+    Ctrl-C stops watching, not the run.
+    """
     from trunkline.runtime.watch import run_with_progress
     from trunkline.simulations.folders import prepare
 
@@ -230,7 +260,11 @@ def server_stop(
     name: Annotated[str, typer.Argument(help="The run's name (the newest one) or key, as `server status` shows it.")],
     state: ServerState = Path("trunkline-server"),
 ) -> None:
-    """End a run for good; without this it goes on until it is done, whatever happens to the server. `run --resume` goes on."""
+    """End a run for good.
+
+    Without this command a run continues until it is done, whatever happens to the server. `server run --resume`
+    continues a stopped run.
+    """
     import trunkline.server.operations.daemon as daemon
 
     entry = daemon.stop(state, name)
@@ -239,7 +273,10 @@ def server_stop(
 
 @server.command("status")
 def server_status(state: ServerState = Path("trunkline-server"), as_json: AsJson = False) -> None:
-    """What each part of the centre does now, since when, who is connected, and what is wrong (exit code 1)."""
+    """Show what each part of the server does, and every problem.
+
+    It also lists the connected sites. The exit code is 1 if there is a problem.
+    """
     import trunkline.server.operations.status as status
 
     show_status(status.status(state), status.print_status, as_json)
