@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from trunkline.runtime import incidents
-from trunkline.runtime.incidents import FILE, Incidents, Lines, keep, look_up, recent
+from trunkline.runtime.incidents import FILE, Incidents, read_incidents, read_record, write_record
+from trunkline.runtime.log_files import PENDING_LINES, LineLog
 
 
 def texts(state: Path) -> list[str]:
-    return [one["text"] for one in recent(state, 1000)]
+    return [one["text"] for one in read_incidents(state, 1000)]
 
 
 def test_what_lasts_is_said_once_and_again_after_it_was_over(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_what_lasts_is_said_once_and_again_after_it_was_over(tmp_path: Path) -> 
     notes.note("recovery", "linked", about="link")
     notes.note("failure", "no link", about="link")
     assert texts(tmp_path) == ["no link", "disk full", "no link: turned away", "linked", "no link"]
-    first = recent(tmp_path, 100)[0]
+    first = read_incidents(tmp_path, 100)[0]
     assert first | {"at": ""} == {"at": "", "kind": "failure", "site": "press-07", "round": 7, "text": "no link", "remedy": "wait", "about": "link"}  # fmt: skip
 
 
@@ -54,12 +55,12 @@ def test_a_disk_that_takes_nothing_loses_nothing(tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.write_text("a file where a folder should be")  # no account, root neither, can write below it
     notes = Incidents(state)
-    for number in range(incidents.HELD + 5):
+    for number in range(PENDING_LINES + 5):
         notes.note("note", f"line {number}")
     notes.flush()
     state.unlink()
     notes.note("note", "room again")
-    assert texts(state)[-3:] == ["line 203", "line 204", "room again"] and len(texts(state)) == incidents.HELD
+    assert texts(state)[-3:] == ["line 203", "line 204", "room again"] and len(texts(state)) == PENDING_LINES
 
 
 def test_a_line_torn_by_a_kill_costs_itself_only(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_a_line_torn_by_a_kill_costs_itself_only(tmp_path: Path) -> None:
 
 
 def write(path: str, name: str) -> None:
-    lines = Lines(Path(path), limit=20_000)
+    lines = LineLog(Path(path), limit=20_000)
     for number in range(300):
         lines.append(json.dumps({"by": name, "n": number, "text": "x" * 100}))
 
@@ -100,12 +101,12 @@ def test_recent_reads_over_the_seam_of_two_generations(tmp_path: Path, monkeypat
         notes.note("note", f"line {number}")
     assert (tmp_path / (FILE + ".1")).exists()
     assert texts(tmp_path)[-15:] == [f"line {number}" for number in range(25, 40)]
-    assert [one["text"] for one in recent(tmp_path, 3)] == ["line 37", "line 38", "line 39"]
+    assert [one["text"] for one in read_incidents(tmp_path, 3)] == ["line 37", "line 38", "line 39"]
 
 
 def test_a_record_is_whole_or_absent(tmp_path: Path) -> None:
-    assert keep(tmp_path / "a.json", {"x": 1}) and look_up(tmp_path / "a.json") == {"x": 1}
-    assert not keep(tmp_path / "none" / "a.json", {"x": 1}) and look_up(tmp_path / "none" / "a.json") == {}
+    assert write_record(tmp_path / "a.json", {"x": 1}) and read_record(tmp_path / "a.json") == {"x": 1}
+    assert not write_record(tmp_path / "none" / "a.json", {"x": 1}) and read_record(tmp_path / "none" / "a.json") == {}
     (tmp_path / "a.json").write_text("[1")
-    assert look_up(tmp_path / "a.json") == {}
+    assert read_record(tmp_path / "a.json") == {}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -17,14 +17,18 @@ from typing import Any
 import pytest
 
 from trunkline.errors import ConfigError, DeploymentError
-from trunkline.runtime import supervisor as supervise
-from trunkline.runtime.health import clock
-from trunkline.runtime.incidents import recent
+from trunkline.runtime import log_files
+from trunkline.runtime.child import Child, Timing
+from trunkline.runtime.health import clock_time
+from trunkline.runtime.incidents import read_incidents
 from trunkline.runtime.lock import Lock, read_status
+from trunkline.runtime.log_files import rotate_in_place
 from trunkline.runtime.programs import make_secret
-from trunkline.runtime.supervisor import Child, Supervisor
+from trunkline.runtime.supervisor import Supervisor
+from trunkline.runtime.systemd import Service
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="process groups of Linux")]
+FAST = Timing(first_pause_s=0.05, tick_s=0.02, stopped_s=0.05)
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
@@ -33,11 +37,11 @@ def child(tmp_path: Path, name: str, code: str = SLEEP, restart: bool = True) ->
     return Child(name, [sys.executable, "-S", "-c", code], os.environ, tmp_path / "logs" / f"{name}.log", restart)
 
 
-def within(seconds: float, found: Callable[[], Any]) -> Any:
+def within(seconds: float, look: Callable[[], Any]) -> Any:
     end = time.monotonic() + seconds
-    while not (value := found()):
+    while not (value := look()):
         assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
+        time.sleep(0.01)
     return value
 
 
@@ -46,7 +50,7 @@ def part(state: Path, name: str) -> dict[str, Any]:
         children = json.loads((state / "status.json").read_bytes())["children"]
     except FileNotFoundError:
         return {}
-    return next((one for one in children if one["name"] == name), {})
+    return next((entry for entry in children if entry["name"] == name), {})
 
 
 def alive(pid: int) -> bool:
@@ -54,6 +58,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def supervised(
+    children: list[Child], state: Path, lines: list[str] | None = None, timing: Timing = FAST, **info: object
+) -> Supervisor:
+    """A supervisor with short pauses; what it emits is appended to `lines`."""
+    emit = (lambda text: None) if lines is None else lines.append
+    return Supervisor(children, state, info, emit, timing=timing)
 
 
 @contextmanager
@@ -69,7 +81,7 @@ def running(supervisor: Supervisor) -> Iterator[threading.Thread]:
 
 
 def test_a_killed_child_is_back_at_once_and_the_status_says_so(tmp_path: Path) -> None:
-    with running(Supervisor([child(tmp_path, "a"), child(tmp_path, "b")], tmp_path)):
+    with running(supervised([child(tmp_path, "a"), child(tmp_path, "b")], tmp_path)):
         first = within(5.0, lambda: part(tmp_path, "a").get("pid"))
         other = within(5.0, lambda: part(tmp_path, "b").get("pid"))
         os.kill(first, signal.SIGKILL)
@@ -82,18 +94,18 @@ def test_a_killed_child_is_back_at_once_and_the_status_says_so(tmp_path: Path) -
 
 
 def test_a_child_that_keeps_failing_is_started_ever_more_slowly(tmp_path: Path) -> None:
-    with running(Supervisor([child(tmp_path, "a", "raise SystemExit(3)")], tmp_path)):
+    with running(supervised([child(tmp_path, "a", "raise SystemExit(3)")], tmp_path, timing=Timing(0.1, tick_s=0.02))):
         within(8.0, lambda: part(tmp_path, "a").get("restarts", 0) >= 2)
         restarts = part(tmp_path, "a")["restarts"]
-        time.sleep(1.0)
-        assert part(tmp_path, "a")["restarts"] <= restarts + 1, "0.5 s, 1 s, 2 s, ..."
+        time.sleep(0.3)
+        assert part(tmp_path, "a")["restarts"] <= restarts + 1, "0.1 s, 0.2 s, 0.4 s, ..."
         assert part(tmp_path, "a")["last_exit"] == "exit code 3"
 
 
 def test_a_child_not_to_be_restarted_is_left_ended(tmp_path: Path) -> None:
-    with running(Supervisor([child(tmp_path, "a", "", restart=False)], tmp_path)):
+    with running(supervised([child(tmp_path, "a", "", restart=False)], tmp_path)):
         within(5.0, lambda: part(tmp_path, "a").get("last_exit") == "exit code 0")
-        time.sleep(0.8)
+        time.sleep(0.3)  # six times the first pause
         assert part(tmp_path, "a")["restarts"] == 0
 
 
@@ -101,32 +113,32 @@ def test_children_end_in_reverse_order_of_their_start(tmp_path: Path) -> None:
     order = tmp_path / "order"
     code = (
         "import signal, sys, time, pathlib\n"
-        "def end(*_):\n    time.sleep(0.3)\n    open({0!r}, 'a').write({1!r})\n    sys.exit()\n"
+        "def end(*_):\n    time.sleep(0.1)\n    open({0!r}, 'a').write({1!r})\n    sys.exit()\n"
         "signal.signal(signal.SIGTERM, end)\npathlib.Path({2!r}).touch()\ntime.sleep(60)"
     )
     ready = [tmp_path / f"ready-{name}" for name in "ab"]
-    made = [
+    children = [
         child(tmp_path, name, code.format(str(order), name, str(path))) for name, path in zip("ab", ready, strict=True)
     ]
-    with running(Supervisor(made, tmp_path)):
+    with running(supervised(children, tmp_path)):
         within(5.0, lambda: all(path.exists() for path in ready))
     assert order.read_text() == "ba"
 
 
-def test_a_child_that_ignores_the_request_is_killed_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "GRACE_S", 1.0)
-    with running(Supervisor([child(tmp_path, "a", STUBBORN)], tmp_path)):
+def test_a_child_that_ignores_the_request_is_killed_in_time(tmp_path: Path) -> None:
+    with running(supervised([child(tmp_path, "a", STUBBORN)], tmp_path, timing=Timing(grace_s=0.3, tick_s=0.02))):
         pid = within(5.0, lambda: (tmp_path / "logs" / "a.log").exists() and part(tmp_path, "a").get("pid"))
         within(5.0, lambda: "up" in (tmp_path / "logs" / "a.log").read_text())
         began = time.monotonic()
-    assert time.monotonic() - began < 4.0
+    assert time.monotonic() - began < 3.0
     assert not alive(pid) and part(tmp_path, "a")["last_exit"] == "SIGKILL"
 
 
 PARENT = """
 import logging, os, sys
 from pathlib import Path
-from trunkline.runtime.supervisor import Child, Supervisor
+from trunkline.runtime.child import Child
+from trunkline.runtime.supervisor import Supervisor
 state = Path({state!r})
 child = Child("a", [sys.executable, "-S", "-c", {code!r}], os.environ, state / "a.log")
 Supervisor([child], state).run()
@@ -164,24 +176,21 @@ def test_a_lock_dies_with_its_holder_and_a_stale_pid_refuses_nobody(tmp_path: Pa
         assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
 
 
-def test_a_log_above_the_limit_is_set_aside_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "LOG_LIMIT", 10)
+def test_a_log_above_the_limit_is_set_aside_at_the_next_start(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "a.log").write_text("x" * 11)
-    with running(Supervisor([child(tmp_path, "a", "print('new')", restart=False)], tmp_path)):
+    timing = Timing(log_limit=10, tick_s=0.02)
+    with running(supervised([child(tmp_path, "a", "print('new')", restart=False)], tmp_path, timing=timing)):
         within(5.0, lambda: part(tmp_path, "a").get("last_exit"))
     assert (tmp_path / "logs" / "a.log").read_text() == "new\n"
     assert (tmp_path / "logs" / "a.log.1").read_text() == "x" * 11
 
 
-def test_a_log_is_set_aside_under_a_running_child_which_writes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervise, "LOG_LIMIT", 1000)
-    monkeypatch.setattr(supervise, "LOG_CHECK_S", 0.1)
+def test_a_log_is_set_aside_under_a_running_child_which_writes_on(tmp_path: Path) -> None:
+    timing = Timing(log_limit=1000, log_check_s=0.1, tick_s=0.02)
     code = "import time\nfor n in range(10**6): print(n, 'x' * 100, flush=True); time.sleep(0.01)"
     log = tmp_path / "logs" / "a.log"
-    with running(Supervisor([child(tmp_path, "a", code)], tmp_path)):
+    with running(supervised([child(tmp_path, "a", code)], tmp_path, timing=timing)):
         aside = log.with_name("a.log.1")
         within(5.0, lambda: aside.exists() and aside.stat().st_size > 0)
         within(5.0, lambda: b"\0" not in log.read_bytes() and 0 < log.stat().st_size < 50_000)
@@ -192,9 +201,9 @@ def test_a_child_that_needs_an_address_starts_when_somebody_listens(tmp_path: Pa
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        made = Child("a", [sys.executable, "-S", "-c", SLEEP], os.environ, tmp_path / "a.log", needs=address)
-        with running(Supervisor([made], tmp_path)):
-            time.sleep(0.7)
+        waiting = Child("a", [sys.executable, "-S", "-c", SLEEP], os.environ, tmp_path / "a.log", needs=address)
+        with running(supervised([waiting], tmp_path)):
+            time.sleep(0.3)
             assert not part(tmp_path, "a").get("pid")
             server.listen()
             within(5.0, lambda: part(tmp_path, "a").get("pid"))
@@ -221,43 +230,40 @@ def test_a_secret_is_made_once_and_for_this_account_only(tmp_path: Path) -> None
         make_secret(path)
 
 
-def test_a_death_is_one_failure_and_one_recovery_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "RECOVERED_S", 0.3)
-    told: list[str] = []
-    with running(Supervisor([child(tmp_path, "a")], tmp_path, {"site": "press-07"}, told.append)):
+def test_a_death_is_one_failure_and_one_recovery_in_words(tmp_path: Path) -> None:
+    lines: list[str] = []
+    timing = Timing(first_pause_s=0.1, recovered_s=0.1, tick_s=0.02)
+    with running(supervised([child(tmp_path, "a")], tmp_path, lines, timing, site="press-07")):
         os.kill(within(5.0, lambda: part(tmp_path, "a").get("pid")), signal.SIGKILL)
-        within(5.0, lambda: len(recent(tmp_path, 10)) == 2)
+        within(5.0, lambda: len(read_incidents(tmp_path, 10)) == 2)
         assert part(tmp_path, "a")["trouble"] == ""
-    first, second = recent(tmp_path, 10)
+    first, second = read_incidents(tmp_path, 10)
     assert (first["kind"], first["site"], first["text"]) == ("failure", "press-07", "a was killed (SIGKILL)")
     assert first["remedy"].startswith("It is started again by itself. Its log: ")
     assert second["kind"] == "recovery" and second["text"].startswith("a runs again, after a start and ")
-    assert [one for one in told if "killed" in one] and [one for one in told if "runs again" in one]
-    assert "a ended with SIGKILL; it starts again in 0.5 s" in (tmp_path / "logs" / "daemon.log").read_text()
+    assert any("killed" in line for line in lines) and any("runs again" in line for line in lines)
+    assert "a ended with SIGKILL; it starts again in 0.1 s" in (tmp_path / "logs" / "daemon.log").read_text()
 
 
-def test_a_child_that_does_not_stand_is_told_twice_and_not_at_each_fall(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervise, "FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(supervise, "LONGEST_PAUSE_S", 0.05)
-    supervisor = Supervisor([child(tmp_path, "a", "raise SystemExit(3)")], tmp_path, tell=lambda text: None)
+def test_a_child_that_keeps_ending_is_reported_twice_and_not_at_each_end(tmp_path: Path) -> None:
+    timing = Timing(first_pause_s=0.02, longest_pause_s=0.02, tick_s=0.01)
+    supervisor = supervised([child(tmp_path, "a", "raise SystemExit(3)")], tmp_path, timing=timing)
     with running(supervisor):
-        supervisor.wake()
+        supervisor.retry_now()
         within(10.0, lambda: part(tmp_path, "a").get("restarts", 0) >= 6)
         assert "keeps ending (exit code 3)" in part(tmp_path, "a")["trouble"]
-    texts = [one["text"] for one in recent(tmp_path, 100)]
+    texts = [incident["text"] for incident in read_incidents(tmp_path, 100)]
     assert texts == ["a ended (exit code 3)", "a keeps ending (exit code 3), 4 times in a row"]
 
 
-def test_systemd_hears_of_a_loop_that_turns_and_of_none_that_hangs(
+def test_a_loop_that_turns_sends_beats_to_systemd_and_one_that_hangs_sends_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "n"))
-        systemd.settimeout(0.5)
+        systemd.settimeout(0.3)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
-        monkeypatch.setenv("WATCHDOG_USEC", "400000")
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
         hang, go_on = threading.Event(), threading.Event()
 
         def tick() -> None:
@@ -271,8 +277,8 @@ def test_systemd_hears_of_a_loop_that_turns_and_of_none_that_hangs(
                 return ""
 
         env = 'import os, time; print(sorted(set(os.environ) & {"NOTIFY_SOCKET", "WATCHDOG_USEC"}), flush=True); time.sleep(60)'
-        made = Supervisor([child(tmp_path, "a", env)], tmp_path, tell=lambda text: None)
-        thread = threading.Thread(target=made.run, args=(tick,))
+        supervisor = supervised([child(tmp_path, "a", env)], tmp_path)
+        thread = threading.Thread(target=supervisor.run, args=(tick,))
         thread.start()
         try:
             heard = {hear() for _ in range(4)}
@@ -280,12 +286,12 @@ def test_systemd_hears_of_a_loop_that_turns_and_of_none_that_hangs(
             within(5.0, lambda: (tmp_path / "logs" / "a.log").read_text() == "[]\n")  # no child speaks for its parent
             hang.set()
             within(5.0, lambda: not hear())
-            assert not hear(), "a loop that hangs says nothing"
+            assert not hear(), "a loop that hangs sends nothing"
             go_on.set()
             within(5.0, lambda: hear() == "WATCHDOG=1")
         finally:
             go_on.set()
-            made.stop()
+            supervisor.stop()
             thread.join(12.0)
         within(5.0, lambda: "STOPPING=1" in hear())
 
@@ -294,67 +300,69 @@ def test_systemd_hears_of_a_loop_that_turns_and_of_none_that_hangs(
     ("environ", "beats"),
     [({}, 0), ({"WATCHDOG_USEC": "1000"}, 1), ({"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}, 0), ({"WATCHDOG_USEC": "x"}, 0)],
 )  # fmt: skip
-def test_only_who_is_watched_sends_beats(environ: dict[str, str], beats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_process_under_watch_sends_beats(
+    environ: dict[str, str], beats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent: list[str] = []
-    service = supervise.Service(environ)
-    monkeypatch.setattr(service, "tell", sent.append)
+    service = Service(environ)
+    monkeypatch.setattr(service, "notify", sent.append)
     service.beat()
     assert sent == beats * ["WATCHDOG=1"]
-    supervise.Service({"NOTIFY_SOCKET": "/nobody/listens"}).tell("READY=1")  # no error
+    Service({"NOTIFY_SOCKET": "/nobody/listens"}).notify("READY=1")  # no error
 
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), ConfigError("site.toml: Too many open files")])
-def test_an_error_while_it_runs_ends_nothing_and_is_said_once(tmp_path: Path, error: Exception) -> None:
-    told: list[str] = []
+def test_an_error_while_it_runs_ends_nothing_and_is_reported_once(tmp_path: Path, error: Exception) -> None:
+    lines: list[str] = []
     turns = [0]
 
     def tick() -> None:
         turns[0] += 1
         raise error
 
-    supervisor = Supervisor([child(tmp_path, "a")], tmp_path, tell=told.append)
+    supervisor = supervised([child(tmp_path, "a")], tmp_path, lines)
     thread = threading.Thread(target=supervisor.run, args=(tick,))
     thread.start()
     within(5.0, lambda: turns[0] >= 3)
-    assert thread.is_alive() and supervisor.all_up
+    assert thread.is_alive() and supervisor.all_running
     supervisor.stop()
     thread.join(12.0)
-    assert len([one for one in told if "Too many open files" in one]) == 1
+    assert len([line for line in lines if "Too many open files" in line]) == 1
 
 
 def test_a_child_without_a_log_waits_for_one(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file where the folder of the logs should be")
-    told: list[str] = []
-    with running(Supervisor([child(tmp_path, "a")], tmp_path, tell=told.append)):
-        within(5.0, lambda: any("a ended (no log: " in one for one in told))
+    lines: list[str] = []
+    with running(supervised([child(tmp_path, "a")], tmp_path, lines)):
+        within(5.0, lambda: any("a ended (no log: " in line for line in lines))
         (tmp_path / "logs").unlink()
         within(5.0, lambda: part(tmp_path, "a").get("pid"))
 
 
-def test_a_start_after_a_kill_says_so_and_one_after_an_end_does_not(tmp_path: Path) -> None:
+def test_a_start_after_a_kill_reports_the_kill_and_one_after_an_end_does_not(tmp_path: Path) -> None:
     for ended, count in (("", 1), ("2026-11-23T02:10:00+00:00", 0)):
         state = tmp_path / str(count)
         state.mkdir()
-        before = {"pid": 1, "since": "2026-11-23T02:00:00+00:00", "ended": ended, "children": []}
-        (state / "status.json").write_text(json.dumps(before))
-        with running(Supervisor([child(state, "a")], state, tell=lambda text: None)):
+        status = {"pid": 1, "since": "2026-11-23T02:00:00+00:00", "ended": ended, "children": []}
+        (state / "status.json").write_text(json.dumps(status))
+        with running(supervised([child(state, "a")], state)):
             within(5.0, lambda state=state: part(state, "a").get("pid"))
-        texts = [one["text"] for one in recent(state, 10)]
-        assert len([one for one in texts if "had ended without a farewell" in one]) == count
+        texts = [incident["text"] for incident in read_incidents(state, 10)]
+        assert len([text for text in texts if "was killed and has been started again" in text]) == count
         assert json.loads((state / "status.json").read_bytes())["ended"]
 
 
 def test_a_failure_that_a_daemon_did_not_see_mended_does_not_hide_the_next_one(tmp_path: Path) -> None:
     killed = ("failure", "a was killed (SIGKILL)")
 
-    def told() -> list[tuple[str, str]]:
-        return [(one["kind"], one["text"]) for one in recent(tmp_path, 10)]
+    def incidents() -> list[tuple[str, str]]:
+        return [(incident["kind"], incident["text"]) for incident in read_incidents(tmp_path, 10)]
 
     for times in (1, 2):
-        with running(Supervisor([child(tmp_path, "a")], tmp_path, tell=lambda text: None)):
+        with running(supervised([child(tmp_path, "a")], tmp_path)):
             os.kill(within(5.0, lambda: part(tmp_path, "a").get("pid")), signal.SIGKILL)
-            within(5.0, lambda times=times: told().count(killed) == times)
-    assert told() == [killed, ("recovery", "a is started with the daemon"), killed]
+            within(5.0, lambda times=times: incidents().count(killed) == times)
+    assert incidents() == [killed, ("recovery", "a is started with the daemon"), killed]
 
 
 def test_a_log_that_cannot_be_copied_is_emptied_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,30 +370,26 @@ def test_a_log_that_cannot_be_copied_is_emptied_all_the_same(tmp_path: Path, mon
         target.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(supervise, "LOG_LIMIT", 10)
-    monkeypatch.setattr(supervise.shutil, "copyfile", full)
+    monkeypatch.setattr(log_files.shutil, "copyfile", full)
     log = tmp_path / "a.log"
     log.write_text("x" * 11)
-    supervise._set_aside(log)
+    rotate_in_place(log, 10)
     assert log.stat().st_size == 0 and not log.with_name("a.log.1").exists()
 
 
-def test_times_are_said_without_the_date_of_today_only() -> None:
+def test_a_time_of_today_is_written_without_its_date() -> None:
     today = datetime.now(UTC).replace(hour=2, minute=14, second=5)
-    assert clock(today.isoformat()) == "02:14" and clock(today.isoformat(), seconds=True) == "02:14:05"
-    assert clock("2020-11-23T03:14:05+01:00") == "2020-11-23 02:14"
-    assert clock(today.timestamp()) == "02:14" and clock(1e30) == "an unknown time"
-    assert clock("soon") == "an unknown time"
+    assert clock_time(today.isoformat()) == "02:14" and clock_time(today.isoformat(), seconds=True) == "02:14:05"
+    assert clock_time("2020-11-23T03:14:05+01:00") == "2020-11-23 02:14"
+    assert clock_time(today.timestamp()) == "02:14" and clock_time(1e30) == "an unknown time"
+    assert clock_time("soon") == "an unknown time"
 
 
-def test_who_falls_again_and_again_is_not_said_to_run_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("RECOVERED_S", 0.1), ("FIRST_PAUSE_S", 0.01), ("LONGEST_PAUSE_S", 0.01), ("TICK_S", 0.02)):
-        monkeypatch.setattr(supervise, name, value)
+def test_a_child_that_ends_again_and_again_is_not_reported_to_run_each_time(tmp_path: Path) -> None:
+    timing = Timing(first_pause_s=0.01, longest_pause_s=0.01, recovered_s=0.1, tick_s=0.02)
     life = child(tmp_path, "a", "import time; time.sleep(0.15)")
-    with running(Supervisor([life], tmp_path, tell=lambda text: None)):
+    with running(supervised([life], tmp_path, timing=timing)):
         within(20.0, lambda: part(tmp_path, "a").get("restarts", 0) >= 7)
-    texts = [one["text"].split(",")[0] for one in recent(tmp_path, 100)]
+    texts = [incident["text"].split(",")[0] for incident in read_incidents(tmp_path, 100)]
     assert 1 <= texts.count("a runs again") <= 2, texts
     assert texts[-1] == "a keeps ending (exit code 0)"

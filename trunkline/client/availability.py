@@ -16,7 +16,7 @@ from typing import Any
 from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import Away, ConfigError, DeploymentError, StorageError
 from trunkline.protocol import opening_hours as hours
-from trunkline.runtime.programs import account
+from trunkline.runtime.programs import account_name
 from trunkline.runtime.storage import write_atomic
 
 PAUSE = "pause.json"  # in the state folder, while a pause lasts
@@ -37,7 +37,7 @@ def pause(state: Path, minutes: float | None = None, by: str = "") -> datetime |
         raise DeploymentError(f"{state}: no such state folder, so no daemon to pause. Name it with --state.")
     since = datetime.now(UTC)
     until = since + timedelta(minutes=minutes) if minutes is not None else None
-    record = {"since": since.isoformat(), "until": until.isoformat() if until else None, "by": by or account()}
+    record = {"since": since.isoformat(), "until": until.isoformat() if until else None, "by": by or account_name()}
     write_atomic(state / PAUSE, json.dumps(record).encode())
     return until
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trunkline.config.run import RunConfig
 from trunkline.errors import DeploymentError
-from trunkline.runtime.programs import accepts
+from trunkline.runtime.programs import accepts_connections
 from trunkline.server.operations import daemon as centre_daemon
 from trunkline.server.operations.run_store import RunStore
 
@@ -43,7 +43,7 @@ def centre(root: Path) -> Iterator[int]:
         port = int(probe.getsockname()[1])
     code = f"from pathlib import Path; from trunkline.server.operations import daemon; daemon.start(Path({str(root / 'server')!r}), port={port})"
     with process(code, root / "server.log") as child:
-        _until(READY_S, "the centre", root / "server.log", lambda: accepts(f"127.0.0.1:{port}"), child)
+        _until(READY_S, "the centre", root / "server.log", lambda: accepts_connections(f"127.0.0.1:{port}"), child)
         yield port
 
 

@@ -7,7 +7,7 @@ from flwr.clientapp import ClientApp
 
 from trunkline.errors import Away, ContractError, Declined, Pending, StorageError
 from trunkline.flower.processes import logger
-from trunkline.runtime.disk import want_of_room
+from trunkline.runtime.disk import disk_error_text
 
 # error codes: Flower's own for an exception, and ours above its range. PENDING: a person at the plant has not decided yet;
 # DECLINED: its policy or a person there says no. The reason of these two is `SITE: why`. FULL: its disk took no answer
@@ -30,7 +30,7 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
         code = PENDING if isinstance(error, Pending) else DECLINED if isinstance(error, Declined) else AWAY
         return error_reply(message, safe_text(str(error)), code)
     except Exception as error:
-        if why := want_of_room(error):
+        if why := disk_error_text(error):
             logger.error("node %d: %s", context.node_id, error)
             return error_reply(message, f"{why}; ask again", FULL)
         logger.exception("node %d: the ClientApp failed on %s", context.node_id, message.metadata.message_type)

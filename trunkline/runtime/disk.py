@@ -1,20 +1,20 @@
-"""Whether there is room: what keeps a folder from taking a file, in words, and what was said of it by an error."""
+"""Room on a disk: what keeps a folder from taking a file, how much is free, and which errors are about the disk."""
 
 import contextlib
 import errno
 import os
 from pathlib import Path
 
-PROBE = 64 << 10  # bytes that must fit: more than any file a daemon itself writes, less than a model
-LOW_SHARE, LOW_MOST = 0.05, 256 << 20  # of the whole disk and in bytes: below both it is said ahead of time
-WORDS = {
+TRIAL_SIZE = 64 << 10  # bytes that must fit: more than any file a daemon itself writes, less than a model
+LOW_SHARE, LOW_MOST = 0.05, 256 << 20  # of the whole disk and in bytes: below both a warning is due
+PROBLEMS = {
     errno.ENOSPC: "its disk is full",
     errno.EDQUOT: "its disk quota is used up",
     errno.EROFS: "its disk is read-only",
     errno.EFBIG: "a limit on the size of files is reached",
     errno.EIO: "its disk reports errors",
 }
-OTHERS = {
+FOLDER_PROBLEMS = {
     errno.EACCES: "this account may not write there",
     errno.EPERM: "this account may not write there",
     errno.ENOENT: "the folder is gone",
@@ -22,74 +22,74 @@ OTHERS = {
 }
 
 
-def want_of_room(error: BaseException) -> str:
-    """What was wrong with the disk where `error`, or an error that it came from, is about that; else empty.
+def disk_error_text(error: BaseException) -> str:
+    """What is wrong with the disk where `error`, or an error that caused it, is about the disk; else empty.
 
-    A file that is damaged, or is not there, is no want of room: another attempt would find the same.
+    A damaged or absent file is not about the disk: another attempt would find the same.
     """
     seen: set[int] = set()
-    at: BaseException | None = error
-    while at is not None and id(at) not in seen:
-        seen.add(id(at))
-        if isinstance(at, OSError) and at.errno in WORDS:
-            return WORDS[at.errno]
-        at = at.__cause__ or at.__context__
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, OSError) and cause.errno in PROBLEMS:
+            return PROBLEMS[cause.errno]
+        cause = cause.__cause__ or cause.__context__
     return ""
 
 
-def look(folder: Path) -> str:
+def find_problem(folder: Path) -> str:
     """What keeps `folder` from taking a file of 64 KiB, in words; empty where it takes one. Tried by writing one."""
-    probe = folder / f".room.{os.getpid()}"
+    trial = folder / f".room.{os.getpid()}"
     try:
-        with os.fdopen(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(bytes(PROBE))
+        with os.fdopen(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(bytes(TRIAL_SIZE))
     except OSError as error:
-        return {**OTHERS, **WORDS}.get(error.errno or 0, error.strerror or str(error))
+        return {**FOLDER_PROBLEMS, **PROBLEMS}.get(error.errno or 0, error.strerror or str(error))
     finally:
         with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+            trial.unlink(missing_ok=True)
     return ""
 
 
-def seen(folder: Path) -> str:
-    """The same as far as it can be seen without writing, for a command that another account may run."""
+def find_visible_problem(folder: Path) -> str:
+    """The same as far as it shows without writing, for a command that another account may run."""
     try:
-        found = os.statvfs(folder)
+        volume = os.statvfs(folder)
     except OSError:
         return ""
-    if found.f_flag & os.ST_RDONLY:
-        return WORDS[errno.EROFS]
-    return WORDS[errno.ENOSPC] if found.f_bavail * found.f_frsize < PROBE else ""
+    if volume.f_flag & os.ST_RDONLY:
+        return PROBLEMS[errno.EROFS]
+    return PROBLEMS[errno.ENOSPC] if volume.f_bavail * volume.f_frsize < TRIAL_SIZE else ""
 
 
-def free(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     """Bytes that an ordinary account may still write there; 0 where that cannot be known."""
     try:
-        found = os.statvfs(folder)
+        volume = os.statvfs(folder)
     except OSError:
         return 0
-    return found.f_bavail * found.f_frsize
+    return volume.f_bavail * volume.f_frsize
 
 
 def is_low(folder: Path) -> bool:
     """Whether the disk will soon be full."""
     try:
-        found = os.statvfs(folder)
+        volume = os.statvfs(folder)
     except OSError:
         return False
-    return found.f_bavail * found.f_frsize < min(LOW_MOST, LOW_SHARE * found.f_blocks * found.f_frsize)
+    return volume.f_bavail * volume.f_frsize < min(LOW_MOST, LOW_SHARE * volume.f_blocks * volume.f_frsize)
 
 
-def in_words(folder: Path) -> str:
-    """How much is free, `1.2 GB free`; and that no file can be made where the file system has no entry left for one."""
-    size, unit = float(free(folder)), "bytes"
-    for bigger in ("kB", "MB", "GB", "TB"):
+def describe_free(folder: Path) -> str:
+    """How much is free, `1.2 GB free`, with a note where the file system has no entry left for another file."""
+    size, unit = float(free_bytes(folder)), "bytes"
+    for larger_unit in ("kB", "MB", "GB", "TB"):
         if size < 1000:
             break
-        size, unit = size / 1000, bigger
+        size, unit = size / 1000, larger_unit
     text = f"{size:.0f} {unit} free" if unit == "bytes" else f"{size:.1f} {unit} free"
     with contextlib.suppress(OSError):
-        found = os.statvfs(folder)
-        if found.f_files and not found.f_favail:
+        volume = os.statvfs(folder)
+        if volume.f_files and not volume.f_favail:
             text += ", and no file more can be made (no inode is left)"
     return text

@@ -1,81 +1,26 @@
-"""What went wrong and what was mended, each once and in words: `incidents.jsonl` in a daemon's state folder.
+"""Failures and recoveries of a daemon, each reported once and in words: `incidents.jsonl` in its state folder.
 
 All processes of a daemon write to it, a line in one piece. Nothing here ever raises: that something went wrong must not
-be what ends the process that says so.
+end the process that reports it.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import threading
-from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from trunkline.runtime.log_files import LineLog
+
 FILE = "incidents.jsonl"
 LIMIT = 1 << 20  # bytes, then one generation is kept beside it
-HELD = 200  # lines kept in memory while the disk takes none
-REMEMBERED = 500  # subjects of which it is known what was said last
+REMEMBERED = 500  # subjects whose last text is remembered
 TEXT_LIMIT = 1000  # characters of a text: a peer may have had a hand in it
 
 Kind = Literal["refusal", "failure", "recovery", "note"]
-
-
-class Lines:
-    """A file that many processes append lines to; one that grew beyond `limit` bytes becomes `<file>.1`.
-
-    What could not be written is held, and comes before the next line that can be.
-    """
-
-    def __init__(self, path: Path, limit: int = LIMIT) -> None:
-        self.path = path
-        self.limit = limit
-        self._held: deque[str] = deque(maxlen=HELD)
-        self._lock = threading.Lock()
-
-    def append(self, line: str) -> bool:
-        """Whether it is in the file now."""
-        with self._lock:
-            self._held.append(line)
-        return self.flush()
-
-    def flush(self) -> bool:
-        """Write what was held; whether nothing is held any more."""
-        with self._lock:
-            while self._held:
-                if not self._write(self._held[0]):
-                    return False
-                self._held.popleft()
-            return True
-
-    def _write(self, line: str) -> bool:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                size = os.fstat(descriptor).st_size
-                torn = (
-                    size and os.pread(descriptor, 1, size - 1) != b"\n"
-                )  # of a writer that was killed, or a full disk
-                data = b"\n" * bool(torn) + line.encode(errors="replace") + b"\n"
-                whole = os.write(descriptor, data) == len(data)
-                if whole and size + len(data) > self.limit:
-                    self._set_aside(descriptor)
-                return whole
-            finally:
-                os.close(descriptor)
-        except OSError:
-            return False
-
-    def _set_aside(self, descriptor: int) -> None:
-        """Rename it, unless another process does that at this moment, or has done it already."""
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == self.path.stat().st_ino:
-                self.path.replace(self.path.with_name(self.path.name + ".1"))
 
 
 class Incidents:
@@ -83,29 +28,30 @@ class Incidents:
 
     Args:
         state: the daemon's state folder.
-        site: whom they are about unless a call says otherwise.
+        site: the site that they concern, unless a call names another.
     """
 
     def __init__(self, state: Path, site: str = "") -> None:
         self.site = site
-        self._lines = Lines(state / FILE)
+        self._lines = LineLog(state / FILE, LIMIT)
         self._last = ""
         self._lasting: dict[str, str] = {}
         self._lock = threading.Lock()
-        for one in recent(state, REMEMBERED):  # what lasted when the process before this one was killed still does
-            self._remember(str(one.get("about", "")), one["kind"], one["text"])
+        # a failure that lasted when the process before this one was killed still lasts
+        for incident in read_incidents(state, REMEMBERED):
+            self._remember(str(incident.get("about", "")), incident["kind"], incident["text"])
 
     def note(
         self, kind: Kind, text: str, *, site: str = "", round: int | None = None, remedy: str = "", about: str = ""
     ) -> bool:
-        """Write a line, unless it was said already; whether it was written or is held until there is room.
+        """Write an incident, unless it repeats the last one; whether it was written or waits for room on the disk.
 
         Args:
             text: what happened, and why as far as it is known. remedy: what a person has to do, or that nothing is.
-            about: the subject, "link" say. The same text about the same subject is not said again until it is over, and a
-                recovery only where there was something to recover from. Without one, not twice in a row.
+            about: the subject, "link" say. The same text about one subject is not written again until it is over. A
+                recovery is written only after a failure. Without a subject, a text is not written twice in a row.
         """
-        text = clean(text)
+        text = clean_line(text)
         with self._lock:
             if about and kind == "recovery" and about not in self._lasting:
                 return False
@@ -119,14 +65,14 @@ class Incidents:
             "site": site or self.site,
             "round": round,
             "text": text,
-            "remedy": clean(remedy),
+            "remedy": clean_line(remedy),
             **({"about": about} if about else {}),
         }
         self._lines.append(json.dumps(record, ensure_ascii=False))
         return True
 
     def flush(self) -> None:
-        """Write what is held, now that there may be room."""
+        """Write the incidents that wait, now that there may be room."""
         self._lines.flush()
 
     def _remember(self, about: str, kind: str, text: str) -> None:
@@ -139,13 +85,13 @@ class Incidents:
             del self._lasting[next(iter(self._lasting))]
 
 
-def recent(state: Path, count: int) -> list[dict[str, Any]]:
-    """The newest incidents of a state folder, oldest first: at, kind, site, round, text, remedy. Damaged lines are passed over."""
-    found: list[dict[str, Any]] = []
+def read_incidents(state: Path, count: int) -> list[dict[str, Any]]:
+    """The newest incidents of a state folder, oldest first: at, kind, site, round, text, remedy. Damaged lines are skipped."""
+    incidents: list[dict[str, Any]] = []
     for name in (FILE, FILE + ".1"):
-        if len(found) < count:
-            found = [*_read(state / name, count - len(found)), *found]
-    return found
+        if len(incidents) < count:
+            incidents = [*_read(state / name, count - len(incidents)), *incidents]
+    return incidents
 
 
 def _read(path: Path, count: int) -> list[dict[str, Any]]:
@@ -155,29 +101,29 @@ def _read(path: Path, count: int) -> list[dict[str, Any]]:
             lines = file.read().splitlines()
     except OSError:
         return []
-    found: list[dict[str, Any]] = []
+    incidents: list[dict[str, Any]] = []
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
-            one = json.loads(line)
-            if isinstance(one, dict) and all(isinstance(one.get(key), str) for key in ("at", "kind", "text")):
-                found.insert(0, one)
-        if len(found) >= count:
+            incident = json.loads(line)
+            if isinstance(incident, dict) and all(isinstance(incident.get(key), str) for key in ("at", "kind", "text")):
+                incidents.insert(0, incident)
+        if len(incidents) >= count:
             break
-    return found
+    return incidents
 
 
-def clean(text: str) -> str:
+def clean_line(text: str) -> str:
     """`text` as one line that cannot steer a terminal, and bounded."""
     return "".join(letter if letter.isprintable() else " " for letter in text[:TEXT_LIMIT])
 
 
-def sentences(*texts: str) -> str:
-    """Texts as sentences after one another, each with its stop."""
-    return " ".join(one if one[-1] in ".?!" else f"{one}." for one in texts if one)
+def join_sentences(*texts: str) -> str:
+    """The texts that are not empty, one after another, each with a full stop."""
+    return " ".join(text if text[-1] in ".?!" else f"{text}." for text in texts if text)
 
 
-def keep(path: Path, record: Mapping[str, Any]) -> bool:
-    """Put a small record for somebody who looks at `path`: whole or not at all. Not flushed to the disk, and never an error."""
+def write_record(path: Path, record: Mapping[str, Any]) -> bool:
+    """Write a small record, whole or not at all, and return whether it was written. It is not flushed to the disk."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123 - a mode
@@ -190,10 +136,10 @@ def keep(path: Path, record: Mapping[str, Any]) -> bool:
     return True
 
 
-def look_up(path: Path) -> dict[str, Any]:
-    """What `keep` has put there; empty where there is nothing that can be read."""
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that `write_record` has put there; empty where there is none that can be read."""
     try:
-        found = json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}

@@ -1,4 +1,4 @@
-"""One daemon a state folder, and what its status file holds."""
+"""The lock that keeps a state folder to one daemon, and the daemon's status file."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ from trunkline.errors import DeploymentError
 
 @dataclass
 class Lock:
-    """One daemon a state folder: a file lock, which the system drops with the process however it dies.
+    """Keeps a state folder to one daemon: a file lock, which the system drops with the process however it dies.
 
     Raises:
         DeploymentError: another process holds it; the text names its pid.
@@ -38,7 +38,7 @@ class Lock:
                 f"{self.state}: a daemon with pid {holder or 'unknown'} already runs on this state folder. "
                 f"End it first (kill {holder or 'PID'}), or give the second one a state folder of its own."
             ) from None
-        with contextlib.suppress(OSError):  # on a full disk the pid goes unsaid; the lock holds all the same
+        with contextlib.suppress(OSError):  # on a full disk the pid is missing; the lock holds all the same
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
         return self

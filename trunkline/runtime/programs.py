@@ -1,4 +1,4 @@
-"""What daemons need of the machine: programs, accounts, secrets, addresses."""
+"""Facts about the machine that daemons need: programs, accounts, secrets, addresses."""
 
 import contextlib
 import getpass
@@ -27,16 +27,16 @@ def make_secret(path: Path) -> Path:
     return path
 
 
-def pins_of(own: str, extra: Path | None) -> set[str]:
-    """The pinned digests: of the installed thin app, and the first word of each line of `extra`."""
+def pinned_digests(app: str, extra: Path | None) -> set[str]:
+    """The pinned digests: `app`, of the installed thin app, and the first word of each line of the file `extra`."""
     if extra is None or not extra.exists():
-        return {own}
+        return {app}
     lines = (line.split("#")[0].split() for line in extra.read_text().splitlines())
-    return {own, *(words[0] for words in lines if words)}
+    return {app, *(words[0] for words in lines if words)}
 
 
-def accepts(address: str, seconds: float = 0.5) -> bool:
-    """Whether somebody takes a connection at host:port."""
+def accepts_connections(address: str, seconds: float = 0.5) -> bool:
+    """Whether a server accepts a connection at host:port."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds):
@@ -45,7 +45,7 @@ def accepts(address: str, seconds: float = 0.5) -> bool:
         return False
 
 
-def account() -> str:
+def account_name() -> str:
     """The name of the account this process runs under."""
     try:
         return getpass.getuser()
@@ -61,13 +61,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def say(text: str) -> None:
-    """A line to whoever started the daemon, at once even into a file; on a full disk it is lost, and nothing else."""
+def print_line(text: str) -> None:
+    """Print a line at once, even into a file. On a full disk the line is lost, and nothing else happens."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 
 
-def program(name: str) -> str:
+def find_program(name: str) -> str:
     """The path of a program installed beside this Python, whatever PATH says."""
     path = Path(sys.executable).parent / name
     if not path.exists():

@@ -69,7 +69,7 @@ def test_systemd_is_told_when_all_parts_are_up_and_the_centre_was_asked(
     keeper = Asking()
     supervisor = Supervisor([], tmp_path, {"site": "p", "server": "centre:1", "joined": True})
     up = False
-    monkeypatch.setattr(Supervisor, "all_up", property(lambda self: up))
+    monkeypatch.setattr(Supervisor, "all_running", property(lambda self: up))
     tick = daemon._watch(supervisor, keeper)  # type: ignore[arg-type]
     tick()
     assert not supervisor.is_ready and supervisor.headline == "asks centre:1 for the first time; starts"

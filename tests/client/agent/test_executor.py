@@ -18,7 +18,7 @@ from tests.federation import TRUNKLINE, free_port, within
 from trunkline.errors import DeploymentError
 from trunkline.flower.app_archive import app_digest
 from trunkline.flower.control import list_nodes, run_status, submit
-from trunkline.runtime.incidents import recent
+from trunkline.runtime.incidents import read_incidents
 from trunkline.runtime.lock import read_status
 
 pytestmark = [
@@ -227,7 +227,7 @@ def test_an_answer_that_the_disk_does_not_take_is_asked_for_again(deployment: De
     )
     lines = deployment.finish(run, out)
     assert [line.get("error") for line in lines] == [405, None] and lines[0]["reason"] == "its disk is full; ask again"
-    notes = [one for one in recent(deployment.client_state, 100) if one.get("about") == "room"]
+    notes = [one for one in read_incidents(deployment.client_state, 100) if one.get("about") == "room"]
     assert [one["kind"] for one in notes] == ["failure", "recovery"] and "its disk is full" in notes[0]["text"]
 
 

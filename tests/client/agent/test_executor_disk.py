@@ -16,7 +16,7 @@ from trunkline.flower.errors import answer
 from trunkline.flower.grid import LoopbackGrid
 from trunkline.flower.records import to_records
 from trunkline.flower.runtime import CLIENT_APP
-from trunkline.runtime.incidents import recent
+from trunkline.runtime.incidents import read_incidents
 from trunkline.runtime.programs import make_secret
 
 app = ClientApp()
@@ -115,7 +115,7 @@ def test_a_task_that_the_journal_does_not_take_is_kept_and_served_when_it_does(
     failing(monkeypatch, lambda n: n < 3)
     serve(worker(tmp_path, node), node, "finish")
     assert node.did == ["acquire", "task token", *DONE, "acquire"], "claimed once, and served"
-    told = [(one["kind"], one["text"]) for one in recent(tmp_path, 10)]
+    told = [(one["kind"], one["text"]) for one in read_incidents(tmp_path, 10)]
     assert [kind for kind, _ in told] == ["failure", "recovery"] and "its disk is full" in told[0][1]
 
 
@@ -163,7 +163,7 @@ def test_while_an_answer_finds_no_room_the_next_task_waits_for_some(
     reply = answer(app, asked, grid.contexts[2])
     assert reply.error.code == 405
     made, free, waited = worker(tmp_path, node), [100], []
-    monkeypatch.setattr(module.disk, "free", lambda folder: free[0])
+    monkeypatch.setattr(module.disk, "free_bytes", lambda folder: free[0])
     for expected in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0):
         made._told(asked, reply)
         assert made._room_s == expected
@@ -172,4 +172,4 @@ def test_while_an_answer_finds_no_room_the_next_task_waits_for_some(
     )  # type: ignore[method-assign, assignment, func-returns-value]
     made._wait_for_room()
     assert len(waited) == 3, "until there was more room, and not the whole minute"
-    assert len(recent(tmp_path, 10)) == 1, "said once"
+    assert len(read_incidents(tmp_path, 10)) == 1, "said once"

@@ -13,7 +13,7 @@ from trunkline.client.agent import membership_monitor as keeper
 from trunkline.client.agent.membership_monitor import MembershipMonitor
 from trunkline.client.state.identity import Identity
 from trunkline.errors import TrustError
-from trunkline.runtime.incidents import Incidents, recent
+from trunkline.runtime.incidents import Incidents, read_incidents
 from trunkline.security.enrolment import Hello
 from trunkline.security.keys import key_id, read_certificate
 from trunkline.server.membership import authority
@@ -62,7 +62,7 @@ class Plant:
         return self.centre.renew(body.request, key_id(own.public_key()))
 
     def incidents(self) -> list[tuple[str, str]]:
-        return [(one["kind"], one["text"]) for one in recent(self.state, 100)]
+        return [(one["kind"], one["text"]) for one in read_incidents(self.state, 100)]
 
     def until(self, found: Callable[[], bool]) -> None:
         end = time.monotonic() + 20.0

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.federation import TRUNKLINE, free_port, within
-from trunkline.runtime.incidents import recent
+from trunkline.runtime.incidents import read_incidents
 from trunkline.runtime.lock import read_status
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="signals and mounts of Linux")]
@@ -84,7 +84,7 @@ def child(state: Path, name: str) -> dict[str, Any]:
 
 
 def said(state: Path, kind: str, word: str) -> list[str]:
-    return [one["text"] for one in recent(state, 100) if one["kind"] == kind and word in one["text"]]
+    return [one["text"] for one in read_incidents(state, 100) if one["kind"] == kind and word in one["text"]]
 
 
 def test_the_daemon_outlives_a_full_disk_and_a_stopped_part_and_ends_in_time(tmp_path: Path, small_disk: Path) -> None:
@@ -144,7 +144,7 @@ def test_the_daemon_outlives_a_full_disk_and_a_stopped_part_and_ends_in_time(tmp
 
 def test_a_want_of_room_is_told_from_damage() -> None:
     from trunkline.errors import StorageError
-    from trunkline.runtime.disk import want_of_room
+    from trunkline.runtime.disk import disk_error_text
 
     def raised(cause: BaseException | None, hidden: bool = False) -> BaseException:
         try:
@@ -157,9 +157,9 @@ def test_a_want_of_room_is_told_from_damage() -> None:
         except StorageError as error:
             return error
 
-    assert want_of_room(raised(OSError(errno.ENOSPC, "x"))) == "its disk is full"
-    assert want_of_room(raised(OSError(errno.EROFS, "x"), hidden=True)) == "its disk is read-only"
-    assert want_of_room(raised(OSError(errno.ENOENT, "x"))) == want_of_room(raised(None)) == ""
+    assert disk_error_text(raised(OSError(errno.ENOSPC, "x"))) == "its disk is full"
+    assert disk_error_text(raised(OSError(errno.EROFS, "x"), hidden=True)) == "its disk is read-only"
+    assert disk_error_text(raised(OSError(errno.ENOENT, "x"))) == disk_error_text(raised(None)) == ""
 
 
 def test_an_answer_that_the_vault_cannot_keep_costs_a_question_and_no_byte(

@@ -538,7 +538,7 @@ def test_the_executor_holds_a_reply_until_it_can_be_written_down(
     import threading
 
     from trunkline.client.agent import executor as module
-    from trunkline.runtime.incidents import recent
+    from trunkline.runtime.incidents import read_incidents
     from trunkline.runtime.programs import make_secret
 
     monkeypatch.setattr(module, "HOLD_S", 0.05)
@@ -560,7 +560,7 @@ def test_the_executor_holds_a_reply_until_it_can_be_written_down(
     (let_out,) = out
     assert let_out is not None and not let_out.has_error()
     assert joined.lines()[-1]["kind"] == "update"
-    told = [one["kind"] for one in recent(tmp_path, 10)]
+    told = [one["kind"] for one in read_incidents(tmp_path, 10)]
     assert told == ["failure", "recovery"], "however often it was tried"
     path.rename(path.with_name("aside"))
     path.mkdir()

@@ -85,7 +85,7 @@ def test_systemd_is_told_only_when_gateway_and_superlink_both_accept(
     said: list[str] = []
     supervisor = Supervisor([], tmp_path, {"listens": "127.0.0.1:2"}, said.append)
     open_ports: set[str] = set()
-    monkeypatch.setattr(daemon, "accepts", lambda address: address in open_ports)
+    monkeypatch.setattr(daemon, "accepts_connections", lambda address: address in open_ports)
     tick = daemon._watch(supervisor, "127.0.0.1:1", "127.0.0.1:2")
     for address, ready in (("", False), ("127.0.0.1:2", False), ("127.0.0.1:1", True)):
         open_ports.add(address)

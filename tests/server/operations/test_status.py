@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from trunkline.errors import DeploymentError
-from trunkline.runtime.incidents import Incidents, recent
+from trunkline.runtime.incidents import Incidents, read_incidents
 from trunkline.server.membership import authority
 from trunkline.server.membership.authority import Authority
 from trunkline.server.operations.status import (
@@ -172,9 +172,9 @@ def test_what_a_run_tells_is_among_the_incidents_where_it_is_one(tmp_path: Path)
     ]
     for event in events:
         note_event(notes, "turbofans", event)
-    told = [(one["kind"], one["site"], one["round"]) for one in recent(tmp_path, 10)]
+    told = [(one["kind"], one["site"], one["round"]) for one in read_incidents(tmp_path, 10)]
     assert told == [("refusal", "mill-04", 7), ("failure", "", 7), ("recovery", "pump-02", 7)]
-    assert recent(tmp_path, 10)[0]["text"] == "run turbofans: mill-04, round 7: update set aside. NaN."
+    assert read_incidents(tmp_path, 10)[0]["text"] == "run turbofans: mill-04, round 7: update set aside. NaN."
 
 
 LONG = "press-07." + "x" * 55  # 64 characters, the longest name a site may have

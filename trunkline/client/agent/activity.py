@@ -13,7 +13,7 @@ from flwr.app import Message
 from trunkline.client.agent.status import ACTIVITY
 from trunkline.errors import ContractError
 from trunkline.flower.records import open_records
-from trunkline.runtime.incidents import clean, keep, look_up
+from trunkline.runtime.incidents import clean_line, read_record, write_record
 
 WORDS = {"train": "training", "query": "looking at what is asked of it", "evaluate": "scoring"}
 
@@ -42,12 +42,12 @@ class Task:
         except (ContractError, ValueError, AttributeError, RecursionError):
             run, counts = "", (0, 0)
         round, rounds = (one if type(one) is int and 0 <= one < 10**9 else 0 for one in counts)
-        return cls(message.metadata.message_type, clean(run)[:80] if isinstance(run, str) else "", round, rounds)
+        return cls(message.metadata.message_type, clean_line(run)[:80] if isinstance(run, str) else "", round, rounds)
 
     @property
     def what(self) -> str:
         """`training round 7 of 30`."""
-        text = WORDS.get(self.kind, clean(self.kind)[:32])
+        text = WORDS.get(self.kind, clean_line(self.kind)[:32])
         if self.kind != "train" or not self.round:
             return text
         return f"{text} round {self.round}" + (f" of {self.rounds}" if self.rounds else "")
@@ -60,7 +60,7 @@ class Activity:
         self.path = state / ACTIVITY
         self.doing: Task | None = None
         self._began = 0.0
-        self._last: dict[str, Any] = look_up(self.path).get("last") or {}
+        self._last: dict[str, Any] = read_record(self.path).get("last") or {}
         self._keep()
 
     def begin(self, task: Task) -> None:
@@ -72,13 +72,13 @@ class Activity:
         if self.doing is None:
             return
         about = {**asdict(self.doing), "what": self.doing.what, "seconds": round(time.monotonic() - self._began, 2)}
-        self._last = {**about, "outcome": clean(outcome), "at": _now()}
+        self._last = {**about, "outcome": clean_line(outcome), "at": _now()}
         self.doing = None
         self._keep()
 
     def _keep(self) -> None:
         doing = {**asdict(self.doing), "what": self.doing.what} if self.doing else None
-        keep(self.path, {"pid": os.getpid(), "doing": doing, "since": _now(), "last": self._last})
+        write_record(self.path, {"pid": os.getpid(), "doing": doing, "since": _now(), "last": self._last})
 
 
 def _now() -> str:

@@ -20,8 +20,9 @@ from trunkline.client.state.vault import check_whose
 from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import DeploymentError, TrustError
 from trunkline.flower.control import environment
-from trunkline.runtime.programs import is_loopback, make_secret, say
-from trunkline.runtime.supervisor import Child, Supervisor
+from trunkline.runtime.child import Child
+from trunkline.runtime.programs import is_loopback, make_secret, print_line
+from trunkline.runtime.supervisor import Supervisor
 from trunkline.security.encryption import without_key
 from trunkline.security.keys import check_clock, read_certificate
 
@@ -38,7 +39,7 @@ def start(
     site_dir: Path,
     server: str | None = None,
     state: Path | None = None,
-    tell: Callable[[str], None] = say,
+    tell: Callable[[str], None] = print_line,
     client_app: str = "trunkline.client.app:app",
     door: bool = True,
 ) -> None:
@@ -80,10 +81,10 @@ def start(
     children = children_of(site, site_dir, server, state, client_app, door)
     info = {"role": "client", "site": site.name, "server": server, "joined": identity.joined, "folder": str(site_dir)}
     supervisor = Supervisor(children, state, info, lambda text: tell(f"site {site.name}: {text}"), STANDS_STILL)
-    supervisor.tell(f"asking {server} for work; state in {state}. Ctrl-C ends it.")
+    supervisor.emit(f"asking {server} for work; state in {state}. Ctrl-C ends it.")
     keeper = None
     if identity.joined:
-        keeper = MembershipMonitor(state, server, supervisor.tell, supervisor.wake, incidents=supervisor.incidents)
+        keeper = MembershipMonitor(state, server, supervisor.emit, supervisor.retry_now, incidents=supervisor.incidents)
     supervisor.run(_watch(supervisor, keeper))
 
 
@@ -100,8 +101,8 @@ def _watch(supervisor: Supervisor, keeper: MembershipMonitor | None) -> Callable
             if keeper.tick():
                 supervisor.info |= keeper.found
                 supervisor.write_status()
-        if supervisor.all_up and (keeper is None or keeper.asked):
-            supervisor.ready()
+        if supervisor.all_running and (keeper is None or keeper.asked):
+            supervisor.mark_ready()
         if time.monotonic() >= due:
             due = time.monotonic() + HEADLINE_S
             supervisor.headline = status.headline(supervisor.info, supervisor.state)

@@ -32,7 +32,7 @@ from trunkline.flower.errors import CRASHED, DECLINED, FULL, PENDING, REFUSED, R
 from trunkline.flower.runtime import CLIENT_APP, NodeRuntime, NodeTask
 from trunkline.runtime import disk
 from trunkline.runtime.incidents import Incidents, Kind
-from trunkline.runtime.programs import accepts, pins_of
+from trunkline.runtime.programs import accepts_connections, pinned_digests
 from trunkline.runtime.storage import write_atomic
 
 BEAT_S = 15.0  # a task's token expires 60 s after its last heartbeat
@@ -132,7 +132,7 @@ class Executor:
             except (StorageError, OSError) as error:
                 pause = HOLD_S
                 logger.error("%s Without a journal no task is taken. Trying again in %.0f s.", error, pause)
-                why = disk.want_of_room(error) or "it cannot be written"
+                why = disk.disk_error_text(error) or "it cannot be written"
                 self._note(
                     "failure",
                     f"no task is taken: {self.state} holds no journal ({why})",
@@ -166,8 +166,8 @@ class Executor:
 
     def _wait_for_room(self) -> None:
         """Where the disk did not take the last answer: until there is more room, or it is time to try again all the same."""
-        end, before = time.monotonic() + self._room_s, disk.free(self.state)
-        while time.monotonic() < end and disk.free(self.state) <= before and not self._stop.wait(0.5):
+        end, before = time.monotonic() + self._room_s, disk.free_bytes(self.state)
+        while time.monotonic() < end and disk.free_bytes(self.state) <= before and not self._stop.wait(0.5):
             pass
 
     def _recover(self, left: dict[str, Any]) -> None:
@@ -203,7 +203,7 @@ class Executor:
                 round=_round_of(task.envelope), remedy="Nothing to do: the answer will be the same.",
             )  # fmt: skip
         except DeploymentError as error:
-            if not accepts(self.address, 2.0):
+            if not accepts_connections(self.address, 2.0):
                 raise  # the SuperNode is down, not the token: the journal is still worth keeping
             logger.info("the task of before the restart is gone (%s)", error)
         finally:
@@ -258,9 +258,7 @@ class Executor:
         if code == FULL:
             self._room_s = min(max(2 * self._room_s, ROOM_FIRST_S), ROOM_MOST_S)
             text = f"an answer could not be kept in {self.state}: {reply.error.reason}"
-            remedy = (
-                f"Free space there ({disk.in_words(self.state)} now): the centre asks again, and the round is not lost."
-            )
+            remedy = f"Free space there ({disk.describe_free(self.state)} now): the centre asks again, and the round is not lost."
             self._note("failure", text, remedy, "room", round)
         elif code == DECLINED:
             self._note(
@@ -443,7 +441,7 @@ def main() -> None:
             options.secret,
             options.journal,
             client_app,
-            lambda: pins_of(own, options.pins),
+            lambda: pinned_digests(own, options.pins),
             options.poll,
             Door(options.folder, options.state, options.centre) if options.folder else None,
             options.site,

@@ -14,7 +14,7 @@ from trunkline.errors import ContractError, Declined, Pending
 from trunkline.protocol.contract import FIT, changed_terms
 from trunkline.protocol.messages import Offer, RoundRequest
 from trunkline.protocol.plan import Conditions
-from trunkline.runtime.programs import account
+from trunkline.runtime.programs import account_name
 from trunkline.security.keys import now
 
 BY_POLICY = "policy"
@@ -153,7 +153,7 @@ def decide(state: Path, run: str, verdict: Verdict, by: str = "") -> Consent:
         raise ContractError(
             f"run {run}: the plant's policy says no ({found.why}). Change the policy; at the next question the answer is new."
         )
-    by = " ".join(by.split()) or account()
+    by = " ".join(by.split()) or account_name()
     if by == BY_POLICY:
         raise ContractError(
             f"--by {by}: that is what the policy's own decisions are marked with. Give a person's name."

@@ -27,7 +27,7 @@ from typing import Any
 
 from trunkline.errors import DeploymentError, StorageError, TrunklineError
 from trunkline.runtime.incidents import Incidents
-from trunkline.runtime.programs import say
+from trunkline.runtime.programs import print_line
 from trunkline.security import keys
 from trunkline.server.gateway.authentication import Caller, Peer, Replays, Trust, admit, handshake_words
 from trunkline.server.gateway.connection import START, Denied, Lost, Pool, Wire, copy, dial, dial_unix
@@ -66,7 +66,7 @@ class Gateway:
     listen: tuple[str, int]
     upstream: tuple[str, int]
     limits: Limits = field(default_factory=Limits)
-    tell: Callable[[str], None] = say
+    tell: Callable[[str], None] = print_line
     note: Callable[[str], object] = lambda text: None
     tap: Callable[[str, bytes], None] | None = None
 
@@ -402,7 +402,7 @@ async def serve(state: Path, listen: tuple[str, int], upstream: tuple[str, int])
         state,
         listen,
         upstream,
-        tell=lambda text: say(f"{keys.now():%Y-%m-%d %H:%M:%S} {text}"),
+        tell=lambda text: print_line(f"{keys.now():%Y-%m-%d %H:%M:%S} {text}"),
         note=lambda text: incidents.note("refusal", text, remedy="The gateway's log has each of them."),
     )
     ended = asyncio.Event()
@@ -450,7 +450,7 @@ def main() -> int:
     try:
         asyncio.run(serve(options.state.resolve(), address(options.listen), address(options.upstream)))
     except TrunklineError as error:
-        say(str(error))
+        print_line(str(error))
         return 1
     return 0
 

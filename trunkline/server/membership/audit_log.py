@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from trunkline.errors import TamperError, TrustError
-from trunkline.runtime.programs import account
+from trunkline.runtime.programs import account_name
 from trunkline.security.encryption import find_seal
 from trunkline.security.hash_chain import Chain, Link
 from trunkline.security.keys import key_id, load_key, now
@@ -21,7 +21,7 @@ AUDIT = "audit.jsonl"
 
 def operator() -> str:
     """Who acts here: account@host."""
-    return f"{account()}@{socket.gethostname()}"[:120]
+    return f"{account_name()}@{socket.gethostname()}"[:120]
 
 
 def note(state: Path, what: str, **about: object) -> None:

@@ -18,7 +18,7 @@ from trunkline.errors import DeploymentError, TrunklineError
 from trunkline.flower.app_archive import app_digest, fab_digest
 from trunkline.flower.processes import serverapp_main
 from trunkline.runtime.incidents import Incidents
-from trunkline.runtime.programs import pins_of
+from trunkline.runtime.programs import pinned_digests
 from trunkline.runtime.storage import write_atomic
 from trunkline.server.membership import audit_log as audit
 
@@ -38,7 +38,7 @@ def install(state: Path) -> Path:
 def check(state: Path, fab: bytes) -> None:
     """Raises DeploymentError for any app but the installed one and those that the operator has pinned."""
     digest = fab_digest(fab)
-    if digest in pins_of(app_digest(Path(trunkline.__file__).parent / "app"), state / "pins.txt"):
+    if digest in pinned_digests(app_digest(Path(trunkline.__file__).parent / "app"), state / "pins.txt"):
         return
     try:
         audit.note(state, "refuse app", app=digest)

@@ -19,9 +19,10 @@ from pathlib import Path
 import trunkline
 from trunkline.errors import DeploymentError
 from trunkline.flower.control import environment
+from trunkline.runtime.child import Child
 from trunkline.runtime.lock import read_status
-from trunkline.runtime.programs import accepts, is_loopback, make_secret, program, say
-from trunkline.runtime.supervisor import Child, Supervisor
+from trunkline.runtime.programs import accepts_connections, find_program, is_loopback, make_secret, print_line
+from trunkline.runtime.supervisor import Supervisor
 from trunkline.security.encryption import without_key
 from trunkline.security.keys import check_clock
 from trunkline.server.gateway.routes import socket_path
@@ -43,7 +44,7 @@ APP = Path(trunkline.__file__).parent / "app"
 logger = logging.getLogger(__name__)
 
 
-def start(state: Path, host: str = "127.0.0.1", port: int = 9140, emit: Callable[[str], None] = say) -> None:
+def start(state: Path, host: str = "127.0.0.1", port: int = 9140, emit: Callable[[str], None] = print_line) -> None:
     """Run the server until SIGTERM or SIGINT.
 
     With a federation (`server init`) the gateway listens at `host`:`port` and everything else on loopback. Without one there
@@ -71,8 +72,8 @@ def start(state: Path, host: str = "127.0.0.1", port: int = 9140, emit: Callable
     ca = state / "loopback.crt" if gated else None
     info = {"role": "server", "address": local, "listens": outside, "ca": str(ca) if ca else ""}
     supervisor = Supervisor(children, state, info, emit, DISK_FULL)
-    mend_database(state / "superlink.db", supervisor.tell)
-    runs = RunSupervisor(state, local, ca, APP, supervisor.tell, supervisor.incidents)
+    mend_database(state / "superlink.db", supervisor.emit)
+    runs = RunSupervisor(state, local, ca, APP, supervisor.emit, supervisor.incidents)
     watch = _watch(supervisor, local, outside)
 
     def tick() -> None:
@@ -93,14 +94,14 @@ def _watch(supervisor: Supervisor, local: str, outside: str) -> Callable[[], Non
             if now >= due:
                 due = now + HEADLINE_S
                 supervisor.headline = headline(supervisor.info, state)
-        elif accepts(local) and accepts(outside):
-            supervisor.ready()
-            supervisor.tell(f"ready: the server listens on {outside}; state in {state}. Ctrl-C ends it.")
+        elif accepts_connections(local) and accepts_connections(outside):
+            supervisor.mark_ready()
+            supervisor.emit(f"ready: the server listens on {outside}; state in {state}. Ctrl-C ends it.")
             for warning in warnings(state) if is_federation(state) else ():
-                supervisor.tell(f"Note: {warning}")
+                supervisor.emit(f"Note: {warning}")
         elif now > late:
             late = float("inf")
-            supervisor.tell(f"nothing listens on {outside} yet; the daemon keeps trying. See {state / 'logs'}.")
+            supervisor.emit(f"nothing listens on {outside} yet; the daemon keeps trying. See {state / 'logs'}.")
 
     return tick
 
@@ -151,11 +152,11 @@ def _flower(state: Path, local: str, flags: list[str], dial: list[str]) -> list[
     shared = ["--superexec-auth-secret-file", str(make_secret(state / "secret"))]
     host, _, port = local.rpartition(":")
     link = [
-        *(program("flower-superlink"), *flags, "--host", host.strip("[]"), "--port", port),
+        *(find_program("flower-superlink"), *flags, "--host", host.strip("[]"), "--port", port),
         *("--database", str(state / "superlink.db"), "--isolation", "process", *shared),
         "--disable-runtime-dependency-installation",
     ]
-    starter = [program("flower-superexec"), *dial, "--runtime-api-address", local, *shared]
+    starter = [find_program("flower-superexec"), *dial, "--runtime-api-address", local, *shared]
     env = environment(state)
     ours = {**env, "PATH": os.pathsep.join((str(app_guard.install(state)), env["PATH"]))}
     return [
@@ -164,7 +165,7 @@ def _flower(state: Path, local: str, flags: list[str], dial: list[str]) -> list[
     ]
 
 
-def mend_database(path: Path, emit: Callable[[str], None] = say) -> None:
+def mend_database(path: Path, emit: Callable[[str], None] = print_line) -> None:
     """Set a damaged database of the SuperLink aside. Flower makes a new one; keys and runs are in files of our own."""
     if not path.exists():
         return

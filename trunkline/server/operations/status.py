@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from trunkline.errors import DeploymentError, TrunklineError
 from trunkline.flower.control import list_nodes, list_runs
-from trunkline.runtime.health import Rows, base_of, child_words, clock, daemon_words, disk_words, folded, print_page
-from trunkline.runtime.incidents import Incidents, Kind, look_up
+from trunkline.runtime.health import (
+    Rows,
+    clock_time,
+    describe_child,
+    describe_daemon,
+    describe_disk,
+    fold_rows,
+    print_page,
+    read_health,
+)
+from trunkline.runtime.incidents import Incidents, Kind, read_record
 from trunkline.runtime.lock import read_status
 from trunkline.runtime.progress import EVENTS
 from trunkline.server.membership.authority import is_federation, read_federation, sites, warnings
@@ -59,7 +68,7 @@ def status(state: Path) -> dict[str, Any]:
         DeploymentError: no daemon ever ran on this folder.
     """
     state = state.resolve()
-    summary = base_of(state)
+    summary = read_health(state)
     summary.update(nodes=[], runs=[], problem="", listed=runs_of(state), sites=[], federation="")
     if summary["running"]:
         try:
@@ -92,7 +101,7 @@ def runs_of(state: Path) -> list[dict[str, Any]]:
     """The runs of this server, unfinished ones first, each with its `progress`."""
     listed = []
     for path in sorted((state / RUNS).glob("*.json")):
-        run = look_up(path)
+        run = read_record(path)
         if isinstance(run.get("name"), str) and isinstance(run.get("state"), str):
             since, out = str(run.get("since") or ""), str(run.get("out") or "")
             listed.append(
@@ -183,7 +192,7 @@ def _events(path: Path) -> Iterable[dict[str, Any]]:
 
 def run_words(run: Mapping[str, Any]) -> str:
     """One run in words: `round 7 of 30 since 02:14, 3 of 4 sites in, waiting for mill-04`."""
-    state, when = run["state"], clock(run["since"])
+    state, when = run["state"], clock_time(run["since"])
     if state == "wanted":
         return f"to be started, since {when}"
     if state in ("running", "waiting"):
@@ -195,7 +204,7 @@ def run_words(run: Mapping[str, Any]) -> str:
 
 def progress_words(now: Mapping[str, Any]) -> str:
     """The phase of an unfinished run."""
-    phase, since = now.get("phase"), f" since {clock(now['since'])}" if now.get("since") else ""
+    phase, since = now.get("phase"), f" since {clock_time(now['since'])}" if now.get("since") else ""
     rounds = f" of {now['rounds']}" if now.get("rounds") else ""
     got = f", {now['got'] or 0} of {now['of']} sites in" if now.get("of") else ""
     if phase == "gather":
@@ -230,7 +239,7 @@ def note_event(incidents: Incidents, run: str, event: Mapping[str, Any]) -> None
 
 def site_words(row: Mapping[str, Any]) -> str:
     if row["state"] == "enrolled":
-        words = f"online since {clock(row['since'])}" if row["online"] else "offline"
+        words = f"online since {clock_time(row['since'])}" if row["online"] else "offline"
     else:
         words = str(row["state"])
     return f"{words}; {row['note']}" if row["note"] else words
@@ -244,7 +253,7 @@ def headline(info: Mapping[str, Any], state: Path) -> str:
 
 def print_status(summary: Mapping[str, Any], console: "Console") -> None:
     """The result of `status` as a page for a person."""
-    rows: Rows = [("daemon", daemon_words(summary))]
+    rows: Rows = [("daemon", describe_daemon(summary))]
     roles = dict(ROLES)
     if summary["running"]:
         online = sum(node["status"] == "online" for node in summary["nodes"])
@@ -252,15 +261,15 @@ def print_status(summary: Mapping[str, Any], console: "Console") -> None:
         serving = f"serving {online} of {members} sites at {summary['listens']}"
         gated = any(child["name"] == "gateway" for child in summary["children"])
         roles["gateway" if gated else "superlink"] = serving if summary.get("ready") else f"opens {summary['listens']}"
-        rows += [(child["name"], child_words(child, roles.get(child["name"], ""))) for child in summary["children"]]
-    rows.append(("disk", disk_words(summary)))
+        rows += [(child["name"], describe_child(child, roles.get(child["name"], ""))) for child in summary["children"]]
+    rows.append(("disk", describe_disk(summary)))
     listed = summary["listed"]
     runs: Rows = [(run["name"], run_words(run)) for run in listed[:MOST_RUNS]]
     run_ids = {str(run_id) for run in listed for run_id in (run.get("number"), *run.get("former", ()))}
     for run in summary["runs"][: MOST_RUNS - len(runs)]:
         if str(run["run"]) not in run_ids:
             details = f": {run['details']}" if run["details"] else ""
-            runs.append((f"run {run['run']}", f"{run['status']} since {clock(run['started'])}{details}"))
+            runs.append((f"run {run['run']}", f"{run['status']} since {clock_time(run['started'])}{details}"))
     shown = summary["sites"]
     if len(shown) > MOST_SITES:  # the page has no room for all, and the missing sites are the news
         shown = [site for site in shown if not site["online"]][:MOST_SITES]
@@ -302,7 +311,7 @@ def print_sites(state: Path, console: "Console") -> None:
     for name, *cells in rows:
         console.print(name, style="bold", markup=False, highlight=False, soft_wrap=True)
         text = ", ".join(f"{column} {cell}" for column, cell in zip(SITE_COLUMNS[1:], cells, strict=True) if cell)
-        for line in folded([("", text)], console.width):
+        for line in fold_rows([("", text)], console.width):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
