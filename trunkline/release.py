@@ -59,7 +59,7 @@ class PooledScale(Frozen):
         regimes, settings, channels = len(self.centres), len(self.settings), len(self.channels)
         for table, columns in (
             (self.centres, settings),
-            *((one, channels) for one in (self.count, self.mean, self.variance)),
+            *((table, channels) for table in (self.count, self.mean, self.variance)),
         ):
             if len(table) != regimes or any(len(row) != columns for row in table):
                 raise ValueError(f"a table of the scaler is not {regimes} regimes x {columns}")
@@ -130,7 +130,7 @@ class Lineage(Frozen):
 
     def by_site(self) -> dict[str, Membership]:
         """Site -> the part it had, sites by name."""
-        return dict(sorted(((site, part) for part in self.parts for site in part.sites), key=lambda one: one[0]))
+        return dict(sorted(((site, part) for part in self.parts for site in part.sites), key=lambda pair: pair[0]))
 
 
 class Card(Frozen):
@@ -267,12 +267,12 @@ def open_release(path: Path, authority: x509.Certificate | None = None) -> Relea
     tensors, metadata = read_tensors(path, KEY, "a trunk of Trunkline")
     try:
         table = json.loads(metadata[KEY])
-        found = table["card"].get("format")
-        if found not in READS:
+        format = table["card"].get("format")
+        if format not in READS:
             raise StorageError(
-                f"{path}: a trunk of format {found!r}; this Trunkline reads {' and '.join(map(str, READS))}. Update the older of the two."
+                f"{path}: a trunk of format {format!r}; this Trunkline reads {' and '.join(map(str, READS))}. Update the older of the two."
             )
-        if found == 1:
+        if format == 1:
             about = _About(card={"format": 1}, text=json.dumps(table["card"]), names=table["names"])
         else:
             about = _About.model_validate(table)
@@ -282,11 +282,11 @@ def open_release(path: Path, authority: x509.Certificate | None = None) -> Relea
         arrays = Arrays({name: tensors[name] for name in names})
         if about.signature is not None:
             verdict = judge(str(path), about.signature, hashed, digest_of(arrays), authority)
-        elif found == 1:
+        elif format == 1:
             verdict = nobody_signed(str(path), "it is of format 1, which nobody could sign yet")
         else:
             verdict = nobody_signed(str(path))
-        card = _card(about.text, found, verdict)
+        card = _card(about.text, format, verdict)
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise StorageError(f"{path}: its card is damaged ({text}). Copy it again from where it was made.") from None
@@ -295,11 +295,11 @@ def open_release(path: Path, authority: x509.Certificate | None = None) -> Relea
     return Release(arrays, card, verdict)
 
 
-def _card(text: str, found: int, verdict: Verdict) -> Card:
+def _card(text: str, format: int, verdict: Verdict) -> Card:
     try:
         card = Card.model_validate_json(text)
-        if card.format != found:
-            raise ValueError(f"it says format {card.format} inside and {found} outside")
+        if card.format != format:
+            raise ValueError(f"it says format {card.format} inside and {format} outside")
     except ValueError:
         if isinstance(verdict.problem, TamperError):
             raise verdict.problem from None

@@ -122,7 +122,7 @@ class Federation:
         self.key = generate_private_key(SECP256R1())
         self.authority = issue(self.key, "authority", usage=None)
         self.registry = Registry(self.state)
-        self.registry.make()
+        self.registry.create()
         (self.state / "authority.crt").write_bytes(keys.certificate_pem(self.authority))
         self.new_server_certificate()
         self.loopback_key = generate_private_key(SECP256R1())

@@ -151,7 +151,7 @@ def server_audit(
     from trunkline.server.membership import audit_log as audit
 
     if begin_anew:
-        typer.echo(f"The former log is now {audit.begin_anew(state.resolve())}.")
+        typer.echo(f"The former log is now {audit.replace_tampered(state.resolve())}.")
     audit.show(state.resolve(), Console())
 
 

@@ -61,7 +61,7 @@ def test_what_is_made_is_sealed_and_made_once(centre: Authority, tmp_path: Path)
         assert b"PRIVATE" not in data and data.startswith(b"trunkline-sealed")
     assert centre.state.stat().st_mode & 0o077 == 0
     before = {path: path.read_bytes() for path in centre.state.iterdir() if path.is_file()}
-    with pytest.raises(TrustError, match="is here already"):
+    with pytest.raises(TrustError, match="exists already"):
         authority.init(centre.state, "south", ())
     assert {path: path.read_bytes() for path in centre.state.iterdir() if path.is_file()} == before
     (tmp_path / "key").unlink()
@@ -86,7 +86,7 @@ def test_a_making_that_was_cut_short_is_made_anew_and_a_lost_file_makes_no_new_f
     made = authority.init(state, "north", ())
     assert Authority.open(state).certificate == made
     (state / "federation.json").unlink()
-    with pytest.raises(TrustError, match="is here already"):
+    with pytest.raises(TrustError, match="exists already"):
         authority.init(state, "north", ())
 
 
@@ -262,12 +262,12 @@ def test_the_audit_log_shows_an_altered_line_and_can_begin_anew(centre: Authorit
     path.write_bytes(path.read_bytes().replace(b"press-07", b"press-08"))
     with pytest.raises(TamperError, match="line 2"):
         list(audit.read(centre.state))
-    aside = audit.begin_anew(centre.state)
+    aside = audit.replace_tampered(centre.state)
     assert b"press-08" in aside.read_bytes()
     (line,) = audit.read(centre.state)
     assert line.body["what"] == "begin anew" and "line 2" in line.body["because"]
     with pytest.raises(TrustError, match="is intact"):
-        audit.begin_anew(centre.state)
+        audit.replace_tampered(centre.state)
 
 
 def call(centre: Authority) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from trunkline.errors import DeploymentError, StorageError
 from trunkline.security import keys
 from trunkline.server.gateway.connection import Denied
 from trunkline.server.gateway.http_headers import plain
-from trunkline.server.membership.registry import JOIN_AGAIN, REGISTRY, Book, Registry, turned_away
+from trunkline.server.membership.registry import JOIN_AGAIN, REGISTRY, Book, Registry, explain_denial
 
 REMEMBERED = timedelta(days=90)  # so long a used or expired code still reaches the registrar, which says what is wrong
 REPLAY_S = 330.0  # Flower takes a signed timestamp from 5 s ahead until 305 s later; with some seconds of margin
@@ -164,9 +164,9 @@ def admit(book: Book, peer: Peer) -> Caller:
         invitation = book.invitation(peer.key)
         if invitation is not None:
             return Caller(invitation.site, invited=True)
-        raise Denied(401, turned_away(None, peer.name), "not enrolled")
+        raise Denied(401, explain_denial(None, peer.name), "not enrolled")
     if found.revoked:
-        raise Denied(401, turned_away(found), "revoked")
+        raise Denied(401, explain_denial(found), "revoked")
     if keys.now() >= peer.until:
         raise Denied(401, f"{found.site}: this certificate expired on {_day(peer.until)}. {JOIN_AGAIN}", "expired")
     return Caller(found.site, invited=False)

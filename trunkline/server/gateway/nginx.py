@@ -19,7 +19,7 @@ from trunkline.security.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, 
 from trunkline.server.gateway.authentication import remembered
 from trunkline.server.gateway.gateway import address
 from trunkline.server.gateway.routes import CERTIFICATE, CERTIFICATE_PEM, FORWARDED, PEER, SOCKET, Limits, routes
-from trunkline.server.membership.registry import JOIN_AGAIN, Book, Registry, turned_away
+from trunkline.server.membership.registry import JOIN_AGAIN, Book, Registry, explain_denial
 
 TRUSTED = "trusted.pem"
 FOLDER = "nginx"  # for its pid and what it sets aside
@@ -218,7 +218,7 @@ def _callers(book: Book) -> tuple[str, str, str]:
         mark = _sha1(one.certificate, one.site)
         who[mark] = "revoked" if one.revoked else "site"
         if one.revoked:
-            words[mark] = turned_away(one.model_copy(update={"reason": UNFIT.sub(" ", one.reason)}))
+            words[mark] = explain_denial(one.model_copy(update={"reason": UNFIT.sub(" ", one.reason)}))
         else:
             owned[mark] = base64.b64encode(one.spki.encode()).decode()
     for code in book.invitations:

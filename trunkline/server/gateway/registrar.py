@@ -48,7 +48,7 @@ from trunkline.security.keys import certificate_pem, due, key_id, now, read_cert
 from trunkline.server.gateway.routes import CERTIFICATE, CERTIFICATE_PEM, PEER, socket_path
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership.authority import Authority
-from trunkline.server.membership.registry import Book, Enrolled, turned_away
+from trunkline.server.membership.registry import Book, Enrolled, explain_denial
 
 STEP_S = 1.0  # between looks at the register: a revoked site is known to Flower within this
 DUE_S = 60.0  # between looks at the server's certificate
@@ -69,7 +69,7 @@ def build(authority: Authority, address: str, ca: bytes) -> Starlette:
         book = authority.registry.read()
         invited, known = book.invitation(key), book.by_key(key)
         if invited is None and known is None:
-            raise TrustError(turned_away(None))
+            raise TrustError(explain_denial(None))
         site = known.site if known is not None else invited.site if invited is not None else ""
         pem = certificate_pem(authority.certificate).decode()
         return _json(Known(authority=pem, federation=authority.federation.name, site=site))
@@ -91,7 +91,7 @@ def build(authority: Authority, address: str, ca: bytes) -> Starlette:
     def hello(request: Request) -> Response:
         entry = authority.registry.read().by_key(key_id(_certificate(request).public_key()))
         if entry is None or entry.revoked:
-            raise TrustError(turned_away(entry))
+            raise TrustError(explain_denial(entry))
         stamp = now().isoformat(timespec="milliseconds")
         return _json(Hello(site=entry.site, now=stamp, until=entry.until, version=trunkline.__version__))
 

@@ -1,4 +1,4 @@
-"""The centre's audit log: who enrolled, invited, revoked, ran and released; chained and signed, see `chain`."""
+"""The server's audit log: enrolments, invitations, revocations, runs and releases; chained and signed, see `hash_chain`."""
 
 import socket
 from collections.abc import Iterator
@@ -20,29 +20,29 @@ AUDIT = "audit.jsonl"
 
 
 def operator() -> str:
-    """Who acts here: account@host."""
+    """The account that runs this process: account@host."""
     return f"{account_name()}@{socket.gethostname()}"[:120]
 
 
-def note(state: Path, what: str, **about: object) -> None:
-    """Write one line: what was done, by whom, and about what (JSON values).
+def note(state: Path, event: str, **about: object) -> None:
+    """Add one line: the event, the operator, and the details `about` it (JSON values).
 
-    A centre that is no federation keeps no log.
+    A server without a federation keeps no log.
 
     Raises:
-        TamperError: the log is not as it was left; nothing is added to it.
-        StorageError: it cannot be written.
+        TamperError: the log was changed since its last line; nothing is added to it.
+        StorageError: the log cannot be written.
     """
     if (state / "audit.key").exists():
-        _chain(state).append(_key(state), {"what": what, "by": operator(), **about})
+        _chain(state).append(_key(state), {"what": event, "by": operator(), **about})
 
 
 def read(state: Path) -> Iterator[Link]:
     """The lines in order, each verified.
 
     Raises:
-        TamperError: the text names the first line that is not as it was written.
-        TrustError: this centre keeps no log.
+        TamperError: the text names the first line that was changed.
+        TrustError: this server keeps no log.
     """
     if not (state / "audit.key").exists():
         raise TrustError(f"{state}: no federation here, so no audit log. `trunkline server init` makes one.")
@@ -56,12 +56,14 @@ def _chain(state: Path) -> Chain:
 def _key(state: Path) -> Ed25519PrivateKey:
     seal, path = find_seal(state), state / "audit.key"
     if seal is None:
-        raise TrustError(f"{state / 'seal.toml'}: gone. It names the key this federation is sealed with; restore it.")
+        raise TrustError(
+            f"{state / 'seal.toml'}: missing. It names the key this federation is sealed with; restore it."
+        )
     return load_key(seal.open(path.read_bytes(), "audit.key", str(path)), str(path))  # type: ignore[no-any-return]
 
 
-def begin_anew(state: Path) -> Path:
-    """Set a log aside that cannot be trusted any more, and begin another that says so; where the former one is now.
+def replace_tampered(state: Path) -> Path:
+    """Rename a log that was tampered with, and begin another whose first line says so; the new path of the former log.
 
     Raises:
         TrustError: the log is intact, or there is none.
@@ -70,7 +72,7 @@ def begin_anew(state: Path) -> Path:
         for _ in read(state):
             pass
     except TamperError as error:
-        was = str(error)
+        cause = str(error)
     else:
         raise TrustError(f"{state / AUDIT}: is intact; there is no reason to begin another.")
     stamp = now().strftime("%Y%m%dT%H%M%S")
@@ -78,7 +80,7 @@ def begin_anew(state: Path) -> Path:
     for path in (state / AUDIT, state / (AUDIT + ".head")):
         if path.exists():
             path.replace(aside if path.name == AUDIT else aside.with_name(aside.name + ".head"))
-    note(state, "begin anew", former=aside.name, because=was)
+    note(state, "begin anew", former=aside.name, because=cause)
     return aside
 
 
@@ -86,7 +88,7 @@ def show(state: Path, console: "Console") -> None:
     """The log as a table.
 
     Raises:
-        TamperError: after the lines before the first that is not as it was written.
+        TamperError: a line was changed; the intact lines before it are shown first.
     """
     from rich.table import Table
 

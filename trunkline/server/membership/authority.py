@@ -1,25 +1,22 @@
-"""The federation's own certificate authority: made by `server init`, its key sealed, opened by the registrar and the operator only.
+"""The federation's own certificate authority: `server init` makes it, and only the registrar and the operator open its key.
 
 authority.crt, authority.key   signs everything below; the key is sealed
-server.crt, server.key         what plants see at the gateway; rotated without a restart
-loopback.crt, loopback.key     between the centre's own parts, on 127.0.0.1 only
+server.crt, server.key         the certificate of the gateway; rotated without a restart
+loopback.crt, loopback.key     between the server's own processes, on 127.0.0.1 only
 release.crt, release.key       signs released trunks; the key is sealed
 audit.key                      signs the audit log; sealed
-registry.json, federation.json who may come in; name, addresses and lifetimes
+registry.json                  the enrolled sites and the invitations
+federation.json                name, addresses and lifetimes
 """
 
-import contextlib
-import ipaddress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pydantic import Field, ValidationError
 
 from trunkline.errors import TrustError
@@ -44,17 +41,24 @@ from trunkline.security.keys import (
     spki,
 )
 from trunkline.server.membership import audit_log as audit
-from trunkline.server.membership.registry import Book, Enrolled, Invitation, Registry, turned_away
+from trunkline.server.membership.certificates import (
+    AUTHORITY_DAYS,
+    alternative_name,
+    issue_server_certificate,
+    issue_site_certificate,
+    make_authority,
+    make_loopback,
+    read_requested_key,
+)
+from trunkline.server.membership.registry import Book, Enrolled, Invitation, Registry, explain_denial
 from trunkline.server.releases.signing import issue_release_certificate, write_signer
 
-SLACK = timedelta(minutes=5)  # certificates hold from a little before now: a plant's clock may be behind
-AUTHORITY_DAYS = 3650
-KEPT = timedelta(days=90)  # how long a code that is over is remembered, so that who tries it is told why
+KEPT = timedelta(days=90)  # how long an expired code stays in the registry, so that its refusal names the cause
 FEDERATION = "federation.json"
 
 
 class Federation(Frozen):
-    """What `server init` was told: name, names and addresses in the server's certificate, days certificates are valid."""
+    """The settings of `server init`: name, hosts of the server's certificate, days that certificates are valid."""
 
     name: str = Field(min_length=1, max_length=64)
     hosts: tuple[str, ...]
@@ -67,7 +71,7 @@ def is_federation(state: Path) -> bool:
 
 
 def read_federation(state: Path) -> Federation:
-    """Raises TrustError when `server init` has not been here, or its file is damaged."""
+    """Raises TrustError when `server init` has not made a federation here, or its file is damaged."""
     try:
         return Federation.model_validate_json((state / FEDERATION).read_bytes())
     except FileNotFoundError:
@@ -80,46 +84,45 @@ def init(
     state: Path, name: str, hosts: tuple[str, ...], key: str | None = None,
     site_days: float = 365.0, server_days: float = 180.0,
 ) -> x509.Certificate:  # fmt: skip
-    """Make a federation in `state`; its authority's certificate.
+    """Make a federation in `state`; the certificate of its authority.
 
     Args:
         hosts: names and addresses by which plants reach the server.
-        key: source of the key that seals what is secret here, see `sealing`.
+        key: source of the key that seals the secrets of the state folder, see `security/encryption`.
 
     Raises:
-        TrustError: there is one already: nothing is ever made over it; or the clock is wrong.
+        TrustError: `state` has a federation already, which is never overwritten; or the clock is wrong.
     """
-    check_clock()  # what it made would be over before anybody joined
-    if is_federation(state) or _was_whole(state):
+    check_clock()  # a wrong clock would make certificates that have expired already
+    if is_federation(state) or _was_complete(state):
         raise TrustError(
-            f"{state}: a federation is here already ({FEDERATION}). Choose another --state; nothing was changed."
+            f"{state}: a federation exists already ({FEDERATION}). Choose another --state; nothing was changed."
         )
     federation = Federation(name=name, hosts=hosts, site_days=site_days, server_days=server_days)
     for host in hosts:
-        _alternative(host)
+        alternative_name(host)  # refuses a host that no certificate can name
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     state.chmod(0o700)
     seal = make_seal(state, key)
     root = new_site_key()
-    authority = _authority(root, name)
+    authority = make_authority(root, name)
     write_atomic(state / "authority.key", seal.close(key_pem(root), "authority.key"))
     write_atomic(state / "authority.crt", certificate_pem(authority), mode=0o644)
     signing = new_signing_key()
     write_signer(state, signing, issue_release_certificate(root, authority, signing.public_key(), AUTHORITY_DAYS))
     write_atomic(state / "audit.key", seal.close(key_pem(new_signing_key()), "audit.key"))
-    _loopback(state)
-    Registry(state).make()
-    # last: a federation whose making was cut short is made anew
-    made = Authority(state, federation, root, authority)
-    made.rotate_server("the federation was made")
+    _write_loopback(state)
+    Registry(state).create()
+    Authority(state, federation, root, authority).rotate_server("the federation was made")
+    # last: after an interruption `init` starts again
     write_atomic(state / FEDERATION, federation.model_dump_json(indent=1).encode())
     audit.note(state, "init", federation=name, authority=fingerprint(authority), hosts=list(hosts))
     return authority
 
 
-def _was_whole(state: Path) -> bool:
-    """Whether what is here was a federation once, and not one whose making was cut short."""
-    return (state / audit.AUDIT).exists()  # begun when all else was there
+def _was_complete(state: Path) -> bool:
+    """Whether `init` has finished here once."""
+    return (state / audit.AUDIT).exists()  # its last step begins the log
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,12 @@ class Authority:
 
     @classmethod
     def open(cls, state: Path) -> "Authority":
-        """Raises TrustError or StorageError when the key that seals it is missing or another, or the clock is wrong."""
+        """Raises TrustError or StorageError when the sealing key is missing or wrong, or the clock is wrong."""
         federation = read_federation(state)
         seal = find_seal(state)
         if seal is None:
             raise TrustError(
-                f"{state / 'seal.toml'}: gone. It names the key this federation is sealed with; restore it."
+                f"{state / 'seal.toml'}: missing. It names the key this federation is sealed with; restore it."
             )
         path = state / "authority.key"
         key = load_key(seal.open(path.read_bytes(), "authority.key", str(path)), str(path))
@@ -151,16 +154,16 @@ class Authority:
         return Registry(self.state)
 
     def invite(self, site: str, hours: float) -> tuple[Code, Invitation]:
-        """A code for `site`; a code that is out for it already is withdrawn.
+        """A new code for `site`; an unused earlier code for it is withdrawn.
 
         Raises:
-            TrustError: that is no name for a site.
+            TrustError: `site` is no valid name for a site.
         """
         code = Code.new(self.certificate)
         proof = code.certificate()
         moment = now()
         try:
-            made = Invitation(
+            invitation = Invitation(
                 site=site,
                 key=key_id(proof.public_key()),
                 certificate=certificate_pem(proof).decode(),
@@ -172,138 +175,148 @@ class Authority:
                 f"site {site!r}: a name is letters, digits, dot, dash and underscore, at most 64."
             ) from None
 
-        def put(book: Book) -> Book:
+        def add(book: Book) -> Book:
             kept = [
-                one.model_copy(update={"withdrawn": made.made})
-                if one.site == site and not (one.used or one.withdrawn)
-                else one
-                for one in book.invitations
-                if one.made > (moment - KEPT).isoformat()
+                other.model_copy(update={"withdrawn": invitation.made})
+                if other.site == site and not (other.used or other.withdrawn)
+                else other
+                for other in book.invitations
+                if other.made > (moment - KEPT).isoformat()
             ]
-            return book.model_copy(update={"invitations": (*kept, made)})
+            return book.model_copy(update={"invitations": (*kept, invitation)})
 
-        self.registry.write(put)
-        audit.note(self.state, "invite", site=site, expires=made.expires)
-        return code, made
+        self.registry.write(add)
+        audit.note(self.state, "invite", site=site, expires=invitation.expires)
+        return code, invitation
 
     def admit(self, asked: JoinRequest, invitation_key: str, peer: str) -> Admission:
-        """Enrol the site that a code was made for, with the key it asks for.
+        """Enrol the site that a code was made for, with the key of its request.
 
-        Asked again with the same code and key (an answer that got lost), the same certificate is given again.
+        The same request with the same code gets the same certificate again: the first answer may have been lost.
 
         Raises:
-            TrustError: the code is unknown, used, withdrawn or over, or the request is not right; nothing was changed.
+            TrustError: the code is unknown, used, withdrawn or expired, or the request is invalid; nothing was changed.
         """
-        public = _requested(asked.request)
+        public = read_requested_key(asked.request)
         records = load_public(asked.records.encode(), "the request's `records`")
         if not isinstance(records, Ed25519PublicKey):
             raise TrustError("the request's `records` is no Ed25519 key. Update Trunkline at the site.")
-        key, admitted, again = key_id(public), [], []
+        key = key_id(public)
+        admitted: list[Enrolled] = []
+        is_new = True
 
-        def put(book: Book) -> Book:
-            moment = now()
-            invited = book.invitation(invitation_key)
-            if invited is None:
+        def enrol(book: Book) -> Book:
+            nonlocal is_new
+            moment = now().isoformat(timespec="seconds")
+            invitation = book.invitation(invitation_key)
+            if invitation is None:
                 raise TrustError("this certificate is no invitation of this federation. Ask the operator for a code.")
-            site, known = invited.site, book.by_key(key)
+            site, known_entry = invitation.site, book.by_key(key)
             if (
-                invited.used
-                and known is not None
-                and known.site == site
-                and not known.revoked
-                and known.since == invited.used
+                known_entry is not None
+                and not known_entry.revoked
+                and known_entry.site == site
+                and known_entry.since == invitation.used
             ):
-                admitted.append(known)
-                again.append(True)
+                admitted.append(known_entry)
+                is_new = False
                 return book
-            if invited.used:
+            _check_invitation(invitation, moment)
+            if known_entry is not None:
                 raise TrustError(
-                    f"{site}: this code was used on {invited.used}. A code works once; ask the operator for another."
+                    f"{site}: its key is known already, as {known_entry.site}. Join again; that makes a new key."
                 )
-            if invited.withdrawn:
-                raise TrustError(f"{site}: this code was withdrawn on {invited.withdrawn}. Use the newer one.")
-            if invited.expires < moment.isoformat(timespec="seconds"):
-                raise TrustError(f"{site}: this code expired on {invited.expires}. Ask the operator for another.")
-            if known is not None:
-                raise TrustError(
-                    f"{site}: its key is known already, as {known.site}. Join again; that makes a new key."
-                )
-            certificate = self._site_certificate(public, site)
-            since = moment.isoformat(timespec="seconds")
+            certificate = self._certify(public, site)
             entry = Enrolled(
-                site=site, key=key, spki=spki(public).decode(), records=asked.records, since=since, **_told(certificate)
-            )
+                site=site, key=key, spki=spki(public).decode(), records=asked.records, since=moment,
+                **_certificate_fields(certificate),
+            )  # fmt: skip
             admitted.append(entry)
             former = [
-                one.model_copy(update={"revoked": since, "reason": "it enrolled again with another key"})
-                if one.site == site and not one.revoked
-                else one
-                for one in book.enrolled
+                other.model_copy(update={"revoked": moment, "reason": "it enrolled again with another key"})
+                if other.site == site and not other.revoked
+                else other
+                for other in book.enrolled
             ]
-            spent = [
-                one.model_copy(update={"used": since}) if one.key == invitation_key else one for one in book.invitations
-            ]
-            return book.model_copy(update={"enrolled": (*former, entry), "invitations": tuple(spent)})
+            invitations = tuple(
+                other.model_copy(update={"used": moment}) if other.key == invitation_key else other
+                for other in book.invitations
+            )
+            return book.model_copy(update={"enrolled": (*former, entry), "invitations": invitations})
 
-        self.registry.write(put)
-        entry: Enrolled = admitted[0]
-        if not again:
+        self.registry.write(enrol)
+        entry = admitted[0]
+        if is_new:
             audit.note(
                 self.state, "enrol", site=entry.site, key=key, serial=entry.serial, peer=peer, version=asked.version
             )
-        return Admission(
-            site=entry.site,
-            federation=self.federation.name,
-            certificate=entry.certificate,
-            authority=certificate_pem(self.certificate).decode(),
-        )
+        return self._admission(entry)
 
     def admit_file(self, file: Path) -> Admission:
-        """The same for a request that came by hand.
+        """Enrol a site by a request that came as a file.
 
         Raises:
-            TrustError: it cannot be read, or was not made with the code it names.
+            TrustError: the file cannot be read, or was not made with the code it names.
         """
         try:
-            came = JoinFile.model_validate_json(file.read_bytes())
+            request = JoinFile.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
             raise TrustError(
                 f"{file}: not a request to join ({type(error).__name__}). Ask the site for it again."
             ) from None
-        invited = self.registry.read().invitation(came.invitation)
-        if invited is None:
+        invitation = self.registry.read().invitation(request.invitation)
+        if invitation is None:
             raise TrustError(f"{file}: answers no invitation of this federation. `trunkline server sites` lists them.")
-        public: Any = x509.load_pem_x509_certificate(invited.certificate.encode()).public_key()
-        if not signed(public, "join", came.asked.model_dump_json().encode(), came.signature):
-            raise TrustError(f"{file}: was altered, or not made with {invited.site}'s code. Ask the site for it again.")
-        return self.admit(came.asked, came.invitation, peer=f"file {file.name}")
+        public: Any = x509.load_pem_x509_certificate(invitation.certificate.encode()).public_key()
+        if not signed(public, "join", request.asked.model_dump_json().encode(), request.signature):
+            raise TrustError(
+                f"{file}: was altered, or not made with {invitation.site}'s code. Ask the site for it again."
+            )
+        return self.admit(request.asked, request.invitation, peer=f"file {file.name}")
 
     def renew(self, request: str, key: str) -> Admission:
-        """Another certificate for a key that is welcome.
+        """Another certificate for an enrolled key.
 
         Raises:
-            TrustError: it is not, or the request is for another key.
+            TrustError: the key is not enrolled, or the request is for another key.
         """
-        public = _requested(request)
+        public = read_requested_key(request)
         if key_id(public) != key:
             raise TrustError(
                 "the request is for another key than the certificate it came with. To change keys, join again."
             )
-        renewed = []
+        renewed: list[Enrolled] = []
 
-        def put(book: Book) -> Book:
+        def replace(book: Book) -> Book:
             entry = book.by_key(key)
             if entry is None or entry.revoked:
-                raise TrustError(turned_away(entry))
-            certificate = self._site_certificate(public, entry.site)
-            renewed.append(entry.model_copy(update=_told(certificate)))
+                raise TrustError(explain_denial(entry))
+            renewed.append(entry.model_copy(update=_certificate_fields(self._certify(public, entry.site))))
             return book.model_copy(
-                update={"enrolled": tuple(renewed[0] if one is entry else one for one in book.enrolled)}
+                update={"enrolled": tuple(renewed[0] if other is entry else other for other in book.enrolled)}
             )
 
-        self.registry.write(put)
+        self.registry.write(replace)
         entry = renewed[0]
         audit.note(self.state, "renew", site=entry.site, serial=entry.serial, until=entry.until)
+        return self._admission(entry)
+
+    def rotate_server(self, reason: str) -> x509.Certificate:
+        """A new key and certificate for the gateway, which loads them at its next connection."""
+        key = new_site_key()
+        certificate = issue_server_certificate(
+            key.public_key(), self.federation.hosts, self.federation.server_days, self.key, self.certificate
+        )
+        write_atomic(self.state / "server.key", key_pem(key))
+        write_atomic(self.state / "server.crt", certificate_pem(certificate), mode=0o644)
+        if is_federation(self.state):
+            audit.note(self.state, "rotate server certificate", why=reason, fingerprint=fingerprint(certificate))
+        return certificate
+
+    def _certify(self, public: EllipticCurvePublicKey, site: str) -> x509.Certificate:
+        return issue_site_certificate(public, site, self.federation.site_days, self.key, self.certificate)
+
+    def _admission(self, entry: Enrolled) -> Admission:
         return Admission(
             site=entry.site,
             federation=self.federation.name,
@@ -311,93 +324,70 @@ class Authority:
             authority=certificate_pem(self.certificate).decode(),
         )
 
-    def rotate_server(self, why: str) -> x509.Certificate:
-        """A new key and certificate for the gateway, which takes them up at its next connection."""
-        key = new_site_key()
-        names = [*dict.fromkeys([*self.federation.hosts, "localhost", "127.0.0.1"])]
-        certificate = _sign(
-            _builder(_name(self.federation.hosts[0] if self.federation.hosts else "localhost"), key.public_key(), self.federation.server_days)
-            .add_extension(x509.SubjectAlternativeName([_alternative(one) for one in names]), critical=False)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False),
-            self.key, self.certificate,
-        )  # fmt: skip
-        write_atomic(self.state / "server.key", key_pem(key))
-        write_atomic(self.state / "server.crt", certificate_pem(certificate), mode=0o644)
-        if is_federation(self.state):
-            audit.note(self.state, "rotate server certificate", why=why, fingerprint=fingerprint(certificate))
-        return certificate
-
-    def _site_certificate(self, public: EllipticCurvePublicKey, site: str) -> x509.Certificate:
-        return _sign(
-            _builder(_name(site), public, self.federation.site_days).add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
-            ),
-            self.key, self.certificate,
-        )  # fmt: skip
-
 
 def revoke(state: Path, site: str, reason: str) -> Enrolled:
-    """Turn a site away from its next request on; needs no key, so that it can be done in a hurry.
+    """Refuse a site from its next request on. No key is needed, so that a revocation never has to wait for one.
 
     Raises:
-        TrustError: no such site, or it is revoked already.
+        TrustError: the site is not enrolled, or is revoked already.
     """
-    found = []
+    revoked: list[Enrolled] = []
 
-    def put(book: Book) -> Book:
+    def change(book: Book) -> Book:
         entry = book.site(site)
         if entry is None:
-            names = ", ".join(sorted({one.site for one in book.enrolled})) or "none"
+            names = ", ".join(sorted({enrolled.site for enrolled in book.enrolled})) or "none"
             raise TrustError(f"{site}: no such site here. Enrolled: {names}.")
         if entry.revoked:
             raise TrustError(f"{site}: was revoked on {entry.revoked} already ({entry.reason}).")
         moment = now().isoformat(timespec="seconds")
-        found.append(entry.model_copy(update={"revoked": moment, "reason": reason}))
+        revoked.append(entry.model_copy(update={"revoked": moment, "reason": reason}))
         invitations = tuple(
-            one.model_copy(update={"withdrawn": moment})
-            if one.site == site and not (one.used or one.withdrawn)
-            else one
-            for one in book.invitations
+            invitation.model_copy(update={"withdrawn": moment})
+            if invitation.site == site and not (invitation.used or invitation.withdrawn)
+            else invitation
+            for invitation in book.invitations
         )
-        enrolled = tuple(found[0] if one is entry else one for one in book.enrolled)
+        enrolled = tuple(revoked[0] if other is entry else other for other in book.enrolled)
         return book.model_copy(update={"enrolled": enrolled, "invitations": invitations})
 
-    Registry(state).write(put)
+    Registry(state).write(change)
     audit.note(state, "revoke", site=site, reason=reason)
-    return found[0]
+    return revoked[0]
 
 
 def warnings(state: Path) -> list[str]:
-    """What will stop working soon, in sentences; empty when all is well."""
-    found = [
+    """A sentence for each certificate that expires soon; empty when all is well."""
+    sentences = [
         expiry_warning(read_certificate(state / "server.crt"), "the server's certificate", "`trunkline server rotate`."),
         expiry_warning(
             read_certificate(state / "authority.crt"), "the federation's authority",
             "Make a new federation and enrol the sites there; nothing can be signed after that day.",
         ),
         *(
-            expiry_warning(x509.load_pem_x509_certificate(one.certificate.encode()), f"{site}'s certificate",
+            expiry_warning(x509.load_pem_x509_certificate(entry.certificate.encode()), f"{site}'s certificate",
                            "The site renews it by itself when it is online; else invite it again.")
-            for site, one in sorted(Registry(state).read().welcome().items())
+            for site, entry in sorted(Registry(state).read().welcome().items())
         ),
     ]  # fmt: skip
-    return [one for one in found if one]
+    return [sentence for sentence in sentences if sentence]
 
 
-def _requested(pem: str) -> EllipticCurvePublicKey:
-    """The key a certificate request proves to hold."""
-    try:
-        asked = x509.load_pem_x509_csr(pem.encode())
-        right = asked.is_signature_valid
-        public: Any = asked.public_key()
-    except (ValueError, TypeError):
-        raise TrustError("the certificate request is not one in PEM. Update Trunkline at the site.") from None
-    if not right or not isinstance(public, EllipticCurvePublicKey) or not isinstance(public.curve, SECP384R1):
-        raise TrustError("the certificate request is not signed by a key on P-384. Update Trunkline at the site.")
-    return public
+def _check_invitation(invitation: Invitation, moment: str) -> None:
+    """Raise TrustError unless the code can be used at `moment` (ISO 8601)."""
+    site = invitation.site
+    if invitation.used:
+        raise TrustError(
+            f"{site}: this code was used on {invitation.used}. A code works once; ask the operator for another."
+        )
+    if invitation.withdrawn:
+        raise TrustError(f"{site}: this code was withdrawn on {invitation.withdrawn}. Use the newer one.")
+    if invitation.expires < moment:
+        raise TrustError(f"{site}: this code expired on {invitation.expires}. Ask the operator for another.")
 
 
-def _told(certificate: x509.Certificate) -> dict[str, Any]:
+def _certificate_fields(certificate: x509.Certificate) -> dict[str, Any]:
+    """The fields of `Enrolled` that come from its certificate."""
     return {
         "serial": f"{certificate.serial_number:x}",
         "until": certificate.not_valid_after_utc.isoformat(timespec="seconds"),
@@ -405,97 +395,7 @@ def _told(certificate: x509.Certificate) -> dict[str, Any]:
     }
 
 
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
-
-
-def _builder(subject: x509.Name, public: Any, days: float) -> x509.CertificateBuilder:
-    moment = now()
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .public_key(public)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(moment - min(SLACK, timedelta(days=days)))
-        .not_valid_after(moment + timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-    )
-
-
-def _sign(builder: x509.CertificateBuilder, key: EllipticCurvePrivateKey, issuer: x509.Certificate) -> x509.Certificate:
-    builder = builder.issuer_name(issuer.subject).add_extension(
-        x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False
-    )
-    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
-    return (
-        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .sign(key, hashes.SHA384())
-    )
-
-
-def _authority(key: EllipticCurvePrivateKey, name: str) -> x509.Certificate:
-    """Self-signed; it signs certificates and nothing else, and nothing it signed may sign."""
-    subject = _name(name)  # releases are told by it
-    return (
-        _builder(subject, key.public_key(), AUTHORITY_DAYS)
-        .issuer_name(subject)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.KeyUsage(False, False, False, False, False, True, True, False, False), critical=True)
-        .sign(key, hashes.SHA384())
-    )
-
-
-def _loopback(state: Path) -> None:
-    """A certificate of its own for the centre's inner traffic: no plant trusts it, and it is valid nowhere else."""
+def _write_loopback(state: Path) -> None:
     key = new_site_key()
-    subject = _name("trunkline loopback")
-    certificate = (
-        _builder(subject, key.public_key(), AUTHORITY_DAYS)
-        .issuer_name(subject)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.SubjectAlternativeName([_alternative("127.0.0.1"), _alternative("localhost")]), critical=False
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.KeyUsage(True, False, False, False, False, True, False, False, False), critical=True)
-        .sign(key, hashes.SHA384())
-    )
     write_atomic(state / "loopback.key", key_pem(key))
-    write_atomic(state / "loopback.crt", certificate_pem(certificate), mode=0o644)
-
-
-def _alternative(host: str) -> x509.GeneralName:
-    with contextlib.suppress(ValueError):
-        return x509.IPAddress(ipaddress.ip_address(host))
-    try:
-        return x509.DNSName(host.encode("idna").decode())
-    except (UnicodeError, ValueError):
-        raise TrustError(f"host {host!r}: expected a name such as centre.example.com, or an address.") from None
-
-
-def sites(state: Path) -> list[dict[str, Any]]:
-    """Every site that was ever enrolled or invited, newest enrolment first in words: site, state, since, until, node."""
-    book = Registry(state).read()
-    moment = now().isoformat(timespec="seconds")
-    names = dict.fromkeys([*(one.site for one in book.enrolled), *(one.site for one in book.invitations)])
-    found = []
-    for name in sorted(names):
-        entry = book.site(name)
-        row: dict[str, Any] = {"site": name, "state": "", "since": "", "until": "", "node": None, "key": "", "note": ""}
-        if entry is not None:
-            row |= {"since": entry.since, "until": entry.until, "node": entry.node, "key": entry.key}
-            row["state"] = "revoked" if entry.revoked else "enrolled"
-            row["note"] = f"on {entry.revoked}: {entry.reason}" if entry.revoked else ""
-            if not entry.revoked and entry.until < moment:
-                row |= {"state": "expired", "note": "invite it again"}
-        out = next((one for one in reversed(book.invitations) if one.site == name), None)
-        if out is not None and not (out.used or out.withdrawn):
-            over = out.expires < moment
-            said = f"code {'expired' if over else 'out until'} {out.expires}"
-            row["state"] = row["state"] or ("invited" if not over else "not joined")
-            row["note"] = "; ".join(one for one in (row["note"], said) if one)
-        row["state"] = row["state"] or "not joined"
-        found.append(row)
-    return found
+    write_atomic(state / "loopback.crt", certificate_pem(make_loopback(key)), mode=0o644)

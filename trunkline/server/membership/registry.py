@@ -1,7 +1,7 @@
-"""Who may come in: the sites that enrolled and the invitations that are out, in one file of the centre's state folder.
+"""The enrolled sites and the invitations of a federation, in one file of the server's state folder.
 
-Written by the registrar and the commands of the operator, read by the gateway at every request, so that a revocation holds
-from the next request on.
+The registrar and the operator's commands write it. The gateway reads it at every request, so a revocation takes effect at
+the next request.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -17,20 +18,21 @@ from trunkline.errors import StorageError
 from trunkline.protocol.frozen import Frozen
 from trunkline.protocol.plan import SITE_NAME
 from trunkline.runtime.storage import write_atomic
+from trunkline.security.keys import now
 
 REGISTRY = "registry.json"
 
 
 class Enrolled(Frozen):
-    """One enrolment of a site; a site that enrols again gets another, and its former one is revoked.
+    """One enrolment of a site. A site that enrols again gets a new one, and its former enrolment is revoked.
 
     Args:
-        key: `keys.key_id` of its public key; spki: that key in PEM, byte for byte as Flower sends it.
+        key: `keys.key_id` of its public key. spki: that key in PEM, byte for byte as Flower sends it.
         records: the Ed25519 public key (PEM) that signs the site's manifest.
-        serial: of its newest certificate, hexadecimal; until: when that expires (ISO 8601, UTC).
-        certificate: the newest one, PEM: nginx knows a site by its fingerprint.
-        node: Flower's node id; None until the SuperLink knows the key.
-        revoked: when (ISO 8601); empty while it is welcome. reason: why, for whoever is turned away.
+        serial: of its newest certificate, hexadecimal. until: when that expires (ISO 8601, UTC).
+        certificate: the newest one, PEM; nginx identifies a site by its fingerprint.
+        node: Flower's node id; None until the SuperLink has registered the key.
+        revoked: when (ISO 8601); empty while the site is admitted. reason: cause of the revocation, shown to the site.
     """
 
     site: str = Field(pattern=SITE_NAME)
@@ -47,11 +49,11 @@ class Enrolled(Frozen):
 
 
 class Invitation(Frozen):
-    """One code that is or was out; the centre keeps what proves the code, not the code.
+    """One invitation code. The server keeps the certificate that proves the code, not the code.
 
     Args:
-        key: `keys.key_id` of the key made of the code; certificate: the self-signed one made of it, PEM.
-        expires: ISO 8601; used: when, empty before; withdrawn likewise.
+        key: `keys.key_id` of the key derived from the code. certificate: self-signed by that key, PEM.
+        made, expires: ISO 8601. used, withdrawn: when; empty until then.
     """
 
     site: str = Field(pattern=SITE_NAME)
@@ -71,58 +73,56 @@ class Book(Frozen):
     invitations: tuple[Invitation, ...] = ()
 
     def by_key(self, key: str) -> Enrolled | None:
-        """The enrolment with this key, welcome or revoked."""
-        return next((one for one in reversed(self.enrolled) if one.key == key), None)
+        """The enrolment with this key, admitted or revoked."""
+        return next((entry for entry in reversed(self.enrolled) if entry.key == key), None)
 
     def site(self, name: str) -> Enrolled | None:
         """The newest enrolment of a site."""
-        return next((one for one in reversed(self.enrolled) if one.site == name), None)
+        return next((entry for entry in reversed(self.enrolled) if entry.site == name), None)
 
     def welcome(self) -> dict[str, Enrolled]:
-        """Site -> its enrolment, of those that may come in."""
-        return {one.site: one for one in self.enrolled if not one.revoked}
+        """Site -> its enrolment, of the sites that are not revoked."""
+        return {entry.site: entry for entry in self.enrolled if not entry.revoked}
 
     def invitation(self, key: str) -> Invitation | None:
-        return next((one for one in reversed(self.invitations) if one.key == key), None)
+        return next((invitation for invitation in reversed(self.invitations) if invitation.key == key), None)
 
     def nodes(self) -> dict[int, str]:
-        """Flower's node id -> site, of the welcome."""
-        return {one.node: one.site for one in self.enrolled if one.node is not None and not one.revoked}
+        """Flower's node id -> site, of the sites that are not revoked."""
+        return {entry.node: entry.site for entry in self.enrolled if entry.node is not None and not entry.revoked}
 
 
 JOIN_AGAIN = "Ask the operator for a new invitation (`trunkline server invite`) and join with `trunkline client join`."
 
 
-def turned_away(entry: Enrolled | None, name: str = "") -> str:
-    """Why a key is not let in, for whoever is outside.
+def explain_denial(entry: Enrolled | None, name: str = "") -> str:
+    """The cause why the gateway refuses a key, as a sentence for its site.
 
     Args:
-        entry: its revoked enrolment; None: it has none. name: what its certificate calls it.
+        entry: its revoked enrolment; None: the key is not enrolled. name: the site's name in its certificate.
     """
     if entry is None:
         return f"{name + ': ' if name else ''}this certificate's key is not enrolled here. {JOIN_AGAIN}"
-    why = f" ({entry.reason})" if entry.reason else ""
-    return (
-        f"{entry.site}: this certificate was revoked on {entry.revoked[:16].replace('T', ' ')} UTC{why}. {JOIN_AGAIN}"
-    )
+    reason = f" ({entry.reason})" if entry.reason else ""
+    return f"{entry.site}: this certificate was revoked on {entry.revoked[:16].replace('T', ' ')} UTC{reason}. {JOIN_AGAIN}"
 
 
 class Registry:
-    """The file, read again whenever it has changed."""
+    """The registry's file, read again whenever it has changed."""
 
     def __init__(self, state: Path) -> None:
         self.path = state / REGISTRY
-        self._seen: tuple[int, int, int] | None = None
+        self._mark: tuple[int, int, int] | None = None
         self._book = Book()
 
     def read(self) -> Book:
-        """Raises StorageError when the file is gone or damaged: then nobody is let in."""
+        """Raises StorageError when the file is missing or damaged; the gateway then admits nobody."""
         try:
-            found = self.path.stat()
-            mark = (found.st_mtime_ns, found.st_ino, found.st_size)
-            if mark != self._seen:
+            status = self.path.stat()
+            mark = (status.st_mtime_ns, status.st_ino, status.st_size)
+            if mark != self._mark:
                 self._book = Book.model_validate_json(self.path.read_bytes())
-                self._seen = mark
+                self._mark = mark
         except FileNotFoundError:
             raise StorageError(
                 f"{self.path}: no such file. `trunkline server init` makes a federation; a backup restores one."
@@ -134,14 +134,14 @@ class Registry:
         return self._book
 
     def write(self, change: Callable[[Book], Book]) -> Book:
-        """Change the book, one writer at a time; what `change` raises leaves it as it was."""
+        """Change the book, one writer at a time; if `change` raises, the book stays as it was."""
         with self._locked():
             book = change(self.read())
             write_atomic(self.path, json.dumps(book.model_dump(mode="json"), indent=1).encode())
             return book
 
-    def make(self) -> None:
-        """An empty book, for `server init`."""
+    def create(self) -> None:
+        """Write an empty book, for `server init`."""
         write_atomic(self.path, Book().model_dump_json().encode())
 
     @contextlib.contextmanager
@@ -155,3 +155,30 @@ class Registry:
             yield
         finally:
             os.close(descriptor)
+
+
+def list_sites(state: Path) -> list[dict[str, Any]]:
+    """Every site that was ever enrolled or invited, by name: site, state, since, until, node, key, note."""
+    book = Registry(state).read()
+    moment = now().isoformat(timespec="seconds")
+    names = {entry.site for entry in book.enrolled} | {invitation.site for invitation in book.invitations}
+    return [_site_row(book, name, moment) for name in sorted(names)]
+
+
+def _site_row(book: Book, name: str, moment: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"site": name, "state": "", "since": "", "until": "", "node": None, "key": "", "note": ""}
+    entry = book.site(name)
+    if entry is not None:
+        row |= {"since": entry.since, "until": entry.until, "node": entry.node, "key": entry.key}
+        row["state"] = "revoked" if entry.revoked else "enrolled"
+        row["note"] = f"on {entry.revoked}: {entry.reason}" if entry.revoked else ""
+        if not entry.revoked and entry.until < moment:
+            row |= {"state": "expired", "note": "invite it again"}
+    invitation = next((code for code in reversed(book.invitations) if code.site == name), None)
+    if invitation is not None and not (invitation.used or invitation.withdrawn):
+        expired = invitation.expires < moment
+        code = f"code {'expired' if expired else 'out until'} {invitation.expires}"
+        row["state"] = row["state"] or ("not joined" if expired else "invited")
+        row["note"] = "; ".join(note for note in (row["note"], code) if note)
+    row["state"] = row["state"] or "not joined"
+    return row

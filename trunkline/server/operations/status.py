@@ -21,7 +21,8 @@ from trunkline.runtime.health import (
 from trunkline.runtime.incidents import Incidents, Kind, read_record
 from trunkline.runtime.lock import read_status
 from trunkline.runtime.progress import EVENTS
-from trunkline.server.membership.authority import is_federation, read_federation, sites, warnings
+from trunkline.server.membership.authority import is_federation, read_federation, warnings
+from trunkline.server.membership.registry import list_sites
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +86,7 @@ def status(state: Path) -> dict[str, Any]:
             online = {node["node"]: node["since"] for node in summary["nodes"] if node["status"] == "online"}
             summary["sites"] = [
                 {**row, "online": row["node"] in online, "since": online.get(row["node"], row["since"])}
-                for row in sites(state)
+                for row in list_sites(state)
             ]
             summary["wrong"] += warnings(state)
         except TrunklineError as error:
@@ -301,7 +302,7 @@ def print_sites(state: Path, console: "Console") -> None:
             row["key"][:8],
             row["note"],
         )
-        for row in sites(state)
+        for row in list_sites(state)
     ]
     widths = [max(map(len, column)) for column in zip(SITE_COLUMNS, *rows, strict=True)]
     if sum(widths[:-1]) + min(widths[-1], NOTE_WIDTH) + 3 * len(widths) + 1 <= console.width:

@@ -84,9 +84,11 @@ def merge_scales(offers: Iterable[tuple[Offer, Arrays]]) -> tuple[PooledScale, .
     Sites with other settings cannot be told apart by them and are merged among themselves. A site with one regime that
     is one of another's six is merged with that one.
     """
-    told = [(offer, arrays) for offer, arrays in offers if "scaler.count" in arrays and offer.inputs is not None]
-    told.sort(key=lambda one: (_settings(one[0]), one[0].site))
-    return tuple(_merge(settings, list(members)) for settings, members in groupby(told, lambda one: _settings(one[0])))
+    scaled = [(offer, arrays) for offer, arrays in offers if "scaler.count" in arrays and offer.inputs is not None]
+    scaled.sort(key=lambda pair: (_settings(pair[0]), pair[0].site))
+    return tuple(
+        _merge(settings, list(members)) for settings, members in groupby(scaled, lambda pair: _settings(pair[0]))
+    )
 
 
 def _settings(offer: Offer) -> tuple[str, ...]:
@@ -97,7 +99,7 @@ def _merge(settings: tuple[str, ...], members: Sequence[tuple[Offer, Arrays]]) -
     channels: list[str] = []
     for offer, _ in members:
         channels += [name for name in offer.inputs.channels if name not in channels]  # type: ignore[union-attr]
-    place = {name: column for column, name in enumerate(channels)}
+    column_of = {name: column for column, name in enumerate(channels)}
     every = np.concatenate([arrays["scaler.centres"] for _, arrays in members])
     widths = np.max([arrays["scaler.widths"] for _, arrays in members], axis=0)
     reach = SAME * np.maximum(widths, every.max(axis=0) - every.min(axis=0)) if settings else widths
@@ -105,9 +107,9 @@ def _merge(settings: tuple[str, ...], members: Sequence[tuple[Offer, Arrays]]) -
     # three tables a site and regime, laid out over the union of regimes and channels
     rows: list[tuple[int, int, Floats, Floats, Floats]] = []
     for site, (offer, arrays) in enumerate(members):
-        columns = [place[name] for name in offer.inputs.channels]  # type: ignore[union-attr]
+        columns = [column_of[name] for name in offer.inputs.channels]  # type: ignore[union-attr]
         for regime, centre in enumerate(arrays["scaler.centres"]):
-            near = [at for at, known in enumerate(centres) if (np.abs(known - centre) <= reach).all()]
+            near = [at for at, center in enumerate(centres) if (np.abs(center - centre) <= reach).all()]
             if not near:
                 centres.append(centre)
             tables = np.zeros((3, len(channels)))
