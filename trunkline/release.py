@@ -1,8 +1,8 @@
-"""A released trunk: one safetensors file with a card, made by the centre at the end of a run, taken home by a new plant.
+"""A released trunk: one safetensors file with a card, written by the server at the end of a run for new plants to start from.
 
-The card lies in the file's own metadata, so that no trunk goes about without it, and the centre's signature of both beside
-it. Nothing in the card is a row: names, shapes by way of the spec, counts of rounds, and figures over at least ten values or
-FEWEST_SITES sites each.
+The card is in the metadata of the file, so that no trunk is passed on without it. The server's signature of arrays and card
+is beside it. The card contains no row of data: only names, the trunk's specification, counts of rounds, and figures over at
+least ten values or FEWEST_SITES sites.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from trunkline.security.signatures import Sign, Signature, Verdict, digest_of, j
 
 FORMAT = 2  # 1 had no lineage and could not be signed
 READS = (1, FORMAT)
-FEWEST_SITES = 3  # behind a figure over sites: of two sites each could work out the other's
+FEWEST_SITES = 3  # in a figure over sites: from a mean of two, each site could compute the other's value
 RELEASE = "trunk.safetensors"  # in the folder of a run
 COHORT_RELEASE = "trunk-{}.safetensors"  # beside it, where a run ended with several trunks
 KEY = "trunkline"  # of the card in the file's metadata
@@ -40,10 +40,10 @@ class PooledScale(Frozen):
     """Count, mean and variance of the sites' inputs together, per operating regime and channel.
 
     Args:
-        settings: the columns that tell regimes apart; sites with other settings have a PooledScale of their own.
-        widths: (settings,) width of each setting's range at the site where it was widest, in the setting's unit.
+        settings: the columns that distinguish regimes; sites with other settings have a PooledScale of their own.
+        widths: (settings,) the widest range of each setting at any site, in the setting's unit.
         centres: (regimes, settings) in the settings' units.
-        count, mean, variance: (regimes, channels); count 0 where no site had enough values.
+        count, mean, variance: (regimes, channels) in the channels' units; count 0 where no site had enough values.
     """
 
     settings: tuple[str, ...]
@@ -69,17 +69,17 @@ class PooledScale(Frozen):
 
 
 class LabelScale(Frozen):
-    """By what the sites scale one task's label: pooled mean and standard deviation over `count` labelled samples."""
+    """The scale of one task's label: pooled mean and standard deviation over `count` labelled samples, in its unit."""
 
     count: float = Field(gt=0.0)
     mean: float
     std: float = Field(gt=0.0)
 
 
-class Membership(Frozen):
-    """What sites had in a run: the rounds in which each was admitted, the digest of its contract, its Trunkline's version.
+class Participation(Frozen):
+    """The part of sites in a run: number of rounds with an admitted update, digest of the contract, version of Trunkline.
 
-    Sites that had the same share one: safetensors reads no header over 100 MB, and a simulated crowd is large.
+    Sites with equal values share one entry: safetensors reads no header over 100 MB, and a simulation may have many sites.
     """
 
     sites: tuple[str, ...] = Field(min_length=1)
@@ -89,7 +89,7 @@ class Membership(Frozen):
 
 
 class Figure(Frozen):
-    """The mean of a loss over so many sites, each counted once, in the last round in which so many told it."""
+    """The mean of a loss over `sites` sites, each counted once, in the last round in which enough of them reported it."""
 
     round: int
     sites: int = Field(ge=FEWEST_SITES)
@@ -97,28 +97,28 @@ class Figure(Frozen):
 
 
 class GuardUsed(Frozen):
-    """A privacy mechanism that the run's updates went through, with its parameters."""
+    """A privacy mechanism that was applied to the run's updates, with its parameters."""
 
     name: str
     parameters: dict[str, bool | int | float | str] = Field(default={})
 
 
 class Lineage(Frozen):
-    """Where a release comes from: enough to say, of any trunk in use, what made it.
+    """The origin of a release: the run, its sites, software and losses, recorded for every trunk in use.
 
     Args:
-        rounds: that were done, those of a first pass included.
-        parts: who had which part in them, by the first site of each.
-        versions: of the packages at the centre; protocol: of the wire; site_schema: of site.toml there.
-        figures: loss on validation rows -> its mean over sites.
-        guards: in the order in which the updates went through them.
-        budget: what they spent of a privacy budget, in the guard's own words; empty where none spends one.
+        rounds: number of rounds done, including those of a first pass.
+        parts: the participation of the sites, ordered by the first site of each entry.
+        versions: of the packages at the server. protocol: of the wire. site_schema: of site.toml at the server.
+        figures: name of a loss on validation rows -> its mean over sites.
+        guards: in the order in which they were applied.
+        budget: the privacy budget that the guards spent, by the guards' own keys; empty if none spends one.
         digest: `Arrays.digest()` of what is released.
         created: ISO 8601, UTC.
     """
 
     rounds: int
-    parts: tuple[Membership, ...]
+    parts: tuple[Participation, ...]
     versions: dict[str, str]
     protocol: int
     site_schema: int
@@ -128,25 +128,25 @@ class Lineage(Frozen):
     digest: str
     created: str
 
-    def by_site(self) -> dict[str, Membership]:
-        """Site -> the part it had, sites by name."""
+    def by_site(self) -> dict[str, Participation]:
+        """Site -> its participation, sites by name."""
         return dict(sorted(((site, part) for part in self.parts for site in part.sites), key=lambda pair: pair[0]))
 
 
 class Card(Frozen):
-    """What a released trunk is, in words and figures.
+    """The description of a released trunk.
 
     Args:
-        run, key: name of the run, and what the sites' vaults call it.
-        seed: what parts that were not lent start from, as at the run's own sites.
-        lend: what the run lent; the arrays say what of it there is.
-        window: rows a window at the sites; None: they differ, did not say, or read single rows.
-        sites: who took part.
+        run, key: name of the run, and its key in the sites' vaults.
+        seed: initial seed of the parts that were not lent, as at the run's own sites.
+        lend: the parts that the run lent.
+        window: rows a window at the sites; None: they differ, are unknown, or the sites read single rows.
+        sites: the sites that took part.
         tasks: of the lent heads.
         channels: inputs of the lent stem in order; None: no stem was lent, or the sites call them differently.
-        scales: statistics of the sites' inputs, if lent, one a set of settings.
+        scales: statistics of the sites' inputs, if lent, one for each set of settings.
         labels: task -> the scale of its label, if lent.
-        versions: of Trunkline at the centre and at the sites.
+        versions: of Trunkline at the server and at the sites.
         lineage: None in a file of format 1.
     """
 
@@ -169,28 +169,28 @@ class Card(Frozen):
 
 
 class _About(Frozen):
-    """The file's metadata: the card as text, because a signature is of bytes, not of what they mean."""
+    """The file's metadata: the card as text, because a signature is of bytes, not of their meaning."""
 
-    card: dict[str, int]  # its format, where every Trunkline looks for it: an older one says that it has to be updated
+    card: dict[str, int]  # its format, where every version looks for it: an older one then asks for an update
     text: str
     names: tuple[str, ...]
     signature: Signature | None = None
 
 
 def write_release(path: Path, arrays: Arrays, card: Card, sign: Sign | None = None) -> None:
-    """Put arrays and card at `path`; equal arguments give equal bytes, but for the time of the signature.
+    """Write arrays and card to `path`; equal arguments give equal bytes, except for the time of the signature.
 
     Args:
-        sign: makes the signature; None: nobody signs it.
+        sign: makes the signature; None: the release stays unsigned.
 
     Raises:
-        StorageError: it cannot be written; what was there is untouched.
-        TrustError: it cannot be signed; the same.
+        StorageError: the file cannot be written; an older file stays.
+        TrustError: it cannot be signed; an older file stays.
     """
     text = card.model_copy(update={"format": FORMAT}).model_dump_json()
     signature = sign(_sha256(text), digest_of(arrays)) if sign is not None else None
     about = _About(card={"format": FORMAT}, text=text, names=tuple(arrays), signature=signature)
-    # one key of metadata: several would be written in whatever order a hash gives them
+    # one key of metadata: the order of several would depend on their hashes
     write_tensors(path, arrays, {KEY: about.model_dump_json(exclude_none=True)})
 
 
@@ -211,43 +211,43 @@ def write_tensors(
 
 
 def read_tensors(
-    path: Path, key: str, what: str, content: bytes | None = None
+    path: Path, key: str, kind: str, content: bytes | None = None
 ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Arrays and metadata of a safetensors file that anybody may have written or cut short.
+    """Arrays and metadata of a safetensors file from any source, possibly damaged.
 
     Args:
-        key: of the metadata that makes it one of ours.
-        what: the file should be, for errors.
-        content: of the file, where it was decrypted already.
+        key: of the metadata that marks the file as one of ours.
+        kind: the expected kind of file, for errors.
+        content: of the file, if it was decrypted already.
 
     Raises:
-        StorageError: it is absent, damaged, or not `what`.
+        StorageError: it is absent, damaged, or not `kind`.
     """
     try:
         if content is not None:
             tensors = safetensors.numpy.load(content)
             head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            return tensors, _ours(path, head.get("__metadata__") or {}, key, what)
+            return tensors, _ours(path, head.get("__metadata__") or {}, key, kind)
         with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = _ours(path, file.metadata() or {}, key, what)
+            metadata = _ours(path, file.metadata() or {}, key, kind)
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  (no mapping)
     except FileNotFoundError:
         raise StorageError(f"{path}: no such file. A run writes `{RELEASE}` into its --out folder.") from None
     except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
         raise StorageError(
-            f"{path}: damaged, or not {what} ({type(error).__name__}: {error}). Copy it again from where it was made."
+            f"{path}: damaged, or not {kind} ({type(error).__name__}: {error}). Copy it again from where it was made."
         ) from None
 
 
-def _ours(path: Path, metadata: dict[str, str], key: str, what: str) -> dict[str, str]:
+def _ours(path: Path, metadata: dict[str, str], key: str, kind: str) -> dict[str, str]:
     if key not in metadata:
-        raise StorageError(f"{path}: a safetensors file, but not {what}: its metadata has no `{key}`.")
+        raise StorageError(f"{path}: a safetensors file, but not {kind}: its metadata has no `{key}`.")
     return metadata
 
 
 @dataclass(frozen=True)
 class Release:
-    """A file as it was read, at once and once: what was judged is what is used."""
+    """A release, read once: the arrays that were verified are the arrays that are used."""
 
     arrays: Arrays
     card: Card
@@ -255,24 +255,24 @@ class Release:
 
 
 def open_release(path: Path, authority: x509.Certificate | None = None) -> Release:
-    """A released trunk with the verdict on it; nothing is to be done with the arrays before `verdict.demand`.
+    """A released trunk with the verdict on its signature; call `verdict.demand` before any use of the arrays.
 
     Args:
-        authority: of the federation that should have signed it; None: there is nothing to check against.
+        authority: of the federation that should have signed it; None: there is no authority to check against.
 
     Raises:
-        StorageError: the file is absent, damaged, of another format, or no trunk at all; the text says which.
-        TamperError: its card was altered so that it cannot even be read.
+        StorageError: the file is absent, damaged, of another format, or no trunk; the text says which.
+        TamperError: its card was altered so that it cannot be parsed.
     """
     tensors, metadata = read_tensors(path, KEY, "a trunk of Trunkline")
     try:
         table = json.loads(metadata[KEY])
-        format = table["card"].get("format")
-        if format not in READS:
+        file_format = table["card"].get("format")
+        if file_format not in READS:
             raise StorageError(
-                f"{path}: a trunk of format {format!r}; this Trunkline reads {' and '.join(map(str, READS))}. Update the older of the two."
+                f"{path}: a trunk of format {file_format!r}; this Trunkline reads {' and '.join(map(str, READS))}. Update the older of the two."
             )
-        if format == 1:
+        if file_format == 1:
             about = _About(card={"format": 1}, text=json.dumps(table["card"]), names=table["names"])
         else:
             about = _About.model_validate(table)
@@ -282,24 +282,24 @@ def open_release(path: Path, authority: x509.Certificate | None = None) -> Relea
         arrays = Arrays({name: tensors[name] for name in names})
         if about.signature is not None:
             verdict = judge(str(path), about.signature, hashed, digest_of(arrays), authority)
-        elif format == 1:
+        elif file_format == 1:
             verdict = nobody_signed(str(path), "it is of format 1, which nobody could sign yet")
         else:
             verdict = nobody_signed(str(path))
-        card = _card(about.text, format, verdict)
+        card = _card(about.text, file_format, verdict)
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise StorageError(f"{path}: its card is damaged ({text}). Copy it again from where it was made.") from None
-    if not isinstance(verdict.problem, TamperError):  # those arrays go nowhere, and it says more of them
+    if not isinstance(verdict.problem, TamperError):  # tampered arrays are refused anyway, with a clearer text
         _check_arrays(path, arrays, card)
     return Release(arrays, card, verdict)
 
 
-def _card(text: str, format: int, verdict: Verdict) -> Card:
+def _card(text: str, file_format: int, verdict: Verdict) -> Card:
     try:
         card = Card.model_validate_json(text)
-        if card.format != format:
-            raise ValueError(f"it says format {card.format} inside and {format} outside")
+        if card.format != file_format:
+            raise ValueError(f"its inner format is {card.format}, its outer format {file_format}")
     except ValueError:
         if isinstance(verdict.problem, TamperError):
             raise verdict.problem from None
@@ -322,10 +322,10 @@ def _check_arrays(path: Path, arrays: Arrays, card: Card) -> None:
 
 
 def verify_release(path: Path, authority: x509.Certificate | None) -> Verdict:
-    """Who signed the release at `path`, when and for which federation, or why it is not right.
+    """The verdict on the signature of the release at `path`: signer, time and federation, or the problem with it.
 
     Raises:
-        StorageError: it cannot be read at all.
+        StorageError: the file cannot be read.
     """
     return open_release(path, authority).verdict
 
@@ -336,12 +336,12 @@ def read_release(
     """A released trunk that may be used.
 
     Args:
-        authority: whose centre has to have signed it. None: anything is read that does not contradict its own signature.
-        unsigned: allow: read it too where nobody signed it, or not with a certificate of this authority.
+        authority: of the federation whose server must have signed it. None: every release that matches its own signature is read.
+        unsigned: "allow" also reads a release without a signature, or signed under another authority.
 
     Raises:
         StorageError: as `open_release`.
-        TrustError: not signed, or not by whom it should be. TamperError: it is not what was signed.
+        TrustError: not signed, or signed under another authority. TamperError: it was changed after it was signed.
     """
     release = open_release(path, authority)
     release.verdict.demand(authority, unsigned == "allow")

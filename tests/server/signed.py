@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.plan import TrunkSpec
-from trunkline.release import Card, Figure, GuardUsed, Lineage, Membership
+from trunkline.release import Card, Figure, GuardUsed, Lineage, Participation
 from trunkline.security.keys import certificate_pem, new_signing_key
 from trunkline.server.releases.signing import AUTHORITY, issue_release_certificate, write_signer
 
@@ -75,8 +75,8 @@ def small(seed: int = 0) -> tuple[Arrays, Card]:
     lineage = Lineage(
         rounds=7,
         parts=(
-            Membership(sites=("plant-1", "plant-3"), rounds=7, contract="c0" * 32, version="1.2.0"),
-            Membership(sites=("plant-2",), rounds=6, contract="c0" * 32, version="1.2.0"),
+            Participation(sites=("plant-1", "plant-3"), rounds=7, contract="c0" * 32, version="1.2.0"),
+            Participation(sites=("plant-2",), rounds=6, contract="c0" * 32, version="1.2.0"),
         ),
         versions={"trunkline": "1.2.0", "torch": "2.9.0", "numpy": "2.3.0", "flwr": "1.41.0"},
         protocol=2,

@@ -299,7 +299,7 @@ def test_a_key_that_cannot_be_used_is_said_before_the_run(tmp_path: Path, monkey
         find_signer(state)
     (state / "release.key").chmod(0o600)
     write_signer(state, OTHER.release, MINE.certificate())
-    with pytest.raises(TrustError, match=r"of another key than release\.key"):
+    with pytest.raises(TrustError, match=r"to another key than release\.key"):
         find_signer(state)
     write_signer(state, OTHER.release, OTHER.certificate())
     with pytest.raises(TrustError, match=r"certificate is of 'south', expected 'north'"):

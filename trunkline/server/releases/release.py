@@ -1,4 +1,4 @@
-"""The end of a run: what a new plant can start from, in one file; and the sites' statistics, merged exactly."""
+"""The release at the end of a run, from which a new plant can start; the sites' statistics are merged exactly."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -20,7 +20,7 @@ from trunkline.release import (
     GuardUsed,
     LabelScale,
     Lineage,
-    Membership,
+    Participation,
     PooledScale,
     write_release,
 )
@@ -28,21 +28,21 @@ from trunkline.security.keys import now
 from trunkline.security.signatures import Sign
 from trunkline.server.releases.lineage import versions
 
-SAME = 0.05  # of a setting's range: regimes nearer than that are one; the share that separates two levels at a site
+SAME = 0.05  # of a setting's range: closer regimes are merged; the same share separates two levels at a site
 LABEL = "scaler.label."
 Floats = NDArray[np.float64]
 
 
 def check_statistics(offer: Offer, arrays: Arrays) -> None:
-    """Raise ContractError unless the `scaler.*` arrays beside `offer` can be merged with others'.
+    """Raise ContractError unless the `scaler.*` arrays beside `offer` can be merged with those of other sites.
 
-    They come from a site, so nothing about them is taken on trust: shapes, names, finiteness, signs.
+    A site is not trusted: shapes, names, finiteness and signs are all checked.
     """
     labels = [name for name in arrays if name.startswith(LABEL)]
     tables = [name for name in arrays if name not in labels]
     tasks = {card.task for card in offer.tasks}
     if foreign := [name for name in labels if name.removeprefix(LABEL) not in tasks]:
-        raise ContractError(f"`{foreign[0]}` is of a task it does not have")
+        raise ContractError(f"`{foreign[0]}` is of a task that the site does not have")
     for name, array in arrays.items():
         if array.dtype != np.float64 or not np.isfinite(array).all():
             raise ContractError(f"`{name}` is not finite float64")
@@ -60,17 +60,17 @@ def check_statistics(offer: Offer, arrays: Arrays) -> None:
     shapes = dict(zip(SCALER_ARRAYS, [(regimes, channels)] * 3 + [(regimes, settings), (settings,)], strict=True))
     for name, shape in shapes.items():
         if not regimes or arrays[name].shape != shape:
-            raise ContractError(f"`{name}` has shape {arrays[name].shape}; its names say {shape}")
+            raise ContractError(f"`{name}` has shape {arrays[name].shape}; its names require {shape}")
     for name in ("scaler.count", "scaler.variance", "scaler.widths"):
         if (arrays[name] < 0.0).any():
             raise ContractError(f"`{name}` is negative somewhere")
 
 
 def pool(count: Floats, mean: Floats, variance: Floats) -> tuple[Floats, Floats, Floats]:
-    """Count, mean and population variance of all values together, from those of their parts.
+    """Count, mean and population variance of all values, from those of the sites.
 
     Shape:
-        (sites, ...) each, count 0 where a site has none -> (...) each; 0 where nobody has any.
+        (sites, ...) each, count 0 where a site has no values -> (...) each; 0 where no site has any.
     """
     total = count.sum(axis=0)
     share = count / np.maximum(total, 1.0)
@@ -79,10 +79,9 @@ def pool(count: Floats, mean: Floats, variance: Floats) -> tuple[Floats, Floats,
 
 
 def merge_scales(offers: Iterable[tuple[Offer, Arrays]]) -> tuple[PooledScale, ...]:
-    """The sites' input statistics together: channels by name, regimes by the centres of their settings.
+    """The input statistics of all sites: channels matched by name, regimes by the centres of their settings.
 
-    Sites with other settings cannot be told apart by them and are merged among themselves. A site with one regime that
-    is one of another's six is merged with that one.
+    Only sites with the same settings are merged. A site with one regime is merged with the matching one of another's six.
     """
     scaled = [(offer, arrays) for offer, arrays in offers if "scaler.count" in arrays and offer.inputs is not None]
     scaled.sort(key=lambda pair: (_settings(pair[0]), pair[0].site))
@@ -100,16 +99,16 @@ def _merge(settings: tuple[str, ...], members: Sequence[tuple[Offer, Arrays]]) -
     for offer, _ in members:
         channels += [name for name in offer.inputs.channels if name not in channels]  # type: ignore[union-attr]
     column_of = {name: column for column, name in enumerate(channels)}
-    every = np.concatenate([arrays["scaler.centres"] for _, arrays in members])
+    all_centres = np.concatenate([arrays["scaler.centres"] for _, arrays in members])
     widths = np.max([arrays["scaler.widths"] for _, arrays in members], axis=0)
-    reach = SAME * np.maximum(widths, every.max(axis=0) - every.min(axis=0)) if settings else widths
+    reach = SAME * np.maximum(widths, all_centres.max(axis=0) - all_centres.min(axis=0)) if settings else widths
     centres: list[Floats] = []
-    # three tables a site and regime, laid out over the union of regimes and channels
+    # three tables for each site and regime, over the union of regimes and channels
     rows: list[tuple[int, int, Floats, Floats, Floats]] = []
     for site, (offer, arrays) in enumerate(members):
         columns = [column_of[name] for name in offer.inputs.channels]  # type: ignore[union-attr]
         for regime, centre in enumerate(arrays["scaler.centres"]):
-            near = [at for at, center in enumerate(centres) if (np.abs(center - centre) <= reach).all()]
+            near = [index for index, other in enumerate(centres) if (np.abs(other - centre) <= reach).all()]
             if not near:
                 centres.append(centre)
             tables = np.zeros((3, len(channels)))
@@ -119,7 +118,7 @@ def _merge(settings: tuple[str, ...], members: Sequence[tuple[Offer, Arrays]]) -
         pool(*(np.stack([row[part] for row in rows if row[0] == regime]) for part in (2, 3, 4)))
         for regime in range(len(centres))
     ]
-    count, mean, variance = (np.stack([one[part] for one in merged]) for part in range(3))
+    count, mean, variance = (np.stack([statistics[part] for statistics in merged]) for part in range(3))
     return PooledScale(
         settings=settings, widths=widths.tolist(), centres=np.stack(centres).tolist(), channels=tuple(channels),
         count=count.tolist(), mean=mean.tolist(), variance=variance.tolist(),
@@ -127,15 +126,15 @@ def _merge(settings: tuple[str, ...], members: Sequence[tuple[Offer, Arrays]]) -
 
 
 def merge_labels(offers: Iterable[tuple[Offer, Arrays]]) -> dict[str, LabelScale]:
-    """Task -> the scale of all sites' labels together, over the sites that told theirs."""
-    told: dict[str, list[Floats]] = {}
-    for _, arrays in sorted(offers, key=lambda one: one[0].site):
+    """Task -> the scale of the labels of all sites that sent theirs."""
+    tables: dict[str, list[Floats]] = {}
+    for _, arrays in sorted(offers, key=lambda pair: pair[0].site):
         for name in arrays:
             if name.startswith(LABEL):
-                told.setdefault(name.removeprefix(LABEL), []).append(arrays[name])
+                tables.setdefault(name.removeprefix(LABEL), []).append(arrays[name])
     scales = {}
-    for task, rows in sorted(told.items()):
-        count, mean, variance = (float(one) for one in pool(*np.stack(rows, axis=1)))
+    for task, rows in sorted(tables.items()):
+        count, mean, variance = (float(value) for value in pool(*np.stack(rows, axis=1)))
         if count > 0.0:
             scales[task] = LabelScale(count=count, mean=mean, std=float(np.sqrt(variance)) or 1.0)
     return scales
@@ -151,27 +150,27 @@ def release(
     file: str = RELEASE,
     *,
     rounds: int,
-    parts: tuple[Membership, ...],
+    parts: tuple[Participation, ...],
     figures: Mapping[str, Figure],
     guards: tuple[GuardUsed, ...] = (),
     budget: Mapping[str, float | str] | None = None,
     sign: Sign | None = None,
 ) -> Path | None:
-    """Write `out`/trunk.safetensors; None where the run shares nothing that a plant could start from.
+    """Write `out`/trunk.safetensors; None if the run lends no trunk.
 
     Args:
         trunk: the final lent arrays.
-        lend: what the run lent, as its strategy has it.
+        lend: the parts that the run's strategy lends.
         offers: of the sites that took part, each with its `once` arrays.
-        file: its name, where a run has several trunks.
+        file: name of the file, for a run with several trunks.
         rounds, parts, figures, guards, budget: of its `Lineage`.
-        sign: signs it; None: it goes out unsigned.
+        sign: signs the release; None: it stays unsigned.
     """
     if not any(name.startswith("trunk.") for name in trunk):
         return None
     inputs = [offer.inputs for offer, _ in offers if offer.inputs is not None]
-    channels = {one.channels for one in inputs} if any(name.startswith("stem.") for name in trunk) else set()
-    windows = {one.window for one in inputs}
+    channels = {columns.channels for columns in inputs} if any(name.startswith("stem.") for name in trunk) else set()
+    windows = {columns.window for columns in inputs}
     heads = {name.split(".")[1] for name in trunk if name.startswith("head.")}
     cards = {card.task: card for offer, _ in reversed(offers) for card in offer.tasks if card.task in heads}
     card = Card(

@@ -1,4 +1,4 @@
-"""The key a centre signs its releases with, in its state folder: release.key, release.crt, authority.crt."""
+"""The key that signs the server's releases, in its state folder: release.key, release.crt, authority.crt."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,45 +26,45 @@ from trunkline.security.keys import (
 from trunkline.security.signatures import RELEASES, Signature, check_certificate, sign_release
 
 KEY, CERTIFICATE, AUTHORITY = "release.key", "release.crt", "authority.crt"
-RENEW = "Let the authority issue another; what was signed in time stays good."
+RENEW = "Let the authority issue another; releases signed before stay valid."
 
 
 @dataclass(frozen=True)
 class Signer:
-    """A key that was found fit to sign releases, and the certificates that say so."""
+    """A key that may sign releases, and the certificates that prove it."""
 
     key: Ed25519PrivateKey
     certificate: x509.Certificate
     authority: x509.Certificate
 
     def sign(self, card: str, arrays: str) -> Signature:
-        """The signature of a release, as of now.
+        """The signature of a release, with the present time.
 
         Args:
-            card: sha256 of its card's text; arrays: `signature.digest_of` its arrays.
+            card: sha256 of the text of its card. arrays: `signatures.digest_of` its arrays.
 
         Raises:
-            TrustError: the certificate is over: whoever verified the release would refuse it.
+            TrustError: the certificate has expired; every verification would fail.
         """
         self.check(CERTIFICATE)
         return sign_release(self.key, self.certificate, card, arrays, now())
 
     def check(self, where: str) -> None:
-        """Raise TrustError if nobody would believe what this signs now; `where` the certificate lies is said."""
+        """Raise TrustError if a signature made now would not verify; `where` is the certificate's path, for the error."""
         if not self.certificate.not_valid_before_utc <= now() <= self.certificate.not_valid_after_utc:
             raise TrustError(f"{where}: {self.warning()}")
         check_certificate(where, self.certificate, self.authority, now())
 
     def warning(self) -> str:
-        """A sentence when the certificate will soon be over; empty when all is well."""
+        """A sentence if the certificate expires soon; empty when all is well."""
         return expiry_warning(self.certificate, "the certificate that releases are signed with", RENEW)
 
 
 def find_signer(state: Path) -> Signer | None:
-    """Who signs the releases of the centre with this state folder; None where it has no release.key.
+    """The signer of the server with this state folder; None if it has no release.key.
 
     Raises:
-        TrustError, StorageError: the key is there and cannot be used; the text says what is wrong with it.
+        TrustError, StorageError: the key exists and cannot be used; the text names the cause.
     """
     path = state / KEY
     if not path.exists():
@@ -79,11 +79,11 @@ def find_signer(state: Path) -> Signer | None:
     if not isinstance(key, Ed25519PrivateKey):
         raise TrustError(f"{path}: not an Ed25519 key. Restore a backup of it.")
     if missing := [name for name in (CERTIFICATE, AUTHORITY) if not (state / name).exists()]:
-        raise TrustError(f"{state / missing[0]}: no such file, and {KEY} is there. Restore a backup of it.")
+        raise TrustError(f"{state / missing[0]}: no such file, although {KEY} exists. Restore a backup of it.")
     certificate, authority = (read_certificate(state / name) for name in (CERTIFICATE, AUTHORITY))
     if key_id(certificate.public_key()) != key_id(key.public_key()):
         raise TrustError(
-            f"{state / CERTIFICATE}: is of another key than {KEY}. Restore a backup of both, made together."
+            f"{state / CERTIFICATE}: belongs to another key than {KEY}. Restore both from the same backup."
         )
     signer = Signer(key, certificate, authority)
     signer.check(str(state / CERTIFICATE))
@@ -91,7 +91,7 @@ def find_signer(state: Path) -> Signer | None:
 
 
 def write_signer(state: Path, key: Ed25519PrivateKey, certificate: x509.Certificate) -> None:
-    """Put key and certificate where `find_signer` looks, the key sealed if the state is; authority.crt is not touched."""
+    """Write key and certificate for `find_signer`, the key sealed if the state is; authority.crt is not touched."""
     seal, data = find_seal(state), key_pem(key)
     write_atomic(state / KEY, seal.close(data, KEY) if seal is not None else data)
     write_atomic(state / CERTIFICATE, certificate_pem(certificate), mode=0o644)
@@ -100,7 +100,7 @@ def write_signer(state: Path, key: Ed25519PrivateKey, certificate: x509.Certific
 def issue_release_certificate(
     authority_key: EllipticCurvePrivateKey, authority_cert: x509.Certificate, public: Ed25519PublicKey, days: int
 ) -> x509.Certificate:
-    """A certificate for the key that releases are signed with: good for that and for nothing else, from now for `days` days."""
+    """A certificate for the key that signs releases, valid for that purpose only, from now for `days` days."""
     start = now().replace(microsecond=0)
     usage = x509.KeyUsage(
         digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
