@@ -90,6 +90,13 @@ class DeploymentError(TrunklineError):
     """A process of the deployment could not be started or reached."""
 
 
+class TrunklineDeprecation(FutureWarning):
+    """A file uses an older name. The text gives the file, both names and the version that refuses the older one.
+
+    Not an error: a warning for the person who wrote the file.
+    """
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word closest to `word`, or a full stop when none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

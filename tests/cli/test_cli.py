@@ -76,6 +76,18 @@ def test_a_misspelt_key_names_the_nearest(plant: Path, run_toml: Path) -> None:
     )
 
 
+def test_an_older_name_is_one_yellow_line_and_works(plant: Path, tmp_path: Path) -> None:
+    run = tmp_path / "older.toml"
+    run.write_text('rounds = 1\ntraining.hold = "local"\ntraining.steps = 1\n')
+    done = trunkline("simulate", run, "--sites", plant.parent, "--out", tmp_path / "out", "--workers", 0)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "older.toml" in line]
+    assert lines == [
+        f"Warning: {run}: `training.hold` is now called `selection.default`. "
+        "Use the newer name: the older one works for one version, and Trunkline 0.3 refuses it."
+    ]
+
+
 def test_simulate_names_every_broken_site_before_it_starts(plants: list[Path], run_toml: Path, tmp_path: Path) -> None:
     for folder in plants:
         shutil.copytree(folder, tmp_path / "sites" / folder.name)

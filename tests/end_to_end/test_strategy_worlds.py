@@ -14,10 +14,10 @@ from trunkline.server.rounds.checkpoint import Checkpoint
 pytestmark = pytest.mark.xdist_group("strategy-worlds")
 # several trunks and a probe between rounds; a personal model in the vault
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "cohorts": {"count": 2, "warm_rounds": 1, "assign": "validation", "every": 1},
+    "clustered": {"count": 2, "warm_rounds": 1, "assign": "validation", "every": 1},
     "ditto": {},
 }
-ROUNDS = {"cohorts": 2, "ditto": 1}
+ROUNDS = {"clustered": 2, "ditto": 1}
 PLANTS = 3  # the first three: two of them end in one cohort
 
 
@@ -72,7 +72,9 @@ def test_strategies_with_hooks_of_their_own_end_deployed_with_the_bytes_of_the_l
         assert private_digests(states, f"worlds-{name}-") == private_digests(at_home)
         assert read_report(there)["sites"] == read_report(here)["sites"]
         releases = sorted(path.name for path in here.glob("trunk*.safetensors"))
-        assert len(releases) == (3 if name == "cohorts" else 1)
+        assert len(releases) == (3 if name == "clustered" else 1)
         for release in releases:  # their cards differ in the key of the run, which holds the time
             assert read_release(there / release)[0].digest() == read_release(here / release)[0].digest()
-    assert read_report(tmp_path / "cohorts")["cohorts"] == Checkpoint(tmp_path / "cohorts").load()[0].notes["cohorts"]  # type: ignore[index]
+    assert (
+        read_report(tmp_path / "clustered")["cohorts"] == Checkpoint(tmp_path / "clustered").load()[0].notes["cohorts"]
+    )  # type: ignore[index]

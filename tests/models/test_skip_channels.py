@@ -24,7 +24,7 @@ OWN = [["na", "nb", "nc"], ["ra", "rb", "rc"]]
 
 
 def task(channels: tuple[str, ...] = CHANNELS, window: int | None = None, **settings: object) -> Task:
-    config = {"kind": "multilabel", "targets": ["a", "b", "c"], "highway": OWN, **settings}
+    config = {"kind": "multilabel", "targets": ["a", "b", "c"], "skip_channels": OWN, **settings}
     made = make_task("alarms", TaskConfig.model_validate(config))
     made.bind_inputs(Samples(channels, window))
     return made
@@ -132,8 +132,8 @@ def test_what_was_looked_up_survives_the_vault() -> None:
         assert torch.equal(value, model(other).heads["alarms"].state_dict()[name]), name
 
 
-def test_without_a_highway_nothing_is_there() -> None:
-    one = task(highway=[])
+def test_without_skip_channels_nothing_is_there() -> None:
+    one = task(skip_channels=[])
     one.fit(labels_of(make_task("alarms", TaskConfig(kind="multilabel", targets=("a", "b", "c"))), 40))
     assert not one.meets
     assert type(model(one).heads["alarms"]) is nn.Linear
@@ -142,7 +142,7 @@ def test_without_a_highway_nothing_is_there() -> None:
     assert one.combine_with_inputs(output, torch.randn(4, 7)) is output
 
 
-def test_the_highways_weights_train() -> None:
+def test_the_weights_of_skip_channels_train() -> None:
     one = task()
     x, truth = world(200)
     one.fit(truth)
@@ -158,17 +158,20 @@ def test_the_highways_weights_train() -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"highway": [["na", "nb"]]}, r"list 1 of `highway` has 2 channels and `targets` 3 columns; each list"),
-        ({"highway": [OWN[0], [*OWN[1], "speed"]]}, r"list 2 of `highway` has 4 channels"),
         (
-            {"highway": [["na", "nb", "sped"]]},
+            {"skip_channels": [["na", "nb"]]},
+            r"list 1 of `skip_channels` has 2 channels and `targets` 3 columns; each list",
+        ),
+        ({"skip_channels": [OWN[0], [*OWN[1], "speed"]]}, r"list 2 of `skip_channels` has 4 channels"),
+        (
+            {"skip_channels": [["na", "nb", "sped"]]},
             r"names `sped`, which is not a channel; did you mean 'speed'\? List it under",
         ),
-        ({"kind": "binary", "target": "a", "targets": []}, "`highway` is for kind 'multilabel', not 'binary'"),
+        ({"kind": "binary", "target": "a", "targets": []}, "`skip_channels` is for kind 'multilabel', not 'binary'"),
     ],
 )
-def test_a_highway_that_leads_nowhere_is_refused(table: dict[str, object], words: str) -> None:
-    alarms = {"kind": "multilabel", "targets": ["a", "b", "c"], "highway": OWN, **table}
+def test_skip_channels_that_lead_nowhere_are_refused(table: dict[str, object], words: str) -> None:
+    alarms = {"kind": "multilabel", "targets": ["a", "b", "c"], "skip_channels": OWN, **table}
     if not alarms["targets"]:
         del alarms["targets"]
     with pytest.raises(ValueError, match=words):

@@ -252,6 +252,7 @@ def test_the_baseline_searches_what_it_has_and_nothing_of_the_federation(
     [
         ({"training.keep": ["best", "last"]}, "cannot be searched"),
         ({"seed": [1.0, 2.0]}, "cannot be searched"),
+        ({"selection.default": ["local"]}, "`selection.default` cannot be searched"),
         ({"training.steps_": [1.0]}, "did you mean 'steps'"),
         ({"training.learning_rate": [0.01, -1.0]}, "learning_rate"),
         ({"strategy.head_shar": [0.5]}, "head_shar"),

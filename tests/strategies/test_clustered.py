@@ -36,7 +36,7 @@ def way_of() -> dict[str, int]:
 
 
 def test_sites_that_learn_alike_share_a_trunk_though_most_of_every_update_is_common(way_of: dict[str, int]) -> None:
-    strategy = build_strategy("cohorts", {"count": WAYS, "warm_rounds": 2}, LocalPlan())
+    strategy = build_strategy("clustered", {"count": WAYS, "warm_rounds": 2}, LocalPlan())
     state = strategy.start(TRUNK)
     for round in (1, 2):
         assert "cohorts" not in state.notes
@@ -51,7 +51,7 @@ def test_sites_that_learn_alike_share_a_trunk_though_most_of_every_update_is_com
 
 
 def test_a_cohorts_trunk_is_the_weighted_mean_of_its_own_sites(way_of: dict[str, int]) -> None:
-    strategy = build_strategy("cohorts", {"count": WAYS, "warm_rounds": 1}, LocalPlan())
+    strategy = build_strategy("clustered", {"count": WAYS, "warm_rounds": 1}, LocalPlan())
     state = laws.step(strategy, strategy.start(TRUNK), pulls(1, sorted(way_of), way_of))
     before, updates = state.trunk, pulls(2, sorted(way_of), way_of)
     state = laws.step(strategy, state, updates)
@@ -62,7 +62,7 @@ def test_a_cohorts_trunk_is_the_weighted_mean_of_its_own_sites(way_of: dict[str,
 
 
 def test_a_late_site_starts_from_the_common_trunk_and_goes_where_its_update_points(way_of: dict[str, int]) -> None:
-    strategy = build_strategy("cohorts", {"count": WAYS, "warm_rounds": 2}, LocalPlan())
+    strategy = build_strategy("clustered", {"count": WAYS, "warm_rounds": 2}, LocalPlan())
     late = "plant-04"
     early = [site for site in sorted(way_of) if site != late]
     state = strategy.start(TRUNK)
@@ -86,7 +86,7 @@ def test_sites_are_asked_every_so_many_rounds_after_the_split(way_of: dict[str, 
     asked = {}
     for every in (None, 1, 3):
         more = {"assign": "validation", "every": every} if every else {}
-        strategy = build_strategy("cohorts", {**options, **more}, LocalPlan())
+        strategy = build_strategy("clustered", {**options, **more}, LocalPlan())
         state, asked[every] = strategy.start(TRUNK), []
         for round in range(1, 9):
             state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))
@@ -99,7 +99,7 @@ def test_sites_are_asked_every_so_many_rounds_after_the_split(way_of: dict[str, 
 
 
 def test_a_site_moves_to_the_lowest_loss_and_stays_on_a_tie_or_without_a_vote(way_of: dict[str, int]) -> None:
-    strategy = build_strategy("cohorts", {"count": WAYS, "warm_rounds": 1, "assign": "validation"}, LocalPlan())
+    strategy = build_strategy("clustered", {"count": WAYS, "warm_rounds": 1, "assign": "validation"}, LocalPlan())
     state = laws.step(strategy, strategy.start(TRUNK), pulls(1, sorted(way_of), way_of))
     was = state.notes["cohorts"]
     mover, tied, torn = (next(site for site in sorted(was) if was[site] == number) for number in (0, 1, 2))
@@ -117,7 +117,7 @@ def test_a_site_moves_to_the_lowest_loss_and_stays_on_a_tie_or_without_a_vote(wa
 
 def test_a_cohort_that_all_have_left_keeps_its_trunk_and_is_asked_for_again(way_of: dict[str, int]) -> None:
     strategy = build_strategy(
-        "cohorts", {"count": 2, "warm_rounds": 1, "assign": "validation", "every": 1}, LocalPlan()
+        "clustered", {"count": 2, "warm_rounds": 1, "assign": "validation", "every": 1}, LocalPlan()
     )
     state = strategy.start(TRUNK)
     for round in (1, 2):
@@ -131,8 +131,8 @@ def test_a_cohort_that_all_have_left_keeps_its_trunk_and_is_asked_for_again(way_
 
 
 def test_every_without_validation_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"every = 3 for 'cohorts'.*only `assign = 'validation'`"):
-        build_strategy("cohorts", {"every": 3}, LocalPlan())
+    with pytest.raises(ConfigError, match=r"every = 3 for 'clustered'.*only `assign = 'validation'`"):
+        build_strategy("clustered", {"every": 3}, LocalPlan())
 
 
 def test_alike_numbers_cohorts_by_first_appearance_and_takes_any_rows() -> None:
@@ -154,7 +154,7 @@ def test_a_sketch_keeps_cosines() -> None:
 
 
 def test_memory_grows_with_cohorts_and_not_with_sites(way_of: dict[str, int]) -> None:
-    strategy = build_strategy("cohorts", {"count": 2, "warm_rounds": 1}, LocalPlan())
+    strategy = build_strategy("clustered", {"count": 2, "warm_rounds": 1}, LocalPlan())
     alive: list[weakref.ref[object]] = []
 
     def stream():
@@ -174,7 +174,7 @@ def test_memory_grows_with_cohorts_and_not_with_sites(way_of: dict[str, int]) ->
 
 def test_a_second_pass_keeps_the_cohorts_and_nothing_they_learnt(way_of: dict[str, int]) -> None:
     options = {"count": WAYS, "warm_rounds": 1, "assign": "validation", "every": 1}
-    strategy = build_strategy("cohorts", options, LocalPlan())
+    strategy = build_strategy("clustered", options, LocalPlan())
     state = strategy.start(TRUNK)
     for round in (1, 2):
         state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))

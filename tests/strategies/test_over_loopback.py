@@ -15,13 +15,13 @@ from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.strategies import STRATEGIES
 
 OPTIONS = {
-    "cohorts": {"count": 2, "warm_rounds": 1, "assign": "validation", "every": 1},
+    "clustered": {"count": 2, "warm_rounds": 1, "assign": "validation", "every": 1},
     "fedbabu": {"finish_steps": 5},
     "multikrum": {"f": 0},
     "fedbn": {"norm": "private-group"},
 }
 NEW = [
-    "cohorts",
+    "clustered",
     "conflict_averse",
     "ditto",
     "fedavgm",
@@ -66,7 +66,7 @@ def test_every_new_strategy_is_tried_here() -> None:
 
 
 def test_cohorts_get_trunks_of_their_own_and_the_report_says_who_is_where(plants: list[Path], tmp_path: Path) -> None:
-    grid = federate(plants, tmp_path, **settings_of("cohorts"))
+    grid = federate(plants, tmp_path, **settings_of("clustered"))
     cohorts = read_report(tmp_path)["cohorts"]
     assert sorted(cohorts) == sorted(folder.name for folder in plants)
     assert set(cohorts.values()) == {0, 1}

@@ -23,7 +23,7 @@ from trunkline.strategies import State
 
 SITES, ROUNDS, WARM = 8, 6, 2
 ANSWER = np.array([2.0, -1.0, 0.5, 0.0, 1.0, -0.5])
-SPLIT = {"name": "cohorts", "count": 2, "warm_rounds": WARM}
+SPLIT = {"name": "clustered", "count": 2, "warm_rounds": WARM}
 ASKED = {**SPLIT, "assign": "validation", "every": 1}
 KINDS = {f"bench-{number}": number % 2 for number in range(SITES)}
 

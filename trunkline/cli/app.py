@@ -7,6 +7,7 @@ import typer
 
 from trunkline import __version__
 from trunkline.cli.client import client
+from trunkline.cli.deprecations import print_deprecations
 from trunkline.cli.help import use_plain_help
 from trunkline.cli.private_state import vault
 from trunkline.cli.research import research, trunk
@@ -44,6 +45,7 @@ def options(
 
 def main() -> None:
     """Entry point: a TrunklineError is printed in its own words, exit code 1."""
+    print_deprecations()
     try:
         app(
             prog_name="trunkline"

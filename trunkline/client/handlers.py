@@ -1,6 +1,7 @@
 """What a site does with each order: offer, train, evaluate. Pure of Flower; the vault is the only memory between calls."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -18,7 +19,7 @@ from trunkline.models.trunk import TrunkModel
 from trunkline.privacy.guards import at_site, guards_of
 from trunkline.protocol.arrays import Arrays, seed_of, specs_of
 from trunkline.protocol.contract import FIT, PROBED, Contract, metric_names
-from trunkline.protocol.messages import Offer, Reply, RoundRequest, Scorecard
+from trunkline.protocol.messages import Offer, Reply, RoundRequest, Scorecard, open_stored_request
 from trunkline.protocol.plan import LocalPlan, Phase
 
 
@@ -109,7 +110,7 @@ def _before(site: Site, request: RoundRequest, vault: Vault) -> Entry | None:
     """`Vault.before`; a version that is damaged is trained again, to the same bytes, from the one before it."""
 
     def again(asked: Question, before: Entry | None) -> Entry:
-        was = RoundRequest.model_validate_json(asked.request)
+        was = open_stored_request(json.loads(asked.request))
         return _train(site, was, asked.arrays, vault, before)
 
     return vault.before(request.round, request.passed, again)

@@ -6,12 +6,19 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from trunkline.config.renames import rename
 from trunkline.errors import ConfigError, nearest
 
 Config = TypeVar("Config", bound=BaseModel)
 
 
 def parse(kind: type[Config], table: dict[str, Any], origin: str) -> Config:
+    """A model from a parsed table; `origin` names the table in warnings and errors.
+
+    Raises:
+        ConfigError: a line for each mistake: the key, what is allowed, and what was found.
+    """
+    table = rename(kind, table, origin)
     try:
         return kind.model_validate(table)
     except ValidationError as error:

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from trunkline.config.parsing import parse, read
+from trunkline.config.renames import RenamedKey, RenamedWord, Renaming, rename, rename_overrides
 from trunkline.config.world import WorldConfig
 from trunkline.errors import ConfigError
 from trunkline.protocol.frozen import Frozen
-from trunkline.protocol.plan import PLAIN, SITE_NAME, GuardSettings, LocalPlan, TrunkSpec
+from trunkline.protocol.plan import PLAIN, SITE_NAME, GuardSettings, LocalPlan, SelectionSettings, TrunkSpec
 
 
 class StrategyConfig(BaseModel):
@@ -122,6 +123,14 @@ class SearchConfig(Frozen):
 class RunConfig(Frozen):
     """run.toml, as the operator of the federation writes it."""
 
+    RENAMED: ClassVar[tuple[Renaming, ...]] = (
+        RenamedWord("strategy.name", "cohorts", "clustered"),
+        RenamedKey("training.hold", "selection.default"),
+        RenamedKey("world.hostile_share", "world.byzantine_share"),
+        RenamedKey("world.hostile_sites", "world.byzantine_sites"),
+        RenamedKey("world.lie", "world.attack"),
+    )
+
     name: str = Field(default="run", pattern=SITE_NAME)
     rounds: int = Field(default=24, ge=1, le=100_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -135,6 +144,7 @@ class RunConfig(Frozen):
     )
     trunk: TrunkSpec = TrunkSpec()
     training: LocalPlan = LocalPlan()
+    selection: SelectionSettings = SelectionSettings()
     strategy: StrategyConfig = StrategyConfig()
     guards: GuardSettings = GuardSettings()
     cohort: CohortConfig = CohortConfig()
@@ -175,14 +185,15 @@ def read_run(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
 
 def parse_run(table: dict[str, Any], origin: str, overrides: dict[str, Any] | None = None) -> RunConfig:
     """A RunConfig from a parsed table; `origin` names it in errors."""
-    for key, value in (overrides or {}).items():
+    table = rename(RunConfig, table, origin)
+    for key, value in rename_overrides(RunConfig, overrides or {}, origin).items():
         *steps, last = key.split(".")
-        place = table
+        parent = table
         for step in steps:
-            place = place.setdefault(step, {})
-            if not isinstance(place, dict):
+            parent = parent.setdefault(step, {})
+            if not isinstance(parent, dict):
                 raise ConfigError(f"--set {key}: `{step}` is not a table in {origin}.")
-        place[last] = value
+        parent[last] = value
     return parse(RunConfig, table, origin)
 
 

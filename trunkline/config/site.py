@@ -1,11 +1,14 @@
 """site.toml: a site's data, tasks, policy and hours."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from trunkline.config.parsing import parse, read
+from trunkline.config.renames import RenamedKey, RenamedWord, Renaming, rename
 from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, nearest
 from trunkline.protocol.frozen import Frozen
@@ -121,6 +124,8 @@ class DataConfig(Frozen):
 class PolicyConfig(Frozen):
     """`[policy]`, or policy.toml beside site.toml: the site's own word on what a run may take; it wins over the server."""
 
+    RENAMED: ClassVar[tuple[Renaming, ...]] = (RenamedWord("strategies", "cohorts", "clustered"),)
+
     decide: Literal["accept", "ask", "refuse"] = Field(
         default="accept", description="a run that keeps to the rest of the policy: yes, a person is asked, or no"
     )
@@ -152,6 +157,11 @@ SITE_SCHEMA = (
 class SiteConfig(Frozen):
     """site.toml, as a plant engineer writes it."""
 
+    RENAMED: ClassVar[tuple[Renaming, ...]] = (
+        RenamedKey("tasks.*.highway", "tasks.*.skip_channels"),
+        RenamedWord("policy.strategies", "cohorts", "clustered"),
+    )
+
     name: str = Field(pattern=SITE_NAME)
     data: DataConfig
     tasks: dict[str, TaskConfig] = Field(min_length=1)
@@ -171,13 +181,13 @@ class SiteConfig(Frozen):
         return tasks
 
     @model_validator(mode="after")
-    def _highways_are_channels(self) -> Self:
+    def _skip_channels_are_channels(self) -> Self:
         for name, task in self.tasks.items():
-            for channel in (one for own in task.highway for one in own):
+            for channel in (one for own in task.skip_channels for one in own):
                 if channel not in self.data.channels:
                     raise ValueError(
-                        f"`highway` of task {name!r} names `{channel}`, which is not a channel"
-                        f"{nearest(channel, self.data.channels)} List it under `channels`, or correct `highway`"
+                        f"`skip_channels` of task {name!r} names `{channel}`, which is not a channel"
+                        f"{nearest(channel, self.data.channels)} List it under `channels`, or correct `skip_channels`"
                     )
         return self
 
@@ -209,6 +219,14 @@ def _past_only(task: str, data: DataConfig) -> None:
             f'`test_at = "last"` scores the last row of a group, and nothing comes after it for task {task!r} to forecast; '
             'use "all"'
         )
+
+
+def warn_of_older_names(folders: Iterable[Path]) -> None:
+    """The warnings of `read_site` alone, for a process whose workers read the sites and print nothing."""
+    for folder in folders:
+        for model, path in ((SiteConfig, folder / "site.toml"), (PolicyConfig, folder / POLICY)):
+            with suppress(ConfigError):  # reported where the site is read
+                rename(model, read(path), str(path))
 
 
 def read_site(folder: Path) -> SiteConfig:

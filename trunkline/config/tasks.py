@@ -1,9 +1,10 @@
 """`[[tasks]]` of site.toml: one task of a site."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from trunkline.config.renames import RenamedKey, Renaming
 from trunkline.protocol.frozen import Frozen
 
 Kind = Literal["regression", "binary", "multiclass", "ordinal", "multilabel", "forecast", "anomaly"]
@@ -16,7 +17,7 @@ ONLY_FOR: dict[str, tuple[Kind, ...]] = {
     "classes": ("multiclass", "ordinal"),
     "ordinal": ("multiclass",),
     "targets": ("multilabel",),
-    "highway": ("multilabel",),
+    "skip_channels": ("multilabel",),
     "horizons": ("forecast",),
     "season": ("forecast",),
     "quantiles": ("forecast",),
@@ -38,11 +39,13 @@ LOSSES: dict[str, tuple[Kind, ...]] = {
 class TaskConfig(Frozen):
     """`[tasks.NAME]`: one thing to predict. Which keys a kind understands: docs/site-toml.md."""
 
+    RENAMED: ClassVar[tuple[Renaming, ...]] = (RenamedKey("highway", "skip_channels"),)
+
     kind: Kind
     target: str = Field(default="", description="column of the label; an anomaly task may do without")
     targets: tuple[str, ...] = Field(default=(), max_length=1000, description="multilabel: a column of 0 and 1 each")
-    highway: tuple[tuple[str, ...], ...] = Field(
-        default=(), max_length=100, description="multilabel: lists of channels, in each the own channel of every target"
+    skip_channels: tuple[tuple[str, ...], ...] = Field(
+        default=(), max_length=100, description="multilabel: lists of channels, each with one channel for every target"
     )
     unit: str = Field(default="", max_length=32)
     cap: float | None = Field(default=None, gt=0.0, description="regression: labels above count as this much")
@@ -94,10 +97,10 @@ class TaskConfig(Frozen):
                 raise ValueError("kind 'multilabel' needs `targets`, a list of columns, instead of `target`")
             if twice := [name for name in self.targets if self.targets.count(name) > 1]:
                 raise ValueError(f"`targets` lists {twice[0]!r} twice")
-            for place, own in enumerate(self.highway, start=1):
+            for place, own in enumerate(self.skip_channels, start=1):
                 if len(own) != len(self.targets):
                     raise ValueError(
-                        f"list {place} of `highway` has {len(own)} channels and `targets` {len(self.targets)} columns; "
+                        f"list {place} of `skip_channels` has {len(own)} channels and `targets` {len(self.targets)} columns; "
                         "each list has one channel a target, in the order of `targets`"
                     )
         elif not self.target and self.kind != "anomaly":

@@ -17,7 +17,7 @@ class CalendarConfig(WeekHours):
 
 
 class WorldConfig(Frozen):
-    """`[world]`: simulation only; sites that come and go, are slow, lose replies or lie, on a clock of their own."""
+    """`[world]`: simulation only; sites that come and go, are slow, lose replies or attack, on a virtual clock."""
 
     calendars: tuple[CalendarConfig, ...] = Field(default=(), description="sites without one are always there")
     zones: tuple[float, ...] = Field(default=(), description="hours ahead of the run's clock; each site draws one")
@@ -48,9 +48,11 @@ class WorldConfig(Frozen):
         description="by how much scaled inputs move in a week, each site's in its own direction",
     )
     drift_share: float = Field(default=1.0, gt=0.0, le=1.0, description="of the sites that drift")
-    hostile_share: float = Field(default=0.0, ge=0.0, le=1.0)
-    hostile_sites: tuple[str, ...] = Field(default=(), description="by name, instead of a share")
-    lie: Literal["sign-flip", "scale", "random"] = Field(default="sign-flip", description="what hostile sites send")
+    byzantine_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    byzantine_sites: tuple[str, ...] = Field(default=(), description="by name, instead of a share")
+    attack: Literal["sign-flip", "scale", "random"] = Field(
+        default="sign-flip", description="what Byzantine sites send"
+    )
 
     @model_validator(mode="after")
     def _can_be_meant(self) -> Self:
@@ -72,8 +74,10 @@ class WorldConfig(Frozen):
             )
         if self.drift_share < 1.0 and not self.drift_week:
             raise ValueError("`drift_share` changes nothing without `drift_week`: set it")
-        if self.hostile_share and self.hostile_sites:
-            raise ValueError("`hostile_share` and `hostile_sites` both say who lies; drop one of the two")
+        if self.byzantine_share and self.byzantine_sites:
+            raise ValueError(
+                "`byzantine_share` and `byzantine_sites` both choose the Byzantine sites; drop one of the two"
+            )
         for keys, needs in ((("speeds", "speed_spread"), ("row_seconds",)), (("zones",), ("calendars",)),
                             (("links", "link_spread"), ("up_mb_s", "down_mb_s"))):  # fmt: skip
             idle = [key for key in keys if getattr(self, key)]

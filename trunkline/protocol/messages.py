@@ -14,9 +14,18 @@ from trunkline.protocol.arrays import Arrays, ArraySpec
 from trunkline.protocol.contract import MOVING, TaskCard
 from trunkline.protocol.frozen import Frozen
 from trunkline.protocol.opening_hours import PlantHours
-from trunkline.protocol.plan import SITE_NAME, TASK_NAME, About, Conditions, LocalBaseline, LocalPlan, TrunkSpec
+from trunkline.protocol.plan import (
+    SITE_NAME,
+    TASK_NAME,
+    About,
+    Conditions,
+    LocalBaseline,
+    LocalPlan,
+    SelectionSettings,
+    TrunkSpec,
+)
 
-PROTOCOL = 3  # raise when a header below changes its meaning; both ends compare it before anything else
+PROTOCOL = 4  # raise when a header below changes its meaning; both ends compare it before anything else
 
 
 class RoundRequest(Frozen):
@@ -46,6 +55,7 @@ class RoundRequest(Frozen):
     passed: int = Field(default=0, ge=0, description="rounds that lie before this pass; 0: it is the first")
     conditions: Conditions = Conditions()
     about: About = About()
+    selection: SelectionSettings = SelectionSettings()
 
     @property
     def done(self) -> int:
@@ -60,6 +70,24 @@ class RoundRequest(Frozen):
     def terms(self) -> dict[str, Any]:
         """What may not change within a run: all of an order but where in the run it stands."""
         return self.model_dump(mode="json", exclude=MOVING)
+
+
+def open_stored_request(stored: Mapping[str, Any]) -> RoundRequest:
+    """A request out of a vault or contract, in this protocol.
+
+    In protocol 3 `selection.default` was `plan.hold`, and the strategy `clustered` was `cohorts`.
+    """
+    table = {**stored, "protocol": PROTOCOL}
+    plan = dict(table["plan"])
+    if "hold" in plan:
+        table |= {"plan": plan, "selection": {"default": plan.pop("hold")}}
+    if table.get("twin"):
+        twin_plan = {key: value for key, value in table["twin"]["plan"].items() if key != "hold"}
+        table["twin"] = {**table["twin"], "plan": twin_plan}
+    about = table.get("about") or {}
+    if about.get("strategy") == "cohorts":
+        table["about"] = {**about, "strategy": "clustered"}
+    return RoundRequest.model_validate(table)
 
 
 class Inputs(Frozen):

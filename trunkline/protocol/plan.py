@@ -118,9 +118,6 @@ class LocalPlan(Frozen):
     finetune_rate: float = Field(
         default=0.1, gt=0.0, le=1.0, description="its learning rate, as a multiple of learning_rate"
     )
-    hold: Literal["federated", "ensemble", "local"] = Field(
-        default="federated", description="the model the gate keeps until another is better beyond noise"
-    )
 
     @model_validator(mode="after")
     def _whole_batches_are_plain(self) -> Self:
@@ -131,6 +128,14 @@ class LocalPlan(Frozen):
                         f"`optimizer = 'lbfgs'` takes all rows as they are: leave `{key}` out, or use 'adamw'"
                     )
         return self
+
+
+class SelectionSettings(Frozen):
+    """`[selection]` of run.toml: how each site chooses among its models."""
+
+    default: Literal["federated", "ensemble", "local"] = Field(
+        default="federated", description="the model that the gate uses until another is better beyond noise"
+    )
 
 
 class LocalBaseline(Frozen):

@@ -12,6 +12,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from trunkline.config.renames import current
 from trunkline.config.run import RunConfig, parse_run, read_run
 from trunkline.errors import ConfigError, StorageError, TrunklineError
 from trunkline.flower.replies import LINK_LOST
@@ -155,10 +156,15 @@ def _signer(state: str, tell: Callable[[Mapping[str, Any]], None]) -> Sign | Non
     return signer.sign
 
 
+def _stored(text: str) -> dict[str, Any]:
+    """A run that `trunkline server run` stored as JSON, perhaps of an older version."""
+    return current(RunConfig, json.loads(text))
+
+
 def _run_of(text: str) -> RunConfig:
     if text.endswith(".toml") and "\n" not in text:
         return read_run(Path(text))
     try:
-        return parse_run(json.loads(text) if text.startswith("{") else tomllib.loads(text), "run.toml")
+        return parse_run(_stored(text) if text.startswith("{") else tomllib.loads(text), "run.toml")
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"run-toml: neither TOML nor JSON: {error}.") from None

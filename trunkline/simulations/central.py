@@ -48,6 +48,7 @@ def run_central(
         rounds=run.rounds,
         trunk=run.trunk,
         plan=run.training,
+        selection=run.selection,
         lend=(),  # pooled rows are one site's, and its heads may begin where its labels say
     )
     size = sum(array.size for array in pooled[0].model(request).share(("trunk", "stem", "heads")).values())

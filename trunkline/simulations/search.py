@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from rich.console import Console
 from rich.table import Table
 
+from trunkline.config.renames import rename_overrides
 from trunkline.config.run import RunConfig, with_settings
 from trunkline.errors import ConfigError, DataError, StorageError, TrunklineError
 from trunkline.protocol.arrays import seed_of
@@ -50,7 +51,7 @@ TOGETHER = (
     "private_rate", "proximal", "personal", "finish_steps", "finish_rate", "finetune_steps", "finetune_rate",
 )  # fmt: skip
 # how a model is picked from its rounds is what a trial is measured by, so it cannot be searched by that measure
-MEASURE = ("training.keep", "training.patience_rounds", "training.phases", "training.finish_parts", "training.hold")
+MEASURE = ("training.keep", "training.patience_rounds", "training.phases", "training.finish_parts")
 WORST = 10.0  # figure of a trial that failed or diverged, in units of the first trial's loss
 STARTUP = 8  # trials before the sampler models what it has seen; fewer than 16 trials in all: half of them
 
@@ -191,7 +192,7 @@ def _spaces(run: RunConfig) -> dict[str, Space]:
     Raises:
         ConfigError: a key that names no setting, or one that a search cannot choose.
     """
-    named = dict(run.search.space) or DEFAULT_SPACE
+    named = rename_overrides(RunConfig, run.search.space, "[search] space") or DEFAULT_SPACE
     for key in named:
         if key in MEASURE or not key.startswith(("training.", "trunk.", "strategy.")) or key == "strategy.name":
             raise ConfigError(

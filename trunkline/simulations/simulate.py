@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Context, RecordDict
 
 from trunkline.config.run import RunConfig
+from trunkline.config.site import warn_of_older_names
 from trunkline.config.world import WorldConfig
 from trunkline.errors import ConfigError
 from trunkline.privacy.guards import guards_of
@@ -105,6 +106,7 @@ def _grid(
         from trunkline.simulations.in_process import InProcessGrid
 
         return InProcessGrid(folders, states)
+    warn_of_older_names(folders)
     from trunkline.simulations.ray.grid import RayGrid  # here, because importing and starting Ray takes seconds
 
     return RayGrid(folders, states, workers=workers, address=address)

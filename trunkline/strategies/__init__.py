@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from trunkline.errors import ConfigError, nearest
 from trunkline.protocol.plan import LocalPlan
 from trunkline.strategies.central import Central
-from trunkline.strategies.clustered import Cohorts
+from trunkline.strategies.clustered import Clustered
 from trunkline.strategies.conflict_averse import ConflictAverse
 from trunkline.strategies.ditto import Ditto
 from trunkline.strategies.fedadam import FedAdam
@@ -27,7 +27,7 @@ from trunkline.strategies.trimmed_mean import TrimmedMean
 
 STRATEGIES: dict[str, type[Averaging]] = {
     "central": Central,
-    "cohorts": Cohorts,
+    "clustered": Clustered,
     "conflict_averse": ConflictAverse,
     "ditto": Ditto,
     "fedadam": FedAdam,

@@ -60,7 +60,7 @@ def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.divide(rows, length, out=np.zeros_like(rows), where=length > 0.0), dtype=np.float64)
 
 
-class Cohorts(Averaging):
+class Clustered(Averaging):
     """One common trunk for `warm_rounds`, then `count` trunks, each averaged over the sites of its cohort.
 
     A site that joins (or first answers) after the split gets the common trunk as it was then; its first update is

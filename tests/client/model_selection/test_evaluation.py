@@ -96,7 +96,7 @@ def test_the_others_lose_nothing_measurable_by_an_unrelated_plant(with_stranger:
     losses = []
     for seed in range(4):
         among, without = (tmp_path / f"{name}-{seed}" for name in ("among", "without"))
-        cohorts = {"strategy": {"name": "cohorts", "warm_rounds": 2}}
+        cohorts = {"strategy": {"name": "clustered", "warm_rounds": 2}}
         federate([*plants, with_stranger / "sites" / "stranger"], among, **{**short, "seed": seed, **cohorts})
         federate(plants, without, **{**short, "seed": seed})
         assigned = read_report(among)["cohorts"]
@@ -130,9 +130,9 @@ def test_a_gate_that_holds_what_a_plant_has_alone_leaves_it_only_beyond_noise(
     with_stranger: Path, tmp_path: Path
 ) -> None:
     folders = sorted((with_stranger / "sites").iterdir())
-    holding = {**RUN, "rounds": 1, "training": {**RUN["training"], "hold": "local"}}
+    holding = {**RUN, "rounds": 1, "selection": {"default": "local"}}
     federate(folders, tmp_path / "local", **holding)
-    federate(folders, tmp_path / "federated", **{**holding, "training": {**RUN["training"], "hold": "federated"}})
+    federate(folders, tmp_path / "federated", **{**holding, "selection": {"default": "federated"}})
     kept, other = rows_of(tmp_path / "local"), rows_of(tmp_path / "federated")
     assert {at: row["candidates"] for at, row in kept.items()} == {at: row["candidates"] for at, row in other.items()}
     assert kept["stranger", "wear"]["chosen"] == "local"
@@ -143,16 +143,16 @@ def test_a_gate_that_holds_what_a_plant_has_alone_leaves_it_only_beyond_noise(
 
 def test_a_gate_that_holds_the_ensemble_leaves_it_only_beyond_noise(with_stranger: Path, tmp_path: Path) -> None:
     folders = sorted((with_stranger / "sites").iterdir())
-    federate(folders, tmp_path / "held", **{**RUN, "training": {**RUN["training"], "hold": "ensemble"}})
+    federate(folders, tmp_path / "held", **{**RUN, "selection": {"default": "ensemble"}})
     rows = rows_of(tmp_path / "held")
     alike = [row["chosen"] for (site, _), row in rows.items() if site != "stranger"]
     assert (
         alike.count("ensemble") >= 3
     )  # by the rule that holds the federated one it would be none or all of them by luck
     assert rows["stranger", "wear"]["chosen"] in ("local", "ensemble")
-    for hold in ("ensemble", "local"):  # neither is there where nobody trained alone
-        out = tmp_path / f"without {hold}"
-        federate(folders, out, **{**RUN, "report": {"baseline": False}, "training": {**RUN["training"], "hold": hold}})
+    for default in ("ensemble", "local"):  # neither is there where nobody trained alone
+        out = tmp_path / f"without {default}"
+        federate(folders, out, **{**RUN, "report": {"baseline": False}, "selection": {"default": default}})
         assert {row["chosen"] for row in rows_of(out).values()} == {"federated"}
 
 

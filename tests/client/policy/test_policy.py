@@ -210,7 +210,7 @@ def test_a_site_whose_policy_keeps_results_at_home_sends_no_row_and_keeps_its_ow
 def test_a_probe_is_not_answered_where_the_loss_may_not_leave(plants: list[Path], tmp_path: Path) -> None:
     folders = with_policy(plants, tmp_path, "metrics = false")
     settings = {
-        "strategy": {"name": "cohorts", "count": 2, "warm_rounds": 1, "every": 1, "assign": "validation"},
+        "strategy": {"name": "clustered", "count": 2, "warm_rounds": 1, "every": 1, "assign": "validation"},
         "rounds": 4,
     }
     grid = federate(folders, tmp_path / "out", plant=True, **settings)

@@ -432,7 +432,7 @@ def test_a_certificate_that_ends_during_a_run_costs_a_resume_and_no_round(
 def test_the_figures_of_a_cohort_stay_home(tmp_path: Path) -> None:
     """Beside everybody's mean, that of all but one would tell the one's: only the trunk of all sites has figures."""
     folders = [plant(tmp_path / f"p{seed}", 3, seed) for seed in (1, 2, 3, 4)]
-    settings = {**RUN, "rounds": 2, "training": {"steps": 2}, "strategy": {"name": "cohorts", "warm_rounds": 1}}
+    settings = {**RUN, "rounds": 2, "training": {"steps": 2}, "strategy": {"name": "clustered", "warm_rounds": 1}}
     federate(folders, tmp_path / "out", centre=MINE.centre(tmp_path / "centre"), **settings)
     files = sorted((tmp_path / "out").glob("trunk-*.safetensors"))
     assert files

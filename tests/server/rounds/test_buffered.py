@@ -344,7 +344,7 @@ def test_a_run_cut_while_slow_sites_are_at_work_asks_them_again_and_counts_nothi
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_only_strategies_that_take_a_weighted_mean_of_what_comes_are_buffered(name: str) -> None:
     strategy = build_strategy(name, {}, LocalPlan())
-    if name in ("cohorts", "conflict_averse", "local", "median", "multikrum", "trimmed_mean"):
+    if name in ("clustered", "conflict_averse", "local", "median", "multikrum", "trimmed_mean"):
         with pytest.raises(ConfigError, match=rf"name = '{name}'.*mode = 'rounds'.*fedadam.*fedper"):
             refuse(strategy, name)
     else:

@@ -222,13 +222,13 @@ def test_the_log_of_the_past_knows_nothing_of_what_comes(rows: int, seed: int, d
     assert mine.equals(theirs)
 
 
-def test_every_code_has_its_own_channels_on_the_highway(sites: list[Path]) -> None:
+def test_every_code_has_its_own_channels_among_the_skip_channels(sites: list[Path]) -> None:
     config = read_site(sites[0])
     task = config.tasks["alarms"]
-    assert len(task.highway) == 4
-    for names in task.highway:
+    assert len(task.skip_channels) == 4
+    for names in task.skip_channels:
         assert [name[1:] for name in names] == [name[1:] for name in task.targets]
-    assert sorted(name for names in task.highway for name in names) == sorted(config.data.channels)
+    assert sorted(name for names in task.skip_channels for name in names) == sorted(config.data.channels)
 
 
 def test_a_damaged_file_is_refused_by_name(source: Path, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_work_done_in_two_pieces_takes_as_long_as_in_one(at: int, one: int, othe
 def test_shares_are_dealt_and_the_rest_is_plain() -> None:
     world = {
         "calendars": [{"share": 0.25, "hours": [[6, 14]]}, {"share": 0.5, "hours": [[14, 22]]}],
-        "row_seconds": 1.0, "speeds": [[0.1, 0.5], [0.2, 2.0]], "hostile_share": 0.15, "zones": [-6.0, 8.0],
+        "row_seconds": 1.0, "speeds": [[0.1, 0.5], [0.2, 2.0]], "byzantine_share": 0.15, "zones": [-6.0, 8.0],
     }  # fmt: skip
     names = [f"s{number}" for number in range(20)]
     places = draw_places(run_of(world), names)
@@ -576,18 +576,20 @@ def honest_error(folders: list[Path], out: Path, strategy: str, world: dict[str,
 def test_under_lies_the_median_ends_near_the_clean_run_and_the_mean_does_not(
     benches: list[Path], tmp_path: Path, lie: str
 ) -> None:
-    world = {"hostile_share": 0.25, "lie": lie}
+    world = {"byzantine_share": 0.25, "attack": lie}
     clean = honest_error(benches[:8], tmp_path / "clean", "fedavg", {})
     assert honest_error(benches[:8], tmp_path / "median", "median", world) < 1.1 * clean
     assert honest_error(benches[:8], tmp_path / "mean", "fedavg", world) > 1.3 * clean
 
 
 def test_a_named_liar_lies_and_nobody_else(benches: list[Path], tmp_path: Path) -> None:
-    world = {"hostile_sites": ["bench-01"], "lie": "sign-flip"}
+    world = {"byzantine_sites": ["bench-01"], "attack": "sign-flip"}
     grid = live(benches[:3], tmp_path, world, rounds=1, **LINEAR)
     assert [place.site for place in grid.places.values() if place.hostile] == ["bench-01"]
-    with pytest.raises(ConfigError, match=r"\[world\] hostile_sites names 'bench-9'; the sites are bench-00, bench-01"):
-        live(benches[:3], tmp_path, {"hostile_sites": ["bench-9"]}, **LINEAR)
+    with pytest.raises(
+        ConfigError, match=r"\[world\] byzantine_sites names 'bench-9'; the sites are bench-00, bench-01"
+    ):
+        live(benches[:3], tmp_path, {"byzantine_sites": ["bench-9"]}, **LINEAR)
 
 
 # --- the report and the file ---------------------------------------------------------------------------------------
@@ -620,11 +622,11 @@ def test_the_time_to_a_target_is_the_end_of_the_round_whose_model_reached_it() -
         ({"link_spread": 0.5}, ["`link_spread` changes nothing without `up_mb_s` or `down_mb_s`"]),
         ({"zones": [1.0]}, ["`zones` changes nothing without `calendars`"]),
         ({"zones": [30.0], "calendars": SHIFTS}, ["`zones` holds 30", "from -14 to 14"]),
-        ({"hostile_share": 0.1, "hostile_sites": ["a"]}, ["both say who lies", "drop one"]),
+        ({"byzantine_share": 0.1, "byzantine_sites": ["a"]}, ["both choose the Byzantine sites", "drop one"]),
         ({"labels_start": 0.5}, ["`labels_start` leaves labels out", "`labels_hours` or `label_delay_hours`"]),
         ({"labels_hours": 5.0}, ["`labels_hours`", "change nothing while `labels_start` is 1", "lower it"]),
         ({"drift_share": 0.5}, ["`drift_share` changes nothing without `drift_week`"]),
-        ({"lie": "scal"}, ["`world.lie`", "'sign-flip', 'scale' or 'random'", "Found 'scal'"]),
+        ({"attack": "scal"}, ["`world.attack`", "'sign-flip', 'scale' or 'random'", "Found 'scal'"]),
         ({"drop_out": 1.0}, ["`world.drop_out`", "less than 1", "Found 1.0"]),
         ({"up_mb_s": 0.0}, ["`world.up_mb_s`", "greater than 0"]),
     ],
@@ -643,7 +645,7 @@ def test_pooled_rows_have_no_world(benches: list[Path], tmp_path: Path) -> None:
 
 
 def test_the_report_says_what_the_world_made_of_each_site(benches: list[Path], tmp_path: Path) -> None:
-    world = {"row_seconds": 0.01, "speeds": [[0.5, 0.5]], "hostile_sites": ["bench-00"]}
+    world = {"row_seconds": 0.01, "speeds": [[0.5, 0.5]], "byzantine_sites": ["bench-00"]}
     grid = live(benches[:2], tmp_path, world, rounds=2, **LINEAR)
     report = grid.complete_report(read_report(tmp_path))
     json.dumps(report, allow_nan=False)

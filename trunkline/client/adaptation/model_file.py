@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from trunkline.client.data import Scaler
+from trunkline.config.renames import current
 from trunkline.config.tasks import TaskConfig
 from trunkline.errors import StorageError, TrunklineError
 from trunkline.models.tasks import make_task
@@ -95,7 +96,7 @@ def read_model(path: Path) -> StoredModel:
             )
         tasks = {}
         for name, one in card["tasks"].items():
-            tasks[name] = make_task(name, TaskConfig.model_validate(one["config"]))
+            tasks[name] = make_task(name, TaskConfig.model_validate(current(TaskConfig, one["config"])))
             tasks[name].load_state(one["state"])
         scaler = Scaler.from_dict(card["scaler"])
         model = build_model(

@@ -214,7 +214,7 @@ def decide_site(
     tasks: Mapping[str, dict[str, Task]] | None = None,
 ) -> dict[str, Decision]:
     """What the site settles by its validation rows, task by task; no test row is looked at. Arguments as in `score_site`."""
-    return _decide(site, _Lineup(site, models, request, tasks), request.plan.hold)
+    return _decide(site, _Lineup(site, models, request, tasks), request.selection.default)
 
 
 def _decide(site: Site, lineup: _Lineup, hold: str) -> dict[str, Decision]:
@@ -251,7 +251,7 @@ def score_site(
         settled: task -> what was decided before these models saw the validation rows; None: they never did, and decide now.
     """
     lineup = _Lineup(site, models, request, tasks)
-    settled = settled or _decide(site, lineup, request.plan.hold)
+    settled = settled or _decide(site, lineup, request.selection.default)
     rows = []
     for name in site.data.tasks:
         decision = settled[name]

@@ -11,7 +11,7 @@ from trunkline.privacy.guards import names
 from trunkline.protocol.arrays import ArraySpec
 from trunkline.protocol.contract import Contract, TaskCard, terms_digest
 from trunkline.protocol.frozen import Frozen
-from trunkline.protocol.messages import Inputs, RoundRequest
+from trunkline.protocol.messages import Inputs, RoundRequest, open_stored_request
 from trunkline.runtime.storage import read_private, write_private
 from trunkline.security.encryption import Seal, find_seal
 
@@ -61,7 +61,7 @@ class Consent(Frozen):
     @property
     def request(self) -> RoundRequest:
         """The order of round 0."""
-        return RoundRequest.model_validate({**self.terms, "round": 0})
+        return open_stored_request({**self.terms, "round": 0})
 
     @property
     def bytes_round(self) -> int:
@@ -95,7 +95,7 @@ def read(state: Path, run: str, seal: Seal | None = None) -> Consent | None:
         found = Consent.model_validate_json(data)
         # what an older Trunkline could not say of a run is as if it had said what is so by default
         found = found.model_copy(update={"terms": found.request.terms()})
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{path}: damaged ({type(error).__name__}). Remove it; the run asks anew when it is started again."
         ) from None

@@ -74,7 +74,7 @@ class Multilabel(Task):
     def bind_inputs(self, samples: Samples) -> None:
         """Find the highway's channels; one that cleaning dropped says nothing."""
         place = {name: at for at, name in enumerate(samples.channels)}
-        found = [[place.get(name, -1) for name in names] for names in self.config.highway]
+        found = [[place.get(name, -1) for name in names] for names in self.config.skip_channels]
         self.own = np.array(found, dtype=np.int64).reshape(-1, len(self.config.targets))
 
     def fit_inputs(self, newest: NDArray[np.float32], labels: Labels) -> None:

@@ -19,6 +19,7 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from pydantic import ValidationError
 
+from trunkline.config.renames import current
 from trunkline.config.run import RunConfig, with_settings
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, StateLost
 from trunkline.flower.errors import AWAY
@@ -247,7 +248,7 @@ class _Run:
             run=self.key, seed=self.run.seed, round=round, rounds=self.run.rounds, trunk=self.spec, plan=self.strategy.plan,
             passed=self.run.rounds if round > self.run.rounds and self.run.refit else 0,
             lend=self.lend, weight_cap=self.run.cohort.weight_cap, baseline=self.run.report.baseline and bool(self.lend),
-            twin=self._twin(), about=self.about,
+            twin=self._twin(), about=self.about, selection=self.run.selection,
         )  # fmt: skip
 
     def _twin(self) -> LocalBaseline | None:
@@ -715,7 +716,7 @@ class _Run:
 def _as_today(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of an older checkpoint, with what has come since at its default."""
     try:
-        return dict(RunConfig.model_validate(config).model_dump(mode="json"))
+        return dict(RunConfig.model_validate(current(RunConfig, config)).model_dump(mode="json"))
     except ValidationError:
         return config
 

@@ -307,7 +307,7 @@ def _site_toml(name: str, train: pl.DataFrame, test: pl.DataFrame, dropped: int,
             "alarms": {
                 "kind": "multilabel",
                 "targets": [f"y{code:03d}" for code in CODES],
-                "highway": OWN,
+                "skip_channels": OWN,
                 "class_weights": "none",
             }
         },

@@ -322,7 +322,7 @@ class WorldGrid(Grid):
             table = json.loads(header)
             self._rows[flight.node] = int(table["weight"])
             if place.hostile:
-                reply.content = lied(flight.request, self.world.lie, place.site, arrays, table, metrics)
+                reply.content = lied(flight.request, self.world.attack, place.site, arrays, table, metrics)
         start = max(flight.came, self._free.get(flight.node, 0))
         done = max(flight.bound, place.hours.spend(start, self._work(flight, self._rows.get(flight.node, 0))))
         size = 0 if reply.has_error() else _bytes(reply.content)

@@ -38,14 +38,14 @@ def draw_places(run: RunConfig, sites: Sequence[str]) -> list[Place]:
         ConfigError: a hostile site is named that is none of `sites`.
     """
     world = run.world
-    if unknown := [name for name in world.hostile_sites if name not in sites]:
+    if unknown := [name for name in world.byzantine_sites if name not in sites]:
         raise ConfigError(
-            f"[world] hostile_sites names {unknown[0]!r}; the sites are {', '.join(sorted(sites))}. Correct the list."
+            f"[world] byzantine_sites names {unknown[0]!r}; the sites are {', '.join(sorted(sites))}. Correct the list."
         )
     calendars = _deal(run.seed, "calendar", sites, [one.share for one in world.calendars])
     speeds = _deal(run.seed, "speed", sites, [share for share, _ in world.speeds])
     links = _deal(run.seed, "link", sites, [share for share, _ in world.links])
-    liars = _deal(run.seed, "hostile", sites, [world.hostile_share])
+    liars = _deal(run.seed, "hostile", sites, [world.byzantine_share])
     drifting = _deal(run.seed, "drift", sites, [world.drift_share if world.drift_week else 0.0])
     known: dict[tuple[int | None, float], Hours] = {}
     places = []
@@ -67,7 +67,7 @@ def draw_places(run: RunConfig, sites: Sequence[str]) -> list[Place]:
                 up=SECOND / (MEGABYTE * world.up_mb_s * link) if world.up_mb_s else 0.0,
                 down=SECOND / (MEGABYTE * world.down_mb_s * link) if world.down_mb_s else 0.0,
                 drifts=site in drifting,
-                hostile=site in world.hostile_sites or site in liars,
+                hostile=site in world.byzantine_sites or site in liars,
             )
         )
     return places
