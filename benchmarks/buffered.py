@@ -64,13 +64,13 @@ class Watched(WorldGrid):
     def __init__(self, grid: InProcessGrid, run: RunConfig, out: Path, every: int) -> None:
         super().__init__(grid, run, out)
         self.out, self.every = out, every
-        self.finished: dict[int, list[tuple[int, int]]] = {node: [] for node in self.places}  # (us, round)
+        self.finished: dict[int, list[tuple[int, int]]] = {node: [] for node in self.draws}  # (us, round)
         self.private: dict[tuple[int, int], dict[str, Any]] = {}  # node and round -> stem and heads
         self.seen: list[tuple[float, dict[str, float]]] = []  # virtual seconds, and the loss of each plant
 
     def _push(self, message: Message) -> str:
         node, kind = message.metadata.dst_node_id, message.metadata.message_type
-        expires = self.clock.at + round(self.config.cohort.deadline_s * SECOND)
+        expires = self.clock.now + round(self.config.cohort.deadline_s * SECOND)
         if kind == "train" and self.config.cohort.mode == "rounds" and self._free.get(node, 0) > expires:
             return f"unheard-{next(self._numbers)}"
         request = RoundRequest.model_validate_json(str(message.content.config_records["header"]["json"]))
@@ -104,13 +104,13 @@ class Watched(WorldGrid):
             run="look", seed=run.seed, round=1, rounds=1, trunk=run.trunk, plan=run.training, lend=run.lend
         )
         losses = {}
-        for node, place in self.places.items():
+        for node, draw in self.draws.items():
             site = open_site(self.inner.contexts[node].node_config)
             model = site.model(request)
             model.adopt(found[0].trunk, request.lend)
             if done := [told for us, told in self.finished[node] if us <= at * SECOND]:
                 model.restore(self.private[node, max(done)], request.lend)
-            losses[place.site] = curve(model, site.resident("curve"), site.data.tasks).loss
+            losses[draw.site] = curve(model, site.resident("curve"), site.data.tasks).loss
         self.seen.append((at, losses))
 
 
@@ -155,8 +155,8 @@ def compare(seed: int, root: Path, modes: list[str], settings: dict[str, Any]) -
         worlds[mode] = live(folders, run, root / mode)
         worlds[mode].took = time.monotonic() - began  # type: ignore[attr-defined]
     first = worlds[modes[0]]
-    slow = {place.site for place in first.places.values() if place.speed < 0.3}
-    everybody = {place.site for place in first.places.values()}
+    slow = {draw.site for draw in first.draws.values() if draw.speed < 0.3}
+    everybody = {draw.site for draw in first.draws.values()}
     target, end = mean(first.seen[-1][1], everybody), min(world.seen[-1][0] for world in worlds.values())
     found: dict[str, Any] = {"seed": seed, "slow": sorted(slow), "target": target, "modes": {}}
     print(f"seed {seed}: target {target:.4f}, what {modes[0]} ends at; slow: {', '.join(sorted(slow))}")

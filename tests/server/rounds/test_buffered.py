@@ -99,8 +99,8 @@ def test_a_step_is_the_mean_of_what_staleness_leaves_of_each_update_in_any_order
     came: list[tuple[int, int, list[float]]], power: float, random: Any
 ) -> None:
     updates = [
-        (Update(f"s{place}", "r", 1, Arrays({"w": np.array(change, np.float32)}), float(weight)), stale)
-        for place, (weight, stale, change) in enumerate(came)
+        (Update(f"s{index}", "r", 1, Arrays({"w": np.array(change, np.float32)}), float(weight)), stale)
+        for index, (weight, stale, change) in enumerate(came)
     ]
     strategy, start = build_strategy("fedavg", {}, LocalPlan()), State(Arrays({"w": np.zeros(4, np.float32)}), round=40)
     after, mean = strategy.advance(start, [damped(one, stale, power) for one, stale in updates])
@@ -108,13 +108,13 @@ def test_a_step_is_the_mean_of_what_staleness_leaves_of_each_update_in_any_order
     again, _ = strategy.advance(start, [damped(one, stale, power) for one, stale in updates])
     assert after.trunk["w"].tobytes() == again.trunk["w"].tobytes()
     assert mean.weight == sum(weight for weight, _, _ in came)  # what staleness takes does not go to the others
-    for place in range(4):
+    for index in range(4):
         total = sum(
-            weight * Fraction(float(np.float32(np.float32(change[place]) * np.float64((1 + stale) ** -power))))
+            weight * Fraction(float(np.float32(np.float32(change[index]) * np.float64((1 + stale) ** -power))))
             for weight, stale, change in came
         )
         exact = total / sum(weight for weight, _, _ in came)
-        assert float(after.trunk["w"][place]) == pytest.approx(float(exact), rel=2e-7, abs=1e-12)
+        assert float(after.trunk["w"][index]) == pytest.approx(float(exact), rel=2e-7, abs=1e-12)
 
 
 def test_a_fresh_update_counts_whole_and_an_old_one_by_its_age() -> None:
@@ -128,7 +128,7 @@ def test_a_fresh_update_counts_whole_and_an_old_one_by_its_age() -> None:
 def test_slow_sites_hold_nobody_up_and_their_updates_count_when_they_come(benches: list[Path], tmp_path: Path) -> None:
     inner = live(benches, tmp_path, rounds=24)
     report = read_report(tmp_path)
-    slow = {place.site for place in inner.world.places.values() if place.speed < 0.2}
+    slow = {draw.site for draw in inner.world.draws.values() if draw.speed < 0.2}
     assert len(slow) == 2
     # six sites send an update in 96 s, so three of them take half of that; a round that waits takes 960 s
     assert inner.world.ended[24] < 1.2 * 24 * 48.0
@@ -161,7 +161,7 @@ def test_asked_again_and_again_a_site_trains_once_and_counts_once(
         benches, tmp_path, rounds=24, world=world, cohort={**BUFFERED, "resend_s": 30.0, "staleness_power": 0.0}
     )
     assert len(inner.sent) > 1.5 * len(set(trained))  # they were asked again
-    slow = [node for node, place in inner.world.places.items() if place.speed < 0.2]
+    slow = [node for node, draw in inner.world.draws.items() if draw.speed < 0.2]
     # while its trunk is kept, a site at work is asked the same and answers from its vault: once more at most it is not
     assert all(times <= 2 for times in Counter(trained).values())
     assert len(trained) - len(set(trained)) <= len(slow)
@@ -195,7 +195,7 @@ def test_who_is_away_is_not_waited_for_and_comes_back_to_the_newest_trunk(benche
     cohort = {**BUFFERED, "buffer": 4, "quorum": 0.5, "deadline_s": 86400.0, "resend_s": 86400.0}
     inner = live(benches, tmp_path, rounds=44, world={"row_seconds": 3.0, "calendars": shifts}, cohort=cohort)
     report = read_report(tmp_path)
-    shifted = {node for node, place in inner.world.places.items() if not place.hours.always}
+    shifted = {node for node, draw in inner.world.draws.items() if not draw.hours.always}
     away = [one for one in report["rounds"] if 3900 < inner.world.ended[one["round"]] < 7200]
     assert len(away) > 5  # two sites are there, and the run goes on with them
     assert all(len(one["sites"]) == 2 for one in away)
@@ -257,7 +257,7 @@ def test_a_site_that_says_that_it_is_closed_is_asked_again_when_it_is_not(
 
 def test_what_is_too_old_is_set_aside_by_name_and_the_run_goes_on(benches: list[Path], tmp_path: Path) -> None:
     inner = live(benches, tmp_path, rounds=24, cohort={**BUFFERED, "staleness_limit": 4})
-    slow = {place.site for place in inner.world.places.values() if place.speed < 0.2}
+    slow = {draw.site for draw in inner.world.draws.values() if draw.speed < 0.2}
     causes = [cause for told in refusals_of(tmp_path).values() for site, cause in told.items() if site in slow]
     assert len(causes) == 2
     assert all("update set aside" in cause and "staleness_limit is 4" in cause for cause in causes)

@@ -29,8 +29,9 @@ from trunkline.server.reporting.report import read_report
 from trunkline.simulations.simulate import simulate
 from trunkline.simulations.vectorized.sites import kind_of
 from trunkline.simulations.world.clock import HOUR, SECOND, WEEK, Hours
-from trunkline.simulations.world.network import JOURNAL, WorldGrid, time_to_target
-from trunkline.simulations.world.sites import draw_places, rows_seen
+from trunkline.simulations.world.journal import JOURNAL
+from trunkline.simulations.world.network import WorldGrid
+from trunkline.simulations.world.sites import draw_sites, rows_seen
 
 NIGHT = [{"share": 1.0, "hours": [[22, 6]]}]
 SHIFTS = [{"share": 0.5, "hours": [[6, 14]], "days": ["mon", "tue", "wed", "thu", "fri"]}]
@@ -153,20 +154,20 @@ def test_shares_are_dealt_and_the_rest_is_plain() -> None:
         "row_seconds": 1.0, "speeds": [[0.1, 0.5], [0.2, 2.0]], "byzantine_share": 0.15, "zones": [-6.0, 8.0],
     }  # fmt: skip
     names = [f"s{number}" for number in range(20)]
-    places = draw_places(run_of(world), names)
-    assert sorted(place.speed for place in places) == [0.5] * 2 + [1.0] * 14 + [2.0] * 4
-    assert sum(place.hours.always for place in places) == 5
-    assert sum(place.hostile for place in places) == 3
-    assert {place.zone for place in places} == {-6.0, 8.0}
-    again = {place.site: (place.speed, place.hostile, place.zone) for place in draw_places(run_of(world), names[::-1])}
-    assert again == {place.site: (place.speed, place.hostile, place.zone) for place in places}
-    other = draw_places(run_of(world, seed=6), names)
-    assert [place.hostile for place in other] != [place.hostile for place in places]
+    draws = draw_sites(run_of(world), names)
+    assert sorted(draw.speed for draw in draws) == [0.5] * 2 + [1.0] * 14 + [2.0] * 4
+    assert sum(draw.hours.always for draw in draws) == 5
+    assert sum(draw.byzantine for draw in draws) == 3
+    assert {draw.zone for draw in draws} == {-6.0, 8.0}
+    again = {draw.site: (draw.speed, draw.byzantine, draw.zone) for draw in draw_sites(run_of(world), names[::-1])}
+    assert again == {draw.site: (draw.speed, draw.byzantine, draw.zone) for draw in draws}
+    other = draw_sites(run_of(world, seed=6), names)
+    assert [draw.byzantine for draw in other] != [draw.byzantine for draw in draws]
 
 
 def test_a_spread_is_log_normal_around_one() -> None:
-    places = draw_places(run_of({"row_seconds": 1.0, "speed_spread": 0.5}), [f"s{number}" for number in range(2000)])
-    logs = np.log([place.speed for place in places])
+    draws = draw_sites(run_of({"row_seconds": 1.0, "speed_spread": 0.5}), [f"s{number}" for number in range(2000)])
+    logs = np.log([draw.speed for draw in draws])
     assert abs(logs.mean()) < 0.05
     assert abs(logs.std() - 0.5) < 0.03
 
@@ -178,7 +179,7 @@ def test_a_world_with_everything_off_is_byte_equal_to_none(plants: list[Path], t
     federate(plants, tmp_path / "none", cohort={"min_sites": 4})
     grid = live(plants, tmp_path / "off", {}, cohort={"min_sites": 4})
     assert trunk_of(tmp_path / "off").digest() == trunk_of(tmp_path / "none").digest()
-    assert grid.clock.at == 0
+    assert grid.clock.now == 0
     sent = [one[:3] for one in grid.inner.sent]  # type: ignore[attr-defined]
     assert len(sent) == len(set(sent))
 
@@ -263,14 +264,14 @@ def test_nobody_is_asked_anything_outside_its_hours(benches: list[Path], tmp_pat
     grid = live(benches[:8], tmp_path, BUSY, rounds=4, **LINEAR, cohort={**PATIENT, "min_sites": 8})
     inner = grid.inner
     assert isinstance(inner, Inner)
-    shifted = [node for node, place in grid.places.items() if not place.hours.always]
+    shifted = [node for node, draw in grid.draws.items() if not draw.hours.always]
     assert len(shifted) == 4
     assert {node for _, node, _, _ in inner.sent} == set(inner.contexts)
     for _, node, _, at in inner.sent:
-        place = grid.places[node]
-        assert place.hours.online(round(at * SECOND))
+        draw = grid.draws[node]
+        assert draw.hours.online(round(at * SECOND))
         if node in shifted:  # said by hand as well: a shift from 6 to 14, Monday to Friday, in the site's own zone
-            local = (at / 3600 + place.zone) % 168
+            local = (at / 3600 + draw.zone) % 168
             assert local < 5 * 24
             assert 6 <= local % 24 < 14
 
@@ -309,7 +310,7 @@ def test_a_lost_reply_is_asked_again_after_resend_s_and_counted_once(benches: li
         if one["event"] == "reply"
     }
     for (round, node), times in asked.items():  # who has trained already answers from its vault, at once
-        took = heard[round, grid.places[node].site] - times[-1]
+        took = heard[round, grid.draws[node].site] - times[-1]
         assert took == pytest.approx(0.0 if len(times) > 1 else 0.096, abs=1e-5)
     assert all(
         one["sites"] == [folder.name for folder in benches[:4]] for one in read_report(tmp_path / "lossy")["rounds"]
@@ -326,7 +327,7 @@ def test_a_site_that_drops_out_costs_itself_that_round_and_no_real_time(benches:
     assert len({frozenset(sites) for sites in missing.values()}) > 2  # another draw each round
     inner = grid.inner
     assert isinstance(inner, Inner)
-    names = {node: place.site for node, place in grid.places.items()}
+    names = {node: draw.site for node, draw in grid.draws.items()}
     trained = {(round, names[node]) for kind, node, round, _ in inner.sent if kind == "train"}
     for one in read_report(tmp_path)["rounds"]:
         assert {site for round, site in trained if round == one["round"]} == set(one["sites"])
@@ -338,7 +339,7 @@ def test_a_slow_site_past_the_deadline_costs_one_site(benches: list[Path], tmp_p
     world = {"row_seconds": 0.01, "speeds": [[0.25, 0.001]]}  # 3 x 32 rows: a second; for one site of four 16 minutes
     cohort = {"min_sites": 4, "deadline_s": 60.0, "resend_s": 600.0}
     grid = live(benches[:4], tmp_path, world, rounds=2, **LINEAR, cohort=cohort)
-    (slow,) = [place.site for place in grid.places.values() if place.speed < 1]
+    (slow,) = [draw.site for draw in grid.draws.values() if draw.speed < 1]
     refused = refusals_of(tmp_path)
     assert set(refused[1]) == {slow}
     assert "no reply within 60 s" in refused[1][slow]
@@ -395,7 +396,7 @@ def test_send_and_receive_leaves_out_who_is_late(benches: list[Path], tmp_path: 
     inner = Inner(benches[:2], tmp_path)
     world = {"down_mb_s": 0.001, "links": [[0.5, 0.001]]}  # 1 kB/s for one, 1 byte/s for the other
     grid = inner.world = WorldGrid(inner, run_of(world, **LINEAR))
-    fast, slow = sorted(grid.places, key=lambda node: grid.places[node].down)
+    fast, slow = sorted(grid.draws, key=lambda node: grid.draws[node].down)
 
     def asked() -> list[Message]:  # what a site says of such an order is an error, which is a reply too
         return [grid.create_message(to_records({}, "{" + 98 * " " + "}"), "train", node, "1") for node in (slow, fast)]
@@ -463,7 +464,7 @@ def test_labels_that_have_not_come_change_nothing(benches: list[Path], tmp_path:
 def test_inputs_move_by_the_week_each_sites_in_its_own_direction(benches: list[Path], tmp_path: Path) -> None:
     grid = live(benches[:4], tmp_path, DRIFTING, **{**LINEAR, "rounds": 3, "cohort": PATIENT})
     told = conditions_of(grid)
-    drifting = {node for node, place in grid.places.items() if place.drifts}
+    drifting = {node for node, draw in grid.draws.items() if draw.drifts}
     assert len(drifting) == 2
     for node, all_told in told.items():
         assert [one.drift for one in all_told] == pytest.approx([0.0, 0.1, 0.2] if node in drifting else [0.0] * 3)
@@ -489,7 +490,7 @@ def test_what_drifts_is_scored_as_it_is_in_the_end(benches: list[Path], tmp_path
     grid = live(benches[:4], tmp_path, {**DRIFTING, "row_seconds": 900.0}, **changes)
     last = conditions_of(grid)
     for node, (told,) in conditions_of(grid, "evaluate").items():
-        if grid.places[node].drifts:  # the last round took a day, 3 x 32 rows of a quarter of an hour
+        if grid.draws[node].drifts:  # the last round took a day, 3 x 32 rows of a quarter of an hour
             assert told.drift == pytest.approx(0.1 * grid.clock.monotonic() / DAY_S)
             assert told.drift == pytest.approx(last[node][-1].drift + 0.1, abs=1e-4)
         else:
@@ -545,7 +546,7 @@ def test_who_was_still_at_work_when_the_run_stopped_is_still_at_work(benches: li
     live(benches[:2], tmp_path, world, **changes)
     grid = WorldGrid(Inner(benches[:2], tmp_path), run_of(world, **changes), tmp_path, resume=True)
     ((node, free),) = grid._free.items()
-    assert grid.places[node].speed < 1
+    assert grid.draws[node].speed < 1
     assert free / SECOND == pytest.approx(960.0, abs=1.0)
 
 
@@ -567,7 +568,7 @@ def honest_error(folders: list[Path], out: Path, strategy: str, world: dict[str,
     grid = live(folders, out, world, rounds=8, training=training, strategy={"name": strategy}, **LINEAR)
     report = read_report(out)
     assert all(not one["refused"] for one in report["rounds"])
-    hostile = {place.site for place in grid.places.values() if place.hostile}
+    hostile = {draw.site for draw in grid.draws.values() if draw.byzantine}
     assert len(hostile) == (2 if world else 0)
     return float(np.mean([row["federated"] for row in report["sites"] if row["site"] not in hostile]))
 
@@ -585,7 +586,7 @@ def test_under_lies_the_median_ends_near_the_clean_run_and_the_mean_does_not(
 def test_a_named_liar_lies_and_nobody_else(benches: list[Path], tmp_path: Path) -> None:
     world = {"byzantine_sites": ["bench-01"], "attack": "sign-flip"}
     grid = live(benches[:3], tmp_path, world, rounds=1, **LINEAR)
-    assert [place.site for place in grid.places.values() if place.hostile] == ["bench-01"]
+    assert [draw.site for draw in grid.draws.values() if draw.byzantine] == ["bench-01"]
     with pytest.raises(
         ConfigError, match=r"\[world\] byzantine_sites names 'bench-9'; the sites are bench-00, bench-01"
     ):
@@ -593,19 +594,6 @@ def test_a_named_liar_lies_and_nobody_else(benches: list[Path], tmp_path: Path) 
 
 
 # --- the report and the file ---------------------------------------------------------------------------------------
-
-
-def test_the_time_to_a_target_is_the_end_of_the_round_whose_model_reached_it() -> None:
-    def one(number: int, **losses: float) -> dict[str, Any]:
-        curves = {site: {"validation_loss": loss} for site, loss in losses.items()}
-        return {"round": number, "virtual_seconds": 100.0 * number, "curves": curves}
-
-    sites = {"a": {"hostile": False}, "b": {"hostile": False}, "liar": {"hostile": True}}
-    rounds = [one(1), one(2, a=3.0, b=5.0, liar=0.0), one(3, a=1.0, b=2.0, liar=99.0), one(4, a=9.0)]
-    report = {"rounds": rounds, "world": {"sites": sites}}
-    assert time_to_target(report, 4.0) == 100.0
-    assert time_to_target(report, 3.9) == 200.0
-    assert time_to_target(report, 1.4) is None
 
 
 @pytest.mark.parametrize(
@@ -665,7 +653,7 @@ def test_over_selected_a_round_takes_as_long_as_the_fast_and_late_replies_are_no
     cohort = {**PATIENT, "min_sites": 8, "share": 0.5, "quorum": 1.0}
     live(benches[:8], tmp_path / "plain", world, cohort=cohort, **settings)
     grid = live(benches[:8], tmp_path / "over", world, cohort={**cohort, "over_select": 2.0}, **settings)
-    fast = {place.site for place in grid.places.values() if place.speed == 1.0}
+    fast = {draw.site for draw in grid.draws.values() if draw.speed == 1.0}
     rounds = read_report(tmp_path / "over")["rounds"]
     assert all(set(one["sites"]) == fast and not one["refused"] for one in rounds)
     trained = [node for kind, node, _, _ in grid.inner.sent if kind == "train"]

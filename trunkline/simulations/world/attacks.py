@@ -13,35 +13,46 @@ from trunkline.protocol.arrays import seed_of
 from trunkline.protocol.messages import RoundRequest
 from trunkline.server.rounds.admission import LARGEST_CHANGE
 
-LIE_MOST = 0.9 * LARGEST_CHANGE  # a lie that intake refuses would test intake, and not the strategy
+LARGEST_ATTACK = 0.9 * LARGEST_CHANGE  # an attack that admission refuses would test admission, and not the strategy
 Deltas = dict[str, NDArray[Any]]
 
 
-def _flip(deltas: Deltas, draw: np.random.Generator) -> Deltas:
+def _flip(deltas: Deltas, draws: np.random.Generator) -> Deltas:
     return {name: -array for name, array in deltas.items()}
 
 
-def _hundredfold(deltas: Deltas, draw: np.random.Generator) -> Deltas:
-    return {name: np.clip(-100.0 * array, -LIE_MOST, LIE_MOST).astype(array.dtype) for name, array in deltas.items()}
+def _hundredfold(deltas: Deltas, draws: np.random.Generator) -> Deltas:
+    return {
+        name: np.clip(-100.0 * array, -LARGEST_ATTACK, LARGEST_ATTACK).astype(array.dtype)
+        for name, array in deltas.items()
+    }
 
 
-def _random(deltas: Deltas, draw: np.random.Generator) -> Deltas:
-    return {name: draw.normal(size=array.shape).astype(array.dtype) for name, array in deltas.items()}
+def _random(deltas: Deltas, draws: np.random.Generator) -> Deltas:
+    return {name: draws.normal(size=array.shape).astype(array.dtype) for name, array in deltas.items()}
 
 
-LIES: Mapping[str, Callable[[Deltas, np.random.Generator], Deltas]] = {
+ATTACKS: Mapping[str, Callable[[Deltas, np.random.Generator], Deltas]] = {
     "sign-flip": _flip,
     "scale": _hundredfold,
     "random": _random,
 }
 
 
-def lied(
-    order: RoundRequest, lie: str, site: str, deltas: Deltas, header: dict[str, Any], metrics: Mapping[str, float]
+def byzantine_reply(
+    request: RoundRequest, attack: str, site: str, deltas: Deltas, header: dict[str, Any], metrics: Mapping[str, float]
 ) -> RecordDict:
-    draw = np.random.default_rng(seed_of(order.seed, "world", site, order.round, "lie"))
-    if (
-        lie == "sign-flip"
-    ):  # alone it would only slow a mean down, so who lies this way also claims all the weight there is
-        header["weight"] = float(order.weight_cap)
-    return to_records(LIES[lie](deltas, draw), json.dumps(header), metrics)
+    """The content that a Byzantine site sends in the place of its update.
+
+    Args:
+        request: the one that it answers.
+        attack: a key of `ATTACKS`.
+        site: its name.
+        deltas: its honest update, parameter name -> array of the parameter's shape.
+        header: of its honest reply.
+        metrics: of its honest reply, sent unchanged.
+    """
+    draws = np.random.default_rng(seed_of(request.seed, "world", site, request.round, "lie"))
+    if attack == "sign-flip":  # alone it would only slow a mean down, so it also claims all the weight there is
+        header = {**header, "weight": float(request.weight_cap)}
+    return to_records(ATTACKS[attack](deltas, draws), json.dumps(header), metrics)

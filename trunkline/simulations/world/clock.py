@@ -1,4 +1,4 @@
-"""Virtual time, and the hours at which a simulated plant is there."""
+"""Virtual time, and the hours at which a simulated plant is available."""
 
 import itertools
 import math
@@ -22,16 +22,16 @@ class VirtualClock:
     """
 
     def __init__(self, first: Callable[[int], int]) -> None:
-        self.at = 0  # us
+        self.now = 0  # us
         self._first = first
 
     def monotonic(self) -> float:
-        return self.at / SECOND
+        return self.now / SECOND
 
     def sleep(self, seconds: float, /) -> None:
-        """Go on at once to the first thing that happens, and by `seconds` at most."""
-        # rounded up and at least 1 us: who sleeps until a deadline must wake behind it, or would sleep for ever
-        self.at = max(self.at, self._first(self.at + max(1, math.ceil(seconds * SECOND))))
+        """Advance at once to the next event, and by `seconds` at most."""
+        # rounded up and at least 1 us: a sleep until a deadline must end behind it, or the loop would sleep for ever
+        self.now = max(self.now, self._first(self.now + max(1, math.ceil(seconds * SECOND))))
 
 
 class Hours:
@@ -62,27 +62,27 @@ class Hours:
     def always(self) -> bool:
         return self._week == WEEK
 
-    def online(self, at: int) -> bool:
-        place = bisect_right(self._starts, at % WEEK) - 1
-        return place >= 0 and at % WEEK < self._open[place][1]
+    def online(self, time: int) -> bool:
+        index = bisect_right(self._starts, time % WEEK) - 1
+        return index >= 0 and time % WEEK < self._open[index][1]
 
-    def opens(self, at: int) -> int:
-        """The first time after `at` at which an hour of work begins."""
-        place = bisect_right(self._starts, at % WEEK)
-        begin = at - at % WEEK
-        return begin + (self._starts[place] if place < len(self._starts) else WEEK + self._starts[0])
+    def opens(self, time: int) -> int:
+        """The first time after `time` at which an hour of work begins."""
+        index = bisect_right(self._starts, time % WEEK)
+        begin = time - time % WEEK
+        return begin + (self._starts[index] if index < len(self._starts) else WEEK + self._starts[0])
 
-    def spend(self, at: int, work: int) -> int:
-        """When `work` us of these hours have passed since `at`: what a shift does not finish waits for the next."""
+    def spend(self, time: int, work: int) -> int:
+        """When `work` us of these hours have passed since `time`: what a shift does not finish waits for the next."""
         if work <= 0 or self.always:
-            return at + max(work, 0)
-        at += (work - 1) // self._week * WEEK
+            return time + max(work, 0)
+        time += (work - 1) // self._week * WEEK
         work -= (work - 1) // self._week * self._week
         while True:
-            if not self.online(at):
-                at = self.opens(at)
-            place = bisect_right(self._starts, at % WEEK) - 1
-            left = self._open[place][1] - at % WEEK
+            if not self.online(time):
+                time = self.opens(time)
+            index = bisect_right(self._starts, time % WEEK) - 1
+            left = self._open[index][1] - time % WEEK
             if work <= left:
-                return at + work
-            at, work = at + left, work - left
+                return time + work
+            time, work = time + left, work - left

@@ -15,41 +15,40 @@ from flwr.serverapp import Grid
 
 from trunkline.config.run import RunConfig
 from trunkline.config.site import read_site
-from trunkline.errors import DeploymentError, StorageError
+from trunkline.errors import DeploymentError
 from trunkline.flower.grid import LocalGrid
 from trunkline.flower.records import open_records
 from trunkline.protocol.messages import RoundRequest
 from trunkline.protocol.plan import Conditions
 from trunkline.server.rounds.checkpoint import Checkpoint
-from trunkline.simulations.world.attacks import lied
+from trunkline.simulations.world.attacks import byzantine_reply
 from trunkline.simulations.world.clock import HOUR, SECOND, WEEK, VirtualClock
-from trunkline.simulations.world.sites import Place, chance, draw_places, rows_seen
-
-JOURNAL = "world.jsonl"  # in a run's folder: where the world stood after each round, for --resume
+from trunkline.simulations.world.journal import WorldJournal, WorldState
+from trunkline.simulations.world.sites import SiteDraw, chance, draw_sites, rows_seen
 
 
 @dataclass
 class _Flight:
-    """One message that a site has or will have, and its reply."""
+    """One message on its way to a site, and its reply on its way back."""
 
     id: str
     node: int
     kind: str
     round: int
-    came: int  # us, when the order is at the site
+    arrival: int  # us, when the request is at the site
     bound: int  # us, before which the reply cannot be there
     lost: bool = False
-    request: RoundRequest | None = None  # of training that takes time or is lied about
+    request: RoundRequest | None = None  # of training that takes time or that an attack replaces
     repeated: bool = False  # the site has trained this round already and answers from its vault
     reply: Message | None = None
 
 
 class WorldGrid(Grid):
-    """`grid` in the world that `run` describes: the same messages, but only to who is there, and answered in their time.
+    """`grid` in the world that `run` describes: only available sites receive a message, and they answer in their own time.
 
     A site that joins does so at once and surely: worlds are about rounds. A site does one thing after another, within its
-    hours; what a shift does not finish goes on in the next. Orders take time by the rows that training sees and by the
-    bytes on the line; probing and scoring take the line only.
+    hours; what a shift does not finish goes on in the next. Training takes time by its rows, and every message by its bytes
+    on the line; a query of the loss and scoring take the line only.
 
     Args:
         grid: with every site on it; its sites' names come from their folders.
@@ -58,7 +57,7 @@ class WorldGrid(Grid):
         patience_s: real seconds that one site may compute at one message.
 
     Raises:
-        ConfigError: a hostile site that is none.
+        ConfigError: a Byzantine site that is none of the sites.
         StorageError: `resume` without the journal of that round.
     """
 
@@ -71,11 +70,11 @@ class WorldGrid(Grid):
         self.patience_s = patience_s
         nodes = list(grid.contexts)
         names = [read_site(Path(str(grid.contexts[node].node_config["site"]))).name for node in nodes]
-        self.places = dict(zip(nodes, draw_places(run, names), strict=True))
+        self.draws = dict(zip(nodes, draw_sites(run, names), strict=True))
         self.clock = VirtualClock(self._first_event)
         self.ended: dict[int, float] = {}  # round -> virtual seconds
-        self._hours = list({id(place.hours): place.hours for place in self.places.values()}.values())
-        self._queue: list[tuple[int, int]] = []  # (us, number of a flight), the next first
+        self._hours = list({id(draw.hours): draw.hours for draw in self.draws.values()}.values())
+        self._queue: list[tuple[int, int]] = []  # (us, index of a flight), the next first
         self._flights: dict[int, _Flight] = {}
         self._ready: dict[str, Message] = {}  # in the order of arrival
         self._numbers = itertools.count()
@@ -85,21 +84,22 @@ class WorldGrid(Grid):
         self._buffered = run.cohort.mode == "buffered"  # then messages of several rounds are under way
         self._trained: set[tuple[int, int]] = set()  # node and round; of this round, or in a buffered run of all
         self._asked: dict[tuple[str, int], int] = {}  # kind and round -> us, when the first message of them went out
-        self._free: dict[int, int] = {}  # node -> us, when it will have done all that is known of
-        self._line: dict[int, int] = {}  # node -> us, when all that was sent to it will be there
+        self._free: dict[int, int] = {}  # node -> us, when it will have done all the work that is known
+        self._line: dict[int, int] = {}  # node -> us, when all that was sent to it will have arrived
         self._bounds: dict[int, int] = {}  # node -> us, a time it is surely not done before
-        self._rows: dict[int, int] = {}  # node -> training rows, once it has said how many
+        self._rows: dict[int, int] = {}  # node -> training rows, once a reply has reported them
         self._joined: set[int] = set()
         self._returning: set[int] = set()  # members that a resumed run has yet to find again
-        self._journal = out / JOURNAL if out is not None else None
-        if resume and out is not None:
-            self._take_up(out)
-        elif self._journal is not None:
-            self._journal.unlink(missing_ok=True)
+        self._journal = None if out is None else WorldJournal(out)
+        if self._journal is not None and out is not None:
+            if resume:
+                self._restore(self._journal, out)
+            else:
+                self._journal.delete()
 
     @property
     def complete(self) -> bool:
-        """Whether nobody will come later, so that nobody need be waited for."""
+        """Whether every site is always available, so that the server need not wait for more."""
         return all(hours.always for hours in self._hours)
 
     def set_run(self, run: Any) -> None:
@@ -115,243 +115,217 @@ class WorldGrid(Grid):
         return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> list[int]:
-        """Who is there now; while a resumed run finds its members again the world stands still, and it is they."""
+        """The nodes available now. While a resumed run finds its members again the world stands still, and they are those."""
         if self._returning:
             return sorted(self._returning)
-        there = {id(hours): hours.online(self.clock.at) for hours in self._hours}
-        return [node for node, place in self.places.items() if there[id(place.hours)]]
+        online = {id(hours): hours.online(self.clock.now) for hours in self._hours}
+        return [node for node, draw in self.draws.items() if online[id(draw.hours)]]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         return [self._push(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that are there by now, in the order in which they came."""
+        """The replies that have arrived by now, in the order in which they arrived."""
         wanted = set(message_ids)
-        while not (here := [one for one in self._ready if one in wanted]):
-            if self._arrive(self.clock.at) is None:  # one at a time: each may hold a whole trunk
+        while not (ready := [message_id for message_id in self._ready if message_id in wanted]):
+            if self._arrive(self.clock.now) is None:  # one at a time: each may hold a whole trunk
                 break
-        return [self._ready.pop(one) for one in here]
+        return [self._ready.pop(message_id) for message_id in ready]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push, then collect until all have answered or `timeout` virtual seconds have passed; the late are left out."""
-        waiting = {one for one in self.push_messages(messages) if one}
+        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
         end = math.inf if timeout is None else self.clock.monotonic() + timeout
         replies: list[Message] = []
         while True:
-            came = self.pull_messages(waiting)
-            replies += came
-            waiting -= {reply.metadata.reply_to_message_id for reply in came}
+            arrived = self.pull_messages(waiting)
+            replies += arrived
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
             if not waiting or self.clock.monotonic() >= end or (timeout is None and not self._queue):
                 return replies
             self.clock.sleep(min(end - self.clock.monotonic(), 1e9))
 
-    # --- what the run tells ---------------------------------------------------------------------------------------
+    # --- the run's events and report ---------------------------------------------------------------------------------------
 
     def stamp(self, event: Mapping[str, Any]) -> dict[str, Any]:
         """`event` with the virtual time. A round that begins too early first waits; one that ends goes into the journal."""
         if event.get("event") == "round":
             if self._began is not None:
-                self.clock.at = max(self.clock.at, self._began + round(self.world.round_hours * HOUR))
-            self._began = self.clock.at
+                self.clock.now = max(self.clock.now, self._began + round(self.world.round_hours * HOUR))
+            self._began = self.clock.now
         elif event.get("event") == "round_end":
             self._end_round(int(event["round"]))
         return {**event, "virtual_seconds": self.clock.monotonic()}
 
     def complete_report(self, report: dict[str, Any]) -> dict[str, Any]:
         """`report` with the virtual time at which each round ended, and what the world made of each site."""
-        rounds = [{**one, "virtual_seconds": self.ended.get(one["round"])} for one in report["rounds"]]
+        rounds = [{**row, "virtual_seconds": self.ended.get(row["round"])} for row in report["rounds"]]
         sites = {
-            place.site: {"always_there": place.hours.always, "zone": place.zone, "speed": place.speed, "drifts": place.drifts, "hostile": place.hostile}
-            for place in sorted(self.places.values(), key=lambda place: place.site)
+            draw.site: {
+                "always_there": draw.hours.always, "zone": draw.zone, "speed": draw.speed, "drifts": draw.drifts, "hostile": draw.byzantine,
+            }
+            for draw in sorted(self.draws.values(), key=lambda draw: draw.site)
         }  # fmt: skip
         return {**report, "rounds": rounds, "world": {"virtual_seconds": self.clock.monotonic(), "sites": sites}}
 
     def _end_round(self, round: int) -> None:
-        while self._flights and not self._buffered:  # who is late is still at work: how long, its own reply says
+        while self._flights and not self._buffered:  # a late site still works, and only its reply shows how long
             first = next(iter(self._flights))
             self._resolve(self._flights.pop(first))
         if not self._buffered:  # else an answer counts whenever it comes
             self._queue.clear()
             self._ready.clear()
         self.ended[round] = self.clock.monotonic()
-        if self._journal is None:
-            return
-        line = {
-            "round": round, "at": self.clock.at, "began": self._began, "joined": sorted(self._joined),
-            "busy": _after(self.clock.at, self._busy()), "line": _after(self.clock.at, self._line),
-        }  # fmt: skip
-        try:
-            with self._journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise StorageError(
-                f"{self._journal}: cannot be written: {error}. Make room, then go on with --resume."
-            ) from error
+        if self._journal is not None:
+            joined = frozenset(self._joined)
+            state = WorldState(self.clock.now, self._began, joined, self._busy(), self._line, self.ended)
+            self._journal.append(round, state)
 
     def _busy(self) -> dict[int, int]:
         """Node -> us, until when it is at work, as far as that is known."""
-        under_way = {one.node: one.bound for one in self._flights.values() if one.kind == "train"}
+        under_way = {flight.node: flight.bound for flight in self._flights.values() if flight.kind == "train"}
         return {
             node: max(self._free.get(node, 0), under_way.get(node, 0)) for node in self._free.keys() | under_way.keys()
         }
 
-    def _take_up(self, out: Path) -> None:
-        assert self._journal is not None
-        found = Checkpoint(out).load()
-        if found is None or found[0].round == 0:
+    def _restore(self, journal: WorldJournal, out: Path) -> None:
+        loaded = Checkpoint(out).load()
+        if loaded is None or loaded[0].round == 0:
             return
-        round = found[0].round
-        try:
-            lines = [
-                json.loads(line) for line in self._journal.read_text(encoding="utf-8").splitlines() if line[-1:] == "}"
-            ]
-            told = {line["round"]: line for line in lines}  # a round that was run twice counts as it was run last
-            stood = told[round]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"{self._journal}: does not say where the world stood after round {round} ({type(error).__name__}). "
-                "Restore it, or start the run anew with --overwrite."
-            ) from error
-        self.ended = {number: line["at"] / SECOND for number, line in told.items() if number <= round}
-        self.clock.at, self._began, self._round = stood["at"], stood["began"], round
-        self._returning = set(stood["joined"])
-        self._joined = set(stood["joined"])
-        self._free = {int(node): free for node, free in stood["busy"].items()}
-        self._line = {int(node): free for node, free in stood["line"].items()}
+        self._round = loaded[0].round
+        state = journal.read(self._round)
+        self.clock.now, self._began, self.ended = state.now, state.began, dict(state.ended)
+        self._returning, self._joined = set(state.joined), set(state.joined)
+        self._free, self._line = dict(state.busy), dict(state.line)
 
     # --- one message ----------------------------------------------------------------------------------------------
 
     def _push(self, message: Message) -> str:
         node, kind = message.metadata.dst_node_id, message.metadata.message_type
-        place, round, now = self.places.get(node), int(message.metadata.group_id or 0), self.clock.at
+        draw, round, now = self.draws.get(node), int(message.metadata.group_id or 0), self.clock.now
         joins = kind == "query" and round == 0
-        if place is None:  # the grid's own complaint is the right one
+        if draw is None:  # the grid's own error is the right one
             return self.inner.push_messages([message])[0]
         if round > self._round:
             self._round, self._tries = round, {}
             if not self._buffered:
                 self._trained, self._asked = set(), {}
         tries = self._tries[node, kind] = self._tries.get((node, kind), 0) + 1
-        drops = chance(self.config.seed, place.site, round, "drop-out") < self.world.drop_out
-        away = not place.hours.online(now) and node not in self._returning
-        if away or (drops and 0 < round <= self.config.total_rounds and kind != "evaluate"):
-            return f"unheard-{next(self._numbers)}"  # nobody is there: silence, as in a plant
+        drops = chance(self.config.seed, draw.site, round, "drop-out") < self.world.drop_out
+        absent = not draw.hours.online(now) and node not in self._returning
+        if absent or (drops and 0 < round <= self.config.total_rounds and kind != "evaluate"):
+            return f"unheard-{next(self._numbers)}"  # an absent site is silent, as in a plant
         flight = _Flight("", node, kind, round, now, now)
         if round > 0:
-            conditions = self._conditions(place, self._asked.setdefault((kind, round), now))
+            conditions = self._conditions(draw, self._asked.setdefault((kind, round), now))
             if conditions != Conditions():
                 message.content = _under(message.content, conditions)
         if not joins:
-            flight.lost = chance(self.config.seed, place.site, round, "reply", kind, tries) < self.world.reply_loss
+            flight.lost = chance(self.config.seed, draw.site, round, "reply", kind, tries) < self.world.reply_loss
             size = _bytes(message.content)
-            flight.came = place.hours.spend(max(now, self._line.get(node, 0)), math.ceil(size * place.down))
-            self._line[node] = flight.came
+            flight.arrival = draw.hours.spend(max(now, self._line.get(node, 0)), math.ceil(size * draw.down))
+            self._line[node] = flight.arrival
             if kind == "train":
-                if self.world.row_seconds or place.hostile:
+                if self.world.row_seconds or draw.byzantine:
                     flight.request = RoundRequest.model_validate_json(
                         str(message.content.config_records["header"]["json"])
                     )
                 flight.repeated = (node, round) in self._trained
                 self._trained.add((node, round))
-            start = max(flight.came, self._bounds.get(node, 0), self._free.get(node, 0))
-            # what a site takes at least is known once it has said its rows: the nearer the bound, the fewer replies
+            start = max(flight.arrival, self._bounds.get(node, 0), self._free.get(node, 0))
+            # what a site takes at least is known once it has reported its rows: the nearer the bound, the fewer replies
             # must be looked at, and kept, before the first one can be handed out
-            flight.bound = place.hours.spend(start, self._work(flight, self._rows.get(node, 0)))
+            flight.bound = draw.hours.spend(start, self._work(flight, self._rows.get(node, 0)))
             self._bounds[node] = flight.bound
         flight.id = self.inner.push_messages([message])[0]
-        number = next(self._numbers)
-        self._flights[number] = flight
-        heapq.heappush(self._queue, (flight.bound, number))
+        index = next(self._numbers)
+        self._flights[index] = flight
+        heapq.heappush(self._queue, (flight.bound, index))
         return flight.id
 
-    def _conditions(self, place: Place, at: int) -> Conditions:
-        """What `place` has of its labels, and where its inputs are, at a time (us)."""
-        world, hours = self.world, at / HOUR - self.world.label_delay_hours
-        come = float(hours >= 0.0) if not world.labels_hours else min(1.0, max(0.0, hours / world.labels_hours))
-        drift = world.drift_week * at / WEEK if place.drifts else 0.0
-        return Conditions(labelled=world.labels_start + (1.0 - world.labels_start) * come, drift=drift)
+    def _conditions(self, draw: SiteDraw, time_us: int) -> Conditions:
+        """The share of its labels that a site has, and the drift of its inputs, at a time (us)."""
+        world, hours = self.world, time_us / HOUR - self.world.label_delay_hours
+        arrived = float(hours >= 0.0) if not world.labels_hours else min(1.0, max(0.0, hours / world.labels_hours))
+        drift = world.drift_week * time_us / WEEK if draw.drifts else 0.0
+        return Conditions(labelled=world.labels_start + (1.0 - world.labels_start) * arrived, drift=drift)
 
     def _work(self, flight: _Flight, rows: int) -> int:
         """us of its hours that a site takes to answer, the line left out."""
         if flight.request is None or flight.repeated:
             return 0
-        seconds = rows_seen(flight.request.plan, rows) * self.world.row_seconds / self.places[flight.node].speed
+        seconds = rows_seen(flight.request.plan, rows) * self.world.row_seconds / self.draws[flight.node].speed
         return math.ceil(seconds * SECOND)
 
     def _first_event(self, limit: int) -> int:
         """The clock's next stop: a site that comes on, or a reply."""
-        opening = [hours.opens(self.clock.at) for hours in self._hours if not hours.always]
+        opening = [hours.opens(self.clock.now) for hours in self._hours if not hours.always]
         limit = min([limit, *opening])
-        came = self._arrive(limit)
-        return limit if came is None else came
+        arrival = self._arrive(limit)
+        return limit if arrival is None else arrival
 
     def _arrive(self, limit: int) -> int | None:
-        """Take in the first reply up to `limit`; when (us) it came, or None if there is none.
+        """Take in the first reply up to `limit`; when (us) it arrived, or None if there is none.
 
         A reply's time is known when the site has computed it. Until then its bound stands in the queue: whoever is first
         there and not yet computed is waited for, so no reply can overtake an earlier one, however the machine is loaded.
         """
         while self._queue and self._queue[0][0] <= limit:
-            at, number = heapq.heappop(self._queue)
-            flight = self._flights[number]
+            due, index = heapq.heappop(self._queue)
+            flight = self._flights[index]
             if flight.reply is None:
                 arrives = self._resolve(flight)
                 if flight.lost:
-                    del self._flights[number]
+                    del self._flights[index]
                 else:
-                    heapq.heappush(self._queue, (arrives, number))
+                    heapq.heappush(self._queue, (arrives, index))
                 continue
             self._ready[flight.id] = flight.reply
-            del self._flights[number]
+            del self._flights[index]
             if flight.kind == "query" and flight.round == 0:
                 self._joined.add(flight.node)
                 self._returning.discard(flight.node)
-            return at
+            return due
         return None
 
     def _resolve(self, flight: _Flight) -> int:
-        """Have the reply, and say when (us) it is at the centre."""
+        """Wait for the reply to be computed; when (us) it is at the server."""
         if flight.reply is not None:
             return flight.bound
         reply = flight.reply = self._computed(flight)
         if flight.kind == "query" and flight.round == 0:
             return flight.bound
-        place = self.places[flight.node]
+        draw = self.draws[flight.node]
         if flight.request is not None and not reply.has_error():
             arrays, header, metrics = open_records(reply.content)
             table = json.loads(header)
             self._rows[flight.node] = int(table["weight"])
-            if place.hostile:
-                reply.content = lied(flight.request, self.world.attack, place.site, arrays, table, metrics)
-        start = max(flight.came, self._free.get(flight.node, 0))
-        done = max(flight.bound, place.hours.spend(start, self._work(flight, self._rows.get(flight.node, 0))))
+            if draw.byzantine:
+                reply.content = byzantine_reply(flight.request, self.world.attack, draw.site, arrays, table, metrics)
+        start = max(flight.arrival, self._free.get(flight.node, 0))
+        done = max(flight.bound, draw.hours.spend(start, self._work(flight, self._rows.get(flight.node, 0))))
         size = 0 if reply.has_error() else _bytes(reply.content)
-        self._free[flight.node] = place.hours.spend(done, math.ceil(size * place.up))
+        self._free[flight.node] = draw.hours.spend(done, math.ceil(size * draw.up))
         return self._free[flight.node]
 
     def _computed(self, flight: _Flight) -> Message:
-        began, pause = time.monotonic(), 0.0005
-        while not (came := self.inner.pull_messages([flight.id])):
-            if time.monotonic() - began > self.patience_s:
+        start, pause = time.monotonic(), 0.0005
+        while not (replies := self.inner.pull_messages([flight.id])):
+            if time.monotonic() - start > self.patience_s:
                 raise DeploymentError(
-                    f"{self.places[flight.node].site} has computed for {self.patience_s:g} s at one message ({flight.kind}, "
+                    f"{self.draws[flight.node].site} has computed for {self.patience_s:g} s at one message ({flight.kind}, "
                     f"round {flight.round}) and virtual time cannot go on without it. Look at the workers; go on with --resume."
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-        return came[0]
+        return replies[0]
 
 
 def _under(content: RecordDict, conditions: Conditions) -> RecordDict:
-    """The same order under these conditions; other sites may have been sent the very same content, so it is left as it is."""
+    """The same request with these conditions, as a new record: the content itself may be on its way to other sites too."""
     request = RoundRequest.model_validate_json(str(content.config_records["header"]["json"]))
     text = request.model_copy(update={"conditions": conditions}).model_dump_json()
     return RecordDict({**dict(content.items()), "header": ConfigRecord({"json": text})})
-
-
-def _after(at: int, times: Mapping[int, int]) -> dict[str, int]:
-    """Of `times` by node those that lie behind `at`, for JSON."""
-    return {str(node): one for node, one in times.items() if one > at}
 
 
 def _bytes(content: RecordDict) -> int:
@@ -359,22 +333,3 @@ def _bytes(content: RecordDict) -> int:
     arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
     texts = sum(len(str(text)) for record in content.config_records.values() for text in record.values())
     return arrays + texts + 8 * sum(len(record) for record in content.metric_records.values())
-
-
-def time_to_target(report: Mapping[str, Any], loss: float) -> float | None:
-    """Virtual seconds until the mean validation loss of the honest sites was at most `loss`; None: it never was.
-
-    What a site validates in a round is the model that the round before left, so that round's end is the time.
-    """
-    hostile = {site for site, drawn in report["world"]["sites"].items() if drawn["hostile"]}
-    before: float | None = 0.0
-    for one in report["rounds"]:
-        told = [
-            curves["validation_loss"]
-            for site, curves in one["curves"].items()
-            if site not in hostile and curves.get("validation_loss") is not None
-        ]
-        if told and sum(told) / len(told) <= loss:
-            return before
-        before = one["virtual_seconds"]
-    return None
