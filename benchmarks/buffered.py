@@ -31,7 +31,7 @@ from trunkline.client.site import open_site
 from trunkline.client.state.vault import Vault
 from trunkline.config.parsing import parse_value
 from trunkline.config.run import RunConfig, parse_run, with_settings
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest, parse_request
 from trunkline.server.app import app
 from trunkline.server.reporting.report import read_report, write_report
 from trunkline.server.rounds.checkpoint import Checkpoint
@@ -73,7 +73,7 @@ class Watched(WorldGrid):
         expires = self.clock.now + round(self.config.cohort.deadline_s * SECOND)
         if kind == "train" and self.config.cohort.mode == "rounds" and self._free.get(node, 0) > expires:
             return f"unheard-{next(self._numbers)}"
-        request = RoundRequest.model_validate_json(str(message.content.config_records["header"]["json"]))
+        request = parse_request(str(message.content.config_records["header"]["json"]))
         pushed = super()._push(message)
         if kind == "train" and not pushed.startswith("unheard"):
             site = open_site(self.inner.contexts[node].node_config)
@@ -100,7 +100,7 @@ class Watched(WorldGrid):
         assert found is not None and found[0].round == round
         at = self.ended[round]
         run = self.config
-        request = RoundRequest(
+        request = TrainRequest(
             run="look", seed=run.seed, round=1, rounds=1, trunk=run.trunk, plan=run.training, lend=run.lend
         )
         losses = {}

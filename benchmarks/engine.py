@@ -119,10 +119,10 @@ def model_and_rows(case: str, root: Path, rounds: int) -> Path:
 
     from trunkline.client.site import open_site
     from trunkline.config.run import parse_run
-    from trunkline.protocol.messages import RoundRequest
+    from trunkline.protocol.messages import TrainRequest
 
     run = parse_run(table_of(case, rounds), "benchmark")
-    request = RoundRequest(
+    request = TrainRequest(
         run="bench", seed=run.seed, round=1, rounds=rounds, trunk=run.trunk, plan=run.training, lend=run.lend
     )
     inputs, labels = [], []

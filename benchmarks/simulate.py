@@ -16,7 +16,7 @@ from statistics import median
 
 from trunkline.config.run import parse_run
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.server.reporting.report import read_report
 
 
@@ -29,7 +29,7 @@ def bare(folders: list[Path], states: Path, table: dict, rounds: int) -> float:
 
     torch.set_num_threads(1)
     run = parse_run(dict(table), "benchmark")
-    request = RoundRequest(
+    request = TrainRequest(
         run="bench", seed=run.seed, round=1, rounds=rounds, trunk=run.trunk, plan=run.training, lend=("trunk",)
     )
     sites = [open_site({"site": str(folder), "state": str(states / folder.name)}) for folder in folders]

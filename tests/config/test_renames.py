@@ -14,7 +14,7 @@ from trunkline.config.run import RunConfig, parse_run, read_run, with_settings
 from trunkline.config.site import SiteConfig, read_site, warn_of_older_names
 from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, TrunklineDeprecation
-from trunkline.protocol.messages import PROTOCOL, RoundRequest, open_stored_request
+from trunkline.protocol.messages import PROTOCOL, OfferRequest, open_stored_terms
 from trunkline.simulations.search import search
 
 RUN_KEYS = [
@@ -139,13 +139,14 @@ def test_a_model_without_older_names_is_left_alone() -> None:
 
 def stored_terms() -> dict[str, Any]:
     """The terms of a run as a contract of protocol 3 has them."""
-    request = RoundRequest.model_validate(
-        {"run": "r", "seed": 0, "round": 0, "rounds": 2, "trunk": {}, "plan": {}, "lend": ["trunk"],
-         "twin": {"trunk": {}, "plan": {}}, "about": {"strategy": "clustered"}, "selection": {"default": "ensemble"}}
+    request = OfferRequest.model_validate(
+        {"run": "r", "seed": 0, "rounds": 2, "trunk": {}, "plan": {}, "lend": ["trunk"],
+         "local_baseline": {"trunk": {}, "plan": {}}, "about": {"strategy": "clustered"}, "selection": {"default": "ensemble"}}
     )  # fmt: skip
     terms = json.loads(json.dumps(request.terms()))
     terms["protocol"] = 3
     terms["plan"]["hold"] = terms.pop("selection")["default"]
+    terms["twin"] = terms.pop("local_baseline")
     terms["twin"]["plan"]["hold"] = "federated"
     terms["about"]["strategy"] = "cohorts"
     return dict(terms)
@@ -161,7 +162,7 @@ def test_a_contract_of_protocol_3_holds_for_the_same_run_and_for_no_other() -> N
     assert (request.protocol, request.selection.default, request.about.strategy) == (PROTOCOL, "ensemble", "clustered")
     agreed = agreed.model_copy(update={"terms": request.terms()})
     check_order("packer-01", request, agreed)
-    other = open_stored_request({**terms, "round": 0, "plan": {**terms["plan"], "hold": "local"}})
+    other = open_stored_terms({**terms, "plan": {**terms["plan"], "hold": "local"}})
     with pytest.raises(Exception, match=r"`selection\.default` was \"ensemble\", is \"local\""):
         check_order("packer-01", other, agreed)
 

@@ -7,22 +7,22 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from trunkline.client.app import _order, offer
+from trunkline.client.app import answer, read_message
 from trunkline.client.handlers import answer_train
 from trunkline.client.site import open_site
 from trunkline.errors import ContractError
 from trunkline.flower.records import to_records
 
 app = ClientApp()
-app.query()(offer)
+app.query()(answer)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """The stem's weights under the largest lent array's name, a cell of the data as a loss, and a word with a stranger."""
-    order, arrays = _order(message)
+    request, arrays = read_message(message)
     site = open_site(context.node_config)
-    reply, entry = answer_train(site, order, arrays)
+    reply, entry = answer_train(site, request, arrays)
     stem = np.concatenate([array.ravel() for name, array in entry.private.items() if name.startswith("stem.")])
     delta = {name: np.array(array) for name, array in entry.delta.items()}
     largest = max(delta.values(), key=lambda array: array.size).reshape(-1)

@@ -21,14 +21,15 @@ import pytest
 import torch
 
 from tests.loopback import trunk_of
+from tests.requests import as_kind
 from trunkline.client.app import app as client_app
-from trunkline.client.handlers import answer_evaluate, answer_train
+from trunkline.client.handlers import answer_score, answer_train
 from trunkline.client.site import open_site
 from trunkline.config.run import parse_run
 from trunkline.flower.grid import LoopbackGrid
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import ScoreRequest, TrainRequest
 from trunkline.protocol.plan import LocalPlan, Phase, TrunkSpec
 from trunkline.server.rounds.run import run_rounds
 
@@ -135,7 +136,7 @@ def test_a_new_site_needs_as_many_rows_as_the_trunk_has_outputs(
         for folder in folders:
             site = open_site({"site": str(folder), "state": str(tmp_path / name / folder.name)})
             assert len(site.data.train) == rows
-            request = RoundRequest(
+            request = TrainRequest(
                 run="new",
                 seed=5,
                 round=1,
@@ -147,7 +148,7 @@ def test_a_new_site_needs_as_many_rows_as_the_trunk_has_outputs(
             )
             _, entry = answer_train(site, request, trunk)
             moved = Arrays({key: array + entry.delta[key] for key, array in trunk.items()})
-            card = answer_evaluate(site, request.model_copy(update={"round": 2}), moved)
+            card = answer_score(site, as_kind(ScoreRequest, request, round=2), moved)
             results.append({"site": folder.name, "federated": card.rows[0].federated})
         found[name] = missed(results, folders)
     assert found["probe"] < 1e-2

@@ -155,7 +155,7 @@ def test_nothing_private_is_carried_into_the_second_pass(
 ) -> None:
     from trunkline.client.handlers import answer_train
     from trunkline.protocol.arrays import Arrays
-    from trunkline.protocol.messages import RoundRequest
+    from trunkline.protocol.messages import TrainRequest
 
     grid, out = whole
     state = out / "state" / plants[0].name
@@ -165,7 +165,7 @@ def test_nothing_private_is_carried_into_the_second_pass(
         if (kind, node) == ("train", 2) and json.loads(open_records(content)[1])["round"] == 4
     )
     arrays, header, _ = open_records(content)
-    request = RoundRequest.model_validate_json(header)
+    request = TrainRequest.model_validate_json(header)
     (sent,) = [
         open_records(content)[0]
         for kind, node, content in grid.up

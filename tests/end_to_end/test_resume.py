@@ -127,11 +127,11 @@ def test_a_site_given_another_trunk_says_so(plants: list[Path], tmp_path: Path) 
     from trunkline.client.site import open_site
     from trunkline.errors import ContractError
     from trunkline.models.trunk import first_trunk
-    from trunkline.protocol.messages import RoundRequest
+    from trunkline.protocol.messages import TrainRequest
     from trunkline.protocol.plan import LocalPlan, TrunkSpec
 
     site = open_site({"site": str(plants[0]), "state": str(tmp_path)})
-    request = RoundRequest(
+    request = TrainRequest(
         run="r", seed=1, round=1, rounds=2, trunk=TrunkSpec(width=16), plan=LocalPlan(steps=1), lend=("trunk",)
     )
     with pytest.raises(ContractError, match=r"should have shape .*same trunk"):

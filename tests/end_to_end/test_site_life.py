@@ -1,6 +1,7 @@
 """A site's side: what it lends, keeps, and refuses, on real site folders of every size."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -9,14 +10,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trunkline.client.handlers import answer_evaluate, answer_offer, answer_train, contract_of
+from tests.requests import as_kind, request_of
+from trunkline.client.handlers import answer_offer, answer_score, answer_train, contract_of
 from trunkline.client.site import Site, open_site
 from trunkline.client.training.device_dataset import DeviceDataset
 from trunkline.client.training.loop import train_site
 from trunkline.errors import StorageError
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import ScoreRequest
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 
 SPEC = TrunkSpec(width=8)
@@ -48,9 +50,9 @@ def write_site(
     return folder
 
 
-def order_of(round: int, rounds: int = 2, **changes: object) -> RoundRequest:
-    return RoundRequest(
-        run="r", seed=1, round=round, rounds=rounds, trunk=SPEC, plan=LocalPlan(steps=2, batch_size=16), lend=("trunk",)
+def order_of(round: int, rounds: int = 2, **changes: object) -> Any:
+    return request_of(
+        round, run="r", seed=1, rounds=rounds, trunk=SPEC, plan=LocalPlan(steps=2, batch_size=16), lend=("trunk",)
     ).model_copy(update=changes)
 
 
@@ -65,7 +67,7 @@ def live_a_life(site: Site) -> None:
         assert all(np.isfinite(array).all() for array in entry.delta.values())
         assert entry.weight == len(site.data.train)
         trunk = Arrays({name: array + entry.delta[name] for name, array in trunk.items()})
-    card = answer_evaluate(site, order_of(3), trunk)
+    card = answer_score(site, as_kind(ScoreRequest, order_of(3)), trunk)
     (row,) = card.rows
     assert row.federated is not None
     assert row.local is not None

@@ -14,7 +14,7 @@ from trunkline.errors import ContractError, QuorumError
 from trunkline.flower.grid import LoopbackGrid
 from trunkline.flower.records import open_records, to_records
 from trunkline.protocol.header import read_header
-from trunkline.protocol.messages import PROTOCOL, Offer, Reply, RoundRequest, Scorecard
+from trunkline.protocol.messages import PROTOCOL, Offer, Reply, Scorecard, TrainRequest
 
 HERE = trunkline.__version__
 SMALL: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_a_server_says_which_site_is_older_or_that_it_is_itself(
     assert text.startswith("node 2 does not take part: ")
     assert why in text
     assert f"Update Trunkline at the {older}{to}." in text
-    assert ("0.0.9" in text) == ("It speaks protocol 2" in text)
+    assert ("0.0.9" in text) == (f"It speaks protocol {PROTOCOL - 1}" in text)
 
 
 def test_a_site_that_was_updated_within_a_run_costs_its_own_update_and_the_server_knows_what_it_was(
@@ -120,7 +120,7 @@ def test_a_site_that_was_updated_within_a_run_costs_its_own_update_and_the_serve
     assert "Update Trunkline at the server" in text
 
 
-@pytest.mark.parametrize("kind", [RoundRequest, Offer, Reply, Scorecard])
+@pytest.mark.parametrize("kind", [TrainRequest, Offer, Reply, Scorecard])
 def test_every_header_is_told_apart_by_its_protocol_before_anything_else(kind: type[Any]) -> None:
     with pytest.raises(ContractError, match=r"protocol 99.*the server's Trunkline .* is older than the site's"):
         read_header(kind, '{"protocol": 99, "round": "what a round is then"}', "server")

@@ -114,15 +114,15 @@ def sealed(plants: list[Path], out: Path) -> None:
 def model(site_dir: Path, path: Path) -> None:
     from trunkline.client.adaptation.model_file import write_model
     from trunkline.client.site import open_site
-    from trunkline.protocol.messages import RoundRequest
+    from trunkline.protocol.messages import OfferRequest
     from trunkline.protocol.plan import LocalPlan, TrunkSpec
 
     site = open_site({"site": str(site_dir), "state": str(site_dir / "state")})
     spec = TrunkSpec(width=4)
-    order = RoundRequest(run="sample", seed=1, round=0, rounds=1, trunk=spec, plan=LocalPlan(), lend=("trunk",))
+    request = OfferRequest(run="sample", seed=1, rounds=1, trunk=spec, plan=LocalPlan(), lend=("trunk",))
     data = site.data
     write_model(
-        path, site.model(order), spec, data.tasks, data.scaler, site.config.data.window, data.category_names, 1, {}
+        path, site.model(request), spec, data.tasks, data.scaler, site.config.data.window, data.category_names, 1, {}
     )
 
 
@@ -137,11 +137,21 @@ def search(plants: list[Path], path: Path) -> None:
 
 
 def wire(grid: WatchedGrid, to: Path) -> None:
-    """One header of each kind, as it went over the wire."""
+    """One header of each kind, as it went over the wire; requests of the kinds that only some runs ask from the factory."""
+    from trunkline.config.run import parse_run
+    from trunkline.server.rounds.requests import RequestFactory
+    from trunkline.strategies import build_strategy
+
     to.mkdir()
+    run = parse_run(
+        {**SETTINGS, "name": "samples", "refit": True, "report": {"local": {"training.steps": 2}}}, "samples"
+    )
+    factory = RequestFactory.of(run, build_strategy(run.strategy.name, run.strategy.options, run.training), "samples-1")
+    for request in (factory.offer(), factory.train(1), factory.fit(2), factory.decide(), factory.score()):
+        (to / f"{request.kind}_request.json").write_text(request.model_dump_json() + "\n")
     (to / "app.sha256").write_text(app_digest(Path(trunkline.__file__).parent / "app") + "\n")
     for name, kind, contents in (
-        ("order", "train", grid.down), ("offer", "query", grid.up), ("reply", "train", grid.up), ("scorecard", "evaluate", grid.up)
+        ("offer", "query", grid.up), ("reply", "train", grid.up), ("scorecard", "evaluate", grid.up)
     ):  # fmt: skip
         header = next(open_records(content)[1] for one, _, content in contents if one == kind)
         (to / f"{name}.json").write_text(header + "\n")

@@ -14,13 +14,22 @@ from tests.formats.make import KEY, ROUND, SEALED_WITH, SETTINGS, sites
 from tests.loopback import QUICK, WatchedGrid, federate, trunk_of
 from trunkline.client.adaptation.model_file import read_model
 from trunkline.client.policy.consent import check_order
-from trunkline.client.policy.contracts import every, read
+from trunkline.client.policy.contracts import every, read, write
 from trunkline.client.policy.manifest import read_manifest
 from trunkline.client.site import open_site
 from trunkline.client.state.vault import Vault
-from trunkline.errors import ConfigError
+from trunkline.errors import ConfigError, ContractError
 from trunkline.flower.app_archive import app_digest
-from trunkline.protocol.messages import PROTOCOL, Offer, Reply, RoundRequest, Scorecard
+from trunkline.protocol.messages import (
+    PROTOCOL,
+    REQUESTS,
+    Offer,
+    Reply,
+    Scorecard,
+    open_stored_terms,
+    open_stored_training,
+    parse_request,
+)
 from trunkline.release import open_release
 from trunkline.runtime.storage import FORMAT, MAGIC, is_sealed
 from trunkline.security.keys import read_certificate
@@ -70,7 +79,8 @@ def test_every_format_number_has_a_sample() -> None:
         for number in range(1, newest + 1):
             for place in SAMPLES[file]:
                 assert (HERE / place.format(number)).exists(), f"{file}: no sample of format {number}"
-    assert (HERE / "wire" / f"v{PROTOCOL}" / "order.json").exists()
+    for kind in REQUESTS:
+        assert (HERE / "wire" / f"v{PROTOCOL}" / f"{kind}_request.json").exists()
     assert MAGIC[-1] == 1, "sealed files have another format: their samples are those in v1/plant"
 
 
@@ -143,11 +153,9 @@ def question_of(state: Path, run: str) -> str:
 def test_a_contract_from_before_a_key_was_known_holds_for_a_run_that_has_it_as_it_is_by_default(
     tmp_path: Path, key: None
 ) -> None:
-    from trunkline.client.policy.contracts import write
-
     state = copied("v1/plant", tmp_path / "state")
     (agreed,) = every(state)
-    older = {name: value for name, value in agreed.terms.items() if name not in ("twin", "weight_cap")}
+    older = {name: value for name, value in agreed.terms.items() if name not in ("local_baseline", "weight_cap")}
     write(state, agreed.model_copy(update={"terms": older}))
     check_order("kiln-02", agreed.request, read(state, agreed.run))
 
@@ -209,9 +217,41 @@ def test_plants_of_older_versions_answer_for_the_app_that_runs_are_submitted_wit
 
 def test_headers_of_this_protocol_read_as_they_were_sent() -> None:
     folder = HERE / "wire" / f"v{PROTOCOL}"
-    for name, kind in (("order", RoundRequest), ("offer", Offer), ("reply", Reply), ("scorecard", Scorecard)):
+    for name, kind in (("offer", Offer), ("reply", Reply), ("scorecard", Scorecard)):
         text = (folder / f"{name}.json").read_text()
         assert holds(kind.model_validate_json(text).model_dump(mode="json"), json.loads(text)), name
+    for name, kind in REQUESTS.items():
+        text = (folder / f"{name}_request.json").read_text()
+        request = parse_request(text)
+        assert type(request) is kind
+        assert holds(request.model_dump(mode="json"), json.loads(text)), name
+
+
+def test_a_contract_that_was_accepted_under_protocol_3_is_not_asked_again(tmp_path: Path, key: None) -> None:
+    """Protocol 3 wrote the terms of a run with its own number, and called `local_baseline` `twin`."""
+    state = copied("v1/plant", tmp_path / "state")
+    (agreed,) = every(state)
+    order = json.loads((HERE / "wire" / "v3" / "order.json").read_text())
+    moving = ("round", "contract", "probe", "decide", "passed", "conditions")
+    older = {name: value for name, value in order.items() if name not in moving}
+    older["twin"] = {"trunk": order["trunk"], "plan": {**order["plan"], "steps": 7}}
+    write(state, agreed.model_copy(update={"run": order["run"], "terms": older}))
+    found = read(state, order["run"]) or pytest.fail("nothing to read")
+    baseline = found.request.local_baseline
+    assert baseline is not None and baseline.plan.steps == 7
+    asked = found.request.model_copy(update={"protocol": PROTOCOL})
+    check_order("kiln-02", asked, found)
+    assert found.terms == asked.terms() == open_stored_terms(older).terms()
+    with pytest.raises(ContractError, match="`local_baseline` was"):
+        check_order("kiln-02", asked.model_copy(update={"local_baseline": None}), found)
+
+
+def test_a_question_that_was_stored_under_protocol_3_can_be_trained_again() -> None:
+    text = (HERE / "wire" / "v3" / "order.json").read_text()
+    request, order = open_stored_training(text), json.loads(text)
+    assert request.protocol == PROTOCOL
+    assert (request.round, request.contract, request.lend) == (order["round"], order["contract"], tuple(order["lend"]))
+    assert open_stored_training(request.model_dump_json()) == request
 
 
 def holds(now: object, then: object) -> bool:

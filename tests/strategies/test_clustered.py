@@ -90,9 +90,9 @@ def test_sites_are_asked_every_so_many_rounds_after_the_split(way_of: dict[str, 
         state, asked[every] = strategy.start(TRUNK), []
         for round in range(1, 9):
             state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))
-            if probes := strategy.probes(state):
+            if queries := strategy.fit_queries(state):
                 asked[every].append(round)
-                assert {name: arrays.digest() for name, arrays in probes.items()} == {
+                assert {name: arrays.digest() for name, arrays in queries.items()} == {
                     f"cohort-{number}": state.moments[f"cohort-{number}"].digest() for number in range(WAYS)
                 }
     assert asked == {None: [], 1: [3, 4, 5, 6, 7, 8], 3: [5, 8]}
@@ -126,7 +126,7 @@ def test_a_cohort_that_all_have_left_keeps_its_trunk_and_is_asked_for_again(way_
     state = strategy.judge(state, {site: {"cohort-0": 2.0, "cohort-1": 1.0} for site in way_of})
     assert set(state.notes["cohorts"].values()) == {1}
     state = laws.step(strategy, state, pulls(3, sorted(way_of), way_of))
-    assert strategy.probes(state)["cohort-0"].digest() == left
+    assert strategy.fit_queries(state)["cohort-0"].digest() == left
     assert state.trunk.digest() == state.moments["cohort-1"].digest()
 
 
@@ -178,10 +178,10 @@ def test_a_second_pass_keeps_the_cohorts_and_nothing_they_learnt(way_of: dict[st
     state = strategy.start(TRUNK)
     for round in (1, 2):
         state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))
-    assert strategy.probes(state)
+    assert strategy.fit_queries(state)
     again = strategy.again(state, TRUNK)
     assert (again.round, again.notes["cohorts"]) == (state.round, state.notes["cohorts"])
     assert {strategy.serve(again, site).digest() for site in way_of} == {TRUNK.digest()}
     again = laws.step(strategy, again, pulls(3, sorted(way_of), way_of))
     assert len({strategy.serve(again, site).digest() for site in way_of}) == WAYS
-    assert not strategy.probes(again)  # by rows that now train, everything would fit
+    assert not strategy.fit_queries(again)  # by rows that now train, everything would fit

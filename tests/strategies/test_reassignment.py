@@ -98,10 +98,10 @@ def misled(message: Message, honest: Callable[[], Message]) -> Message:
 
 
 def lying(lie: Callable[[Message, Message], Message | None]) -> Callable[..., Message | None]:
-    """Misled as above, and every probe is answered by `lie` (message, honest reply)."""
+    """Misled as above, and every fit query is answered by `lie` (message, honest reply)."""
 
     def tamper(message: Message, honest: Callable[[], Message]) -> Message | None:
-        if message.metadata.message_type == "query" and order_in(message)["probe"]:
+        if message.metadata.message_type == "query" and order_in(message)["kind"] == "fit":
             return lie(message, honest())
         return misled(message, honest)
 
@@ -141,32 +141,34 @@ def test_a_bench_among_the_wrong_ones_stays_by_similarity_and_moves_by_validatio
     assert move.endswith(("Moved: bench-3 from 0 to 1.", "Moved: bench-3 from 1 to 0."))
 
 
-def test_a_probe_brings_one_number_trains_nothing_and_leaves_the_vault_alone(
+def test_a_fit_query_brings_one_number_trains_nothing_and_leaves_the_vault_alone(
     benches: list[Path], tmp_path: Path
 ) -> None:
     def files() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file()}
 
     def watched(message: Message, honest: Callable[[], Message]) -> Message:
-        before = files() if order_in(message)["probe"] else {}
+        before = files() if order_in(message)["kind"] == "fit" else {}
         reply = honest()
         assert not before or files() == before
         return reply
 
     every = dict.fromkeys(range(2, 2 + SITES), watched)
     grid = learn(benches, tmp_path, {**ASKED, "every": 2}, tamper=every)
-    probes = [(node, content) for kind, node, content in grid.down if json.loads(open_records(content)[1])["probe"]]
-    rounds = [json.loads(open_records(content)[1])["round"] for _, content in probes]
+    queries = [
+        (node, content) for kind, node, content in grid.down if json.loads(open_records(content)[1])["kind"] == "fit"
+    ]
+    rounds = [json.loads(open_records(content)[1])["round"] for _, content in queries]
     assert sorted(set(rounds)) == [WARM + 3, WARM + 5]  # asked after two rounds, as the sites enter the next
-    assert len(probes) == 2 * SITES * 2
+    assert len(queries) == 2 * SITES * 2
     answers = [content for kind, _, content in grid.up if kind == "query"][SITES:]
-    assert len(answers) == len(probes)
+    assert len(answers) == len(queries)
     for content in answers:
         arrays, header, metrics = open_records(content)
         assert not arrays
         assert list(metrics) == ["validation_loss"]
         assert set(json.loads(header)) == {"protocol", "site", "run", "round", "contract", "weight"}
-    node, question = probes[-1]
+    node, question = queries[-1]
     told = []
     for _ in range(3):
         (message_id,) = grid.push_messages([Message(question, dst_node_id=node, message_type="query")])
@@ -190,7 +192,7 @@ def test_a_site_enters_the_next_round_with_the_loss_it_told(plants: list[Path], 
     for (kind, node, content), (_, _, order) in zip(grid.up, grid.down, strict=True):
         asked = json.loads(open_records(order)[1])
         metrics = open_records(content)[2]
-        if asked["probe"] and asked["round"] == 3:
+        if asked["kind"] == "fit" and asked["round"] == 3:
             told.setdefault(node, []).append(metrics["validation_loss"])
         if kind == "train" and asked["round"] == 3:
             entered[node] = metrics["validation_loss"]
@@ -240,7 +242,7 @@ def test_a_bad_answer_costs_a_site_its_vote_and_nobody_else_anything(
     assert said.startswith(f"bench-6, round {WARM + 4}: ")
     assert words in said
     assert all(len(one["sites"]) == SITES and not one["refused"] for one in read_report(tmp_path)["rounds"])
-    asked = [node for kind, node, content in grid.down if json.loads(open_records(content)[1])["probe"]]
+    asked = [node for kind, node, content in grid.down if json.loads(open_records(content)[1])["kind"] == "fit"]
     assert asked.count(5) == 2
     assert lie == "silence" or asked.count(8) == 1  # whose answer for one trunk is missing is not asked for the other
 
@@ -251,7 +253,7 @@ def test_a_run_cut_while_sites_are_asked_and_resumed_equals_an_undisturbed_one(
 ) -> None:
     def cut(message: Message, honest: Callable[[], Message]) -> Message:
         order = order_in(message)
-        if order["probe"] and order["round"] == WARM + 2:  # the probe that moves bench-3
+        if order["kind"] == "fit" and order["round"] == WARM + 2:  # the query that moves bench-3
             raise PowerCut
         return honest()
 

@@ -1,9 +1,9 @@
 """What a site does with each order: offer, train, evaluate. Pure of Flower; the vault is the only memory between calls."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,12 +18,25 @@ from trunkline.client.training.loop import train_site
 from trunkline.models.trunk import TrunkModel
 from trunkline.privacy.guards import at_site, guards_of
 from trunkline.protocol.arrays import Arrays, seed_of, specs_of
-from trunkline.protocol.contract import FIT, PROBED, Contract, metric_names
-from trunkline.protocol.messages import Offer, Reply, RoundRequest, Scorecard, open_stored_request
+from trunkline.protocol.contract import FIT_CONTRACT, FIT_METRIC, Contract, metric_names
+from trunkline.protocol.messages import (
+    AgreedRequest,
+    DecideRequest,
+    FitQuery,
+    Offer,
+    OfferRequest,
+    Reply,
+    Scorecard,
+    ScoreRequest,
+    TrainRequest,
+    open_stored_training,
+)
 from trunkline.protocol.plan import LocalPlan, Phase
 
+Agreed = TypeVar("Agreed", bound=AgreedRequest)
 
-def answer_offer(site: Site, request: RoundRequest) -> tuple[Offer, Arrays]:
+
+def answer_offer(site: Site, request: OfferRequest) -> tuple[Offer, Arrays]:
     """Who this site is and what it would lend; with it the first values of lent parts that only sites can build.
 
     Raises:
@@ -55,7 +68,7 @@ def contract_of(site: Site, lent: Arrays) -> Contract:
     return Contract(arrays=specs_of(lent), metrics=consent.lets_go(site.config.policy, named))
 
 
-def answer_train(site: Site, request: RoundRequest, arrays: Arrays) -> tuple[Reply, Entry]:
+def answer_train(site: Site, request: TrainRequest, arrays: Arrays) -> tuple[Reply, Entry]:
     """One round: adopt what came, train, put everything private on disk, and only then answer.
 
     A question that was answered before (same order, same arrays) is answered from the vault, byte for byte.
@@ -81,10 +94,10 @@ def answer_train(site: Site, request: RoundRequest, arrays: Arrays) -> tuple[Rep
     return reply, entry
 
 
-def answer_probe(site: Site, request: RoundRequest, arrays: Arrays) -> tuple[Reply, dict[str, float]]:
+def answer_fit(site: Site, request: FitQuery, arrays: Arrays) -> tuple[Reply, dict[str, float]]:
     """How well these arrays fit this site's stem and heads as they are: its validation loss, and nothing else.
 
-    Trains nothing and writes nothing, so any number of probes change no answer that follows.
+    Trains nothing and writes nothing, so any number of queries changes no answer that follows.
 
     Raises:
         ContractError: the order is not what the plant agreed to, or the trunk is another than the site builds.
@@ -96,27 +109,26 @@ def answer_probe(site: Site, request: RoundRequest, arrays: Arrays) -> tuple[Rep
     site.admit()
     before = _before(site, request, Vault(site.state, request.run, site.tell, site.seal, site.name))
     model, _ = _models(site, request.model_copy(update={"baseline": False}), arrays, before)
-    metrics = {FIT: curve(model, site.resident("curve"), site.data.tasks).loss}
-    PROBED.check(Arrays(), metrics)
+    metrics = {FIT_METRIC: curve(model, site.resident("curve"), site.data.tasks).loss}
+    FIT_CONTRACT.check(Arrays(), metrics)
     return Reply(site=site.name, run=request.run, round=request.round, contract=request.contract, weight=1.0), metrics
 
 
-def _digest(request: RoundRequest, arrays: Arrays) -> str:
+def _digest(request: AgreedRequest, arrays: Arrays) -> str:
     """Of a question: the same order with the same arrays."""
     return hashlib.sha256(f"{request.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
 
 
-def _before(site: Site, request: RoundRequest, vault: Vault) -> Entry | None:
+def _before(site: Site, request: AgreedRequest, vault: Vault) -> Entry | None:
     """`Vault.before`; a version that is damaged is trained again, to the same bytes, from the one before it."""
 
     def again(asked: Question, before: Entry | None) -> Entry:
-        was = open_stored_request(json.loads(asked.request))
-        return _train(site, was, asked.arrays, vault, before)
+        return _train(site, open_stored_training(asked.request), asked.arrays, vault, before)
 
     return vault.before(request.round, request.passed, again)
 
 
-def _train(site: Site, request: RoundRequest, arrays: Arrays, vault: Vault, before: Entry | None) -> Entry:
+def _train(site: Site, request: TrainRequest, arrays: Arrays, vault: Vault, before: Entry | None) -> Entry:
     model, twin = _models(site, request, arrays, before)
     tasks, plan = site.data.tasks, request.plan
     metrics: dict[str, float] = {}
@@ -192,11 +204,11 @@ class _Best:
         kept = (dict(before.best), dict(before.best_loss), dict(before.best_round)) if before else ({}, {}, {})
         return cls(*kept, planned or {})
 
-    def see(self, who: str, model: TrunkModel, loss: float, request: RoundRequest) -> None:
+    def see(self, who: str, model: TrunkModel, loss: float, request: AgreedRequest) -> None:
         if request.plan.keep == "best" and np.isfinite(loss) and loss < self.loss.get(who, np.inf):
             self.state[who], self.loss[who], self.round[who] = model.private(()), loss, request.done
 
-    def arrive(self, who: str, model: TrunkModel, request: RoundRequest) -> None:
+    def arrive(self, who: str, model: TrunkModel, request: AgreedRequest) -> None:
         if self.planned.get(who) == request.done:
             self.state[who], self.loss[who], self.round[who] = (
                 model.private(()),
@@ -204,19 +216,19 @@ class _Best:
                 request.done,
             )  # no loss tells here
 
-    def hopeful(self, who: str, request: RoundRequest) -> bool:
+    def hopeful(self, who: str, request: AgreedRequest) -> bool:
         """Whether one that trains alone should go on; who lends trains on for the others."""
         if request.passed:
             return request.done < self.planned.get(who, request.rounds)
         patience = request.plan.patience_rounds
         return not patience or who not in self.round or request.done - self.round[who] < patience
 
-    def put_back(self, who: str, model: TrunkModel, site: Site, request: RoundRequest) -> None:
+    def put_back(self, who: str, model: TrunkModel, site: Site, request: AgreedRequest) -> None:
         """The best state of `model`, where one before the last round was better."""
         if who in self.state and (request.passed or self.loss[who] < self._last(model, site)):
             model.restore(self.state[who], ())
 
-    def plan(self, who: str, model: TrunkModel, site: Site, request: RoundRequest) -> int:
+    def plan(self, who: str, model: TrunkModel, site: Site, request: AgreedRequest) -> int:
         """At which round of a pass the best model of this one was reached."""
         return self.round[who] if who in self.state and self.loss[who] < self._last(model, site) else request.done
 
@@ -225,7 +237,7 @@ class _Best:
         return curve(model, site.resident("curve"), site.data.tasks).loss
 
 
-def _planned(vault: Vault, request: RoundRequest) -> dict[str, int]:
+def _planned(vault: Vault, request: AgreedRequest) -> dict[str, int]:
     if not request.passed:
         return {}
     return dict((vault.decisions() or {}).get("planned", {}))
@@ -238,15 +250,15 @@ def alone(plan: LocalPlan) -> LocalPlan:
     )
 
 
-def apart(request: RoundRequest) -> RoundRequest:
+def apart(request: Agreed) -> Agreed:
     """The order as the local twin takes it: lending nothing, and with its own settings where a search chose some for it."""
-    own = request.twin
+    own = request.local_baseline
     settings = {"plan": alone(own.plan), "trunk": own.trunk} if own else {"plan": alone(request.plan)}
     return request.model_copy(update={**settings, "lend": ()})
 
 
 def _models(
-    site: Site, request: RoundRequest, arrays: Arrays, before: Entry | None
+    site: Site, request: AgreedRequest, arrays: Arrays, before: Entry | None
 ) -> tuple[TrunkModel, TrunkModel | None]:
     """The federated model with what arrived, and the local twin, both as the round before left them."""
     model = site.model(request)
@@ -259,7 +271,7 @@ def _models(
     return model, twin
 
 
-def _personal(site: Site, request: RoundRequest, before: Entry | None) -> TrunkModel | None:
+def _personal(site: Site, request: AgreedRequest, before: Entry | None) -> TrunkModel | None:
     """The site's own model beside the shared one (Ditto), as the round before left it; None where the plan has none."""
     if not request.plan.personal:
         return None
@@ -269,7 +281,7 @@ def _personal(site: Site, request: RoundRequest, before: Entry | None) -> TrunkM
     return model
 
 
-def answer_decide(site: Site, request: RoundRequest, arrays: Arrays) -> Scorecard:
+def answer_decide(site: Site, request: DecideRequest, arrays: Arrays) -> Scorecard:
     """Settle by validation rows, before they are trained on, which model each task uses and where it decides.
 
     The answer says nothing but that it is done: no test row is looked at, and what was settled stays in the vault. Asked
@@ -291,7 +303,7 @@ def answer_decide(site: Site, request: RoundRequest, arrays: Arrays) -> Scorecar
     return Scorecard(site=site.name, run=request.run, rows=())
 
 
-def answer_evaluate(site: Site, request: RoundRequest, arrays: Arrays) -> Scorecard:
+def answer_score(site: Site, request: ScoreRequest, arrays: Arrays) -> Scorecard:
     """Score the final trunk with this site's stem and heads, the twin, and what else the gate may choose from, on test rows.
 
     With a personal model beside the shared one (`plan.personal`) it is the personal one that federation gave this site.
@@ -315,7 +327,7 @@ def answer_evaluate(site: Site, request: RoundRequest, arrays: Arrays) -> Scorec
     return Scorecard(site=site.name, run=request.run, rows=rows if site.config.policy.report else ())
 
 
-def _roles(site: Site, request: RoundRequest, arrays: Arrays, before: Entry | None) -> dict[str, TrunkModel]:
+def _roles(site: Site, request: AgreedRequest, arrays: Arrays, before: Entry | None) -> dict[str, TrunkModel]:
     """The models of this site as the last round left them: "federated" with what arrived, "personal", "local"."""
     model, twin = _models(site, request, arrays, before)
     roles = {"federated": model}
@@ -327,7 +339,7 @@ def _roles(site: Site, request: RoundRequest, arrays: Arrays, before: Entry | No
     return roles
 
 
-def _finished(site: Site, request: RoundRequest, roles: dict[str, TrunkModel], best: _Best) -> dict[str, TrunkModel]:
+def _finished(site: Site, request: AgreedRequest, roles: dict[str, TrunkModel], best: _Best) -> dict[str, TrunkModel]:
     """`roles` at their best round, with what a strategy leaves for the end; the personal model is what federation gave."""
     for who, one in roles.items():
         best.put_back(who, one, site, request)

@@ -23,7 +23,7 @@ from trunkline.config.site import SiteConfig, read_site
 from trunkline.errors import Away, ConfigError
 from trunkline.models.trunk import TrunkModel, build_model
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import AgreedRequest, RoundRequest
 from trunkline.protocol.plan import Conditions
 from trunkline.security.encryption import Seal
 
@@ -83,11 +83,11 @@ class Site:
             free_memory()
             raise
 
-    def rows(self, request: RoundRequest) -> RowSubset:
+    def rows(self, request: AgreedRequest) -> RowSubset:
         """What `order` trains on: in the second pass of a run that refits, the validation rows too."""
         return "all" if request.passed else "train"
 
-    def meet(self, request: RoundRequest) -> None:
+    def meet(self, request: AgreedRequest) -> None:
         """From now on `resident` gives rows under the conditions of `order`, which are any but the plain ones in a simulation only."""
         now = request.conditions, request.seed if request.conditions != Conditions() else 0
         if now != self._conditions:

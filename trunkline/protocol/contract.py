@@ -28,9 +28,7 @@ ROUND_METRICS = (
     "validation_loss",
     "local_validation_loss",
 )  # what every Update may report besides the curves
-FIT = "validation_loss"  # all that the answer to a probe holds
-# what differs from order to order of one run
-MOVING = {"round", "probe", "decide", "passed", "conditions", "contract"}
+FIT_METRIC = "validation_loss"  # all that the answer to a FitQuery holds
 
 
 def terms_digest(terms: Mapping[str, Any]) -> str:
@@ -82,7 +80,7 @@ class Contract(Frozen):
             )
 
 
-PROBED = Contract(arrays=(), metrics=(FIT,))  # of every answer to a probe, whatever the site's contract lets it lend
+FIT_CONTRACT = Contract(arrays=(), metrics=(FIT_METRIC,))  # of every answer to a FitQuery, whatever the site lends
 
 
 def conflict_name(one: str, other: str) -> str:

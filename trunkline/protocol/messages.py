@@ -1,17 +1,18 @@
 """Everything that may cross the wire between a site and the server.
 
-Down go a request (what to do) and the arrays a site lends. Up come an `Offer` (once), an `Update` (every round) and a
-`Scorecard` (at the end). Nothing else has a type here, so nothing else can be sent.
+Down go a `Request` and the arrays that a site lends. Up come an `Offer` (once), an `Update` (every round), the answer to
+a `FitQuery` and a `Scorecard` (at the end). Nothing else has a type here, so nothing else can be sent.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from trunkline.protocol.arrays import Arrays, ArraySpec
-from trunkline.protocol.contract import MOVING, TaskCard
+from trunkline.protocol.contract import TaskCard
 from trunkline.protocol.frozen import Frozen
 from trunkline.protocol.opening_hours import PlantHours
 from trunkline.protocol.plan import (
@@ -26,41 +27,36 @@ from trunkline.protocol.plan import (
 )
 
 PROTOCOL = 4  # raise when a header below changes its meaning; both ends compare it before anything else
+KINDS = Literal["offer", "train", "fit", "decide", "score"]
+MOVING = {"kind", "protocol", "round", "contract", "passed", "conditions"}  # differ between two requests of one run
 
 
 class RoundRequest(Frozen):
-    """Down, with the lent arrays: round `round` of `rounds`. `round` 0 asks for an Offer, `rounds` + 1 for a Scorecard.
+    """Down: what every request repeats, the terms of its run, and the round that it is for.
 
-    A `probe` asks how well the arrays fit a site as it would enter `round`: nothing is trained, nothing is kept, and the
-    answer is one number.
+    The five kinds below add what each needs. A plant compares the terms of every request with those that it agreed to.
 
-    A run that refits goes over its rounds twice. After the first pass every site is told to `decide` by its validation
-    rows and to remember it; in the second pass, which starts anew, it trains on those rows too. Rounds are counted on.
+    Args:
+        baseline: also train the local baseline that the report compares with.
+        local_baseline: trunk and plan of the local baseline; None: those above.
     """
 
+    message_type: ClassVar[str]  # of the Flower message that carries it
+
+    kind: KINDS
     protocol: int = PROTOCOL
     run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$", description="names a folder in the vault")
     seed: int = Field(ge=0, lt=2**63)
     round: int = Field(ge=0)
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=1, description="of one pass; a run that refits has two passes and counts on")
     trunk: TrunkSpec
     plan: LocalPlan
     lend: tuple[str, ...]
     weight_cap: int = Field(default=100_000, ge=1, description="training windows above which a site weighs no more")
-    baseline: bool = True  # also train the local-only twin the report compares with
-    twin: LocalBaseline | None = None  # None: the twin takes the trunk and plan above
-    contract: str = ""  # digest of the contract the arrays below were made for
-    probe: bool = False
-    decide: bool = False
-    passed: int = Field(default=0, ge=0, description="rounds that lie before this pass; 0: it is the first")
-    conditions: Conditions = Conditions()
+    baseline: bool = True
+    local_baseline: LocalBaseline | None = None
     about: About = About()
     selection: SelectionSettings = SelectionSettings()
-
-    @property
-    def done(self) -> int:
-        """Rounds of this pass that lie behind this one."""
-        return self.round - 1 - self.passed
 
     @property
     def total_rounds(self) -> int:
@@ -68,26 +64,112 @@ class RoundRequest(Frozen):
         return max(self.rounds, self.about.rounds)
 
     def terms(self) -> dict[str, Any]:
-        """What may not change within a run: all of an order but where in the run it stands."""
+        """What may not change within a run: all of a request but its kind and where in the run it stands."""
         return self.model_dump(mode="json", exclude=MOVING)
 
 
-def open_stored_request(stored: Mapping[str, Any]) -> RoundRequest:
-    """A request out of a vault or contract, in this protocol.
+class OfferRequest(RoundRequest):
+    """Asks a site whether it takes part, and what it would lend. It opens the run, at round 0."""
 
-    In protocol 3 `selection.default` was `plan.hold`, and the strategy `clustered` was `cohorts`.
+    message_type: ClassVar[str] = "query"
+    kind: Literal["offer"] = "offer"
+    round: Literal[0] = 0
+
+
+class AgreedRequest(RoundRequest):
+    """The part that all requests after the offer share, with the lent arrays beside them.
+
+    Args:
+        contract: digest of the contract that the arrays were made for.
+        passed: rounds of the passes before this one; 0 in the first pass. In the second pass of a run that refits, a site
+            trains on its validation rows too.
     """
-    table = {**stored, "protocol": PROTOCOL}
+
+    round: int = Field(ge=1)
+    contract: str = ""
+    passed: int = Field(default=0, ge=0)
+    conditions: Conditions = Conditions()
+
+    @property
+    def done(self) -> int:
+        """Rounds of this pass that lie behind this one."""
+        return self.round - 1 - self.passed
+
+
+class TrainRequest(AgreedRequest):
+    """Asks for the Update of round `round`."""
+
+    message_type: ClassVar[str] = "train"
+    kind: Literal["train"] = "train"
+
+
+class FitQuery(AgreedRequest):
+    """Asks how well the arrays fit a site as it would enter `round`: one validation loss. Nothing is trained or kept."""
+
+    message_type: ClassVar[str] = "query"
+    kind: Literal["fit"] = "fit"
+
+
+class DecideRequest(AgreedRequest):
+    """Ends the first pass of a run that refits: the site chooses by its validation rows, and remembers its choice."""
+
+    message_type: ClassVar[str] = "evaluate"
+    kind: Literal["decide"] = "decide"
+    passed: Literal[0] = 0
+
+
+class ScoreRequest(AgreedRequest):
+    """Asks for a Scorecard of the final arrays, at round `total_rounds` + 1."""
+
+    message_type: ClassVar[str] = "evaluate"
+    kind: Literal["score"] = "score"
+
+
+Request = Annotated[
+    OfferRequest | TrainRequest | FitQuery | DecideRequest | ScoreRequest, Field(discriminator="kind")
+]  # all that goes down
+REQUESTS: Mapping[str, type[RoundRequest]] = {
+    "offer": OfferRequest, "train": TrainRequest, "fit": FitQuery, "decide": DecideRequest, "score": ScoreRequest
+}  # fmt: skip
+_REQUEST: TypeAdapter[Request] = TypeAdapter(Request)
+
+
+def parse_request(text: str) -> Request:
+    """The request of a header, as its own kind.
+
+    Raises:
+        ValidationError: `text` is no request. `protocol.header.read_request` says which side has to be updated.
+    """
+    return _REQUEST.validate_json(text)
+
+
+def open_stored_terms(terms: Mapping[str, Any]) -> OfferRequest:
+    """The request that asked for a stored contract, of this protocol or protocol 3; `terms` is what `terms()` gave."""
+    return OfferRequest.model_validate(_current(terms))
+
+
+def open_stored_training(text: str) -> TrainRequest:
+    """The training request that a vault holds, of this protocol or protocol 3."""
+    return TrainRequest.model_validate(_current(json.loads(text)))
+
+
+def _current(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of protocol 3 under their names of today.
+
+    It had one request for all kinds, with two flags. `local_baseline` was `twin`, `selection.default` was `plan.hold`,
+    and the strategy `clustered` was `cohorts`.
+    """
+    table = {name: field for name, field in stored.items() if name not in ("protocol", "probe", "decide")}
     plan = dict(table["plan"])
     if "hold" in plan:
         table |= {"plan": plan, "selection": {"default": plan.pop("hold")}}
-    if table.get("twin"):
-        twin_plan = {key: value for key, value in table["twin"]["plan"].items() if key != "hold"}
-        table["twin"] = {**table["twin"], "plan": twin_plan}
+    if "twin" in table and (baseline := table.pop("twin")):
+        settings = {name: setting for name, setting in baseline["plan"].items() if name != "hold"}
+        table["local_baseline"] = {**baseline, "plan": settings}
     about = table.get("about") or {}
     if about.get("strategy") == "cohorts":
         table["about"] = {**about, "strategy": "clustered"}
-    return RoundRequest.model_validate(table)
+    return table
 
 
 class Inputs(Frozen):
@@ -127,7 +209,7 @@ class Offer(Frozen):
 
 
 class Reply(Frozen):
-    """The header of an Update, or of the answer to a probe, on the wire."""
+    """The header of an Update, or of the answer to a FitQuery, on the wire."""
 
     protocol: int = PROTOCOL
     site: str = Field(pattern=SITE_NAME)

@@ -20,7 +20,7 @@ from trunkline.models.tasks import make_task
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import RoundRequest, TaskRow
+from trunkline.protocol.messages import ScoreRequest, TaskRow
 from trunkline.server.reporting.records import RoundRecord
 from trunkline.server.reporting.report import build_report
 
@@ -41,10 +41,10 @@ def run_central(
     _same_inputs(sites)
     tasks = _pooled_tasks(sites)
     pooled = [replace(site, data=replace(site.data, tasks=tasks), _resident={}) for site in sites]
-    request = RoundRequest(
+    request = ScoreRequest(
         run=run.name,
         seed=run.seed,
-        round=0,
+        round=run.total_rounds + 1,
         rounds=run.rounds,
         trunk=run.trunk,
         plan=run.training,
@@ -76,7 +76,7 @@ def run_central(
 
 
 def _one_pass(
-    pooled: Sequence[Site], sites: Sequence[Site], run: RunConfig, request: RoundRequest, records: list[RoundRecord],
+    pooled: Sequence[Site], sites: Sequence[Site], run: RunConfig, request: ScoreRequest, records: list[RoundRecord],
     tell: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, TrunkModel]]:  # fmt: skip
     """The models of each site after `run.rounds` rounds from the start on the rows of `order`: the pooled one, and its twin."""

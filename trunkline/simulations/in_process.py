@@ -8,7 +8,7 @@ from flwr.app import Context, Message
 
 from trunkline.flower.grid import LoopbackGrid
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.simulations.ray.site_host import SiteHost, check_opened, node_configs
 from trunkline.simulations.vectorized.worker import InProcess, PartialRound
 
@@ -27,7 +27,7 @@ class InProcessGrid(LoopbackGrid):
         super().__init__(self._site_host.app, node_configs(sites, states))
         self._vectorized = InProcess({node: context.node_config for node, context in self.contexts.items()})
 
-    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
+    def together(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
         """A round of the sites that can be trained in stacks; the others are to be asked singly."""
         return self._vectorized.together(request, arrays, nodes)
 

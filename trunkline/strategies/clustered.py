@@ -158,7 +158,7 @@ class Clustered(Averaging):
         after = replace(state, trunk=_mean(means) or state.trunk, moments=moments, notes=notes, round=state.round + 1)
         return after, total.value()
 
-    def probes(self, state: State) -> dict[str, Arrays]:
+    def fit_queries(self, state: State) -> dict[str, Arrays]:
         since = state.round - self.warm_rounds
         if self.assign == "similarity" or since <= 0 or since % self.every or state.notes.get("settled"):
             return {}

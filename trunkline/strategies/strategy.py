@@ -72,12 +72,12 @@ class Strategy(Protocol):
         """
         ...
 
-    def probes(self, state: State) -> dict[str, Arrays]:
+    def fit_queries(self, state: State) -> dict[str, Arrays]:
         """Lent arrays whose fit every site is to be asked for after this round, by a name each; none: nobody is asked."""
         ...
 
     def judge(self, state: State, fits: Mapping[str, Mapping[str, float]]) -> State:
-        """The state once the sites have answered `probes`: site -> name -> validation loss.
+        """The state once the sites have answered the `fit_queries`: site -> name -> validation loss.
 
         Only sites that answered for every name are in it.
         """
@@ -127,7 +127,7 @@ class Averaging(Frozen):
         mean = self.combine(updates)
         return self.step(state, mean), mean
 
-    def probes(self, state: State) -> dict[str, Arrays]:
+    def fit_queries(self, state: State) -> dict[str, Arrays]:
         return {}
 
     def judge(self, state: State, fits: Mapping[str, Mapping[str, float]]) -> State:

@@ -15,7 +15,7 @@ from trunkline.client.model_selection.evaluation import FEWEST, RESAMPLES, Score
 from trunkline.client.site import open_site
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import make_task
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.server.reporting.plots import Predictions, drawings
 from trunkline.server.reporting.report import read_report
@@ -219,7 +219,7 @@ def test_fine_tuned_and_fused_models_leave_the_federated_one_as_it_was(tmp_path:
     site = open_site({"site": write_plant(tmp_path, "plant", 0), "state": tmp_path / "state"})
     plan = LocalPlan(finetune_steps=8, finetune_rate=1.0)
     spec = TrunkSpec(backbone="mlp", width=16, norm="private")
-    request = RoundRequest(run="r", seed=1, round=2, rounds=1, trunk=spec, plan=plan, lend=("trunk",))
+    request = TrainRequest(run="r", seed=1, round=2, rounds=1, trunk=spec, plan=plan, lend=("trunk",))
     model = site.model(request)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = versions(site, model, request)
@@ -242,7 +242,7 @@ def test_finishing_trains_the_named_parts_alone_before_anything_is_scored(tmp_pa
     site = open_site({"site": folder, "state": tmp_path / "state"})
     plan = LocalPlan(finish_steps=60, finish_parts=("heads",), learning_rate=3e-2)
     spec = TrunkSpec(backbone="mlp", width=16)
-    request = RoundRequest(run="r", seed=1, round=2, rounds=1, trunk=spec, plan=plan, lend=("trunk",))
+    request = TrainRequest(run="r", seed=1, round=2, rounds=1, trunk=spec, plan=plan, lend=("trunk",))
     model = site.model(request)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     raw = curve(model, site.resident("train"), site.data.tasks).loss

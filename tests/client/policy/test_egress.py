@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
+from tests.requests import as_kind, request_of
 from trunkline.client.app import app
 from trunkline.client.policy import consent, contracts, manifest
 from trunkline.client.policy.egress import ONCE, Door
@@ -21,8 +22,8 @@ from trunkline.flower.grid import LoopbackGrid, stamp
 from trunkline.flower.records import open_records, to_records
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.contract import PROBED
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.contract import FIT_CONTRACT
+from trunkline.protocol.messages import FitQuery, ScoreRequest
 from trunkline.protocol.opening_hours import PlantHours
 from trunkline.protocol.plan import About, GuardSettings, LocalPlan, TrunkSpec
 from trunkline.security.encryption import make_seal
@@ -46,17 +47,17 @@ class Plant:
         self._door = self._door or Door(self.folder, self.state, "10.0.0.5:9140")
         return self._door
 
-    def order(self, round: int, **changes: Any) -> RoundRequest:
+    def order(self, round: int, **changes: Any) -> Any:
         about = About(operator="hannes", name="quick", strategy="fedper", rounds=3)
-        order = RoundRequest(
-            run="quick-1", seed=1, round=round, rounds=3, trunk=SPEC, plan=LocalPlan(steps=1, batch_size=16), lend=("trunk",),
+        order = request_of(
+            round, run="quick-1", seed=1, rounds=3, trunk=SPEC, plan=LocalPlan(steps=1, batch_size=16), lend=("trunk",),
             baseline=False, about=about,
         )  # fmt: skip
         found = contracts.read(self.state, "quick-1")
         contract = found.contract.digest() if found else ""
-        return order.model_copy(update={"contract": contract, **self.base, **changes})
+        return order.model_copy(update={**({"contract": contract} if round else {}), **self.base, **changes})
 
-    def question(self, kind: str, order: RoundRequest, arrays: Arrays | None = None) -> Message:
+    def question(self, kind: str, order: Any, arrays: Arrays | None = None) -> Message:
         self.asked += 1
         message = Message(to_records(arrays or Arrays(), order.model_dump_json()), dst_node_id=2, message_type=kind)
         stamp(message, f"question-{self.asked}")
@@ -67,7 +68,7 @@ class Plant:
         return answer(app, request, Context(1, 2, config, RecordDict(), {}))
 
     def join(self, **changes: Any) -> Message:
-        request = self.question("query", self.order(0, contract="", **changes))
+        request = self.question("query", self.order(0, **changes))
         return self.door.pass_(request, self.answer(request))
 
     def trained(self, round: int = 1, **changes: Any) -> tuple[Message, Message]:
@@ -131,13 +132,13 @@ def test_a_whole_run_passes_and_every_reply_has_its_line(joined: Plant) -> None:
         assert not out.has_error()
         assert Arrays(open_records(out.content)[0]).digest() == Arrays(open_records(reply.content)[0]).digest()
         assert open_records(out.content)[1:] == open_records(reply.content)[1:]
-    request = joined.question("query", joined.order(3, probe=True), TRUNK)
+    request = joined.question("query", as_kind(FitQuery, joined.order(3)), TRUNK)
     assert not joined.door.pass_(request, joined.answer(request)).has_error()
-    request = joined.question("evaluate", joined.order(4), TRUNK)
+    request = joined.question("evaluate", as_kind(ScoreRequest, joined.order(4)), TRUNK)
     assert not joined.door.pass_(request, joined.answer(request)).has_error()
     lines = joined.lines()
     assert [(line["kind"], line["round"]) for line in lines] == [
-        ("offer", 0), ("update", 1), ("update", 2), ("update", 3), ("probe", 3), ("scorecard", 4),
+        ("offer", 0), ("update", 1), ("update", 2), ("update", 3), ("fit", 3), ("scorecard", 4),
     ]  # fmt: skip
     assert {line["run"] for line in lines} == {"quick-1"}
     assert {line["to"] for line in lines} == {"hannes at 10.0.0.5:9140"}
@@ -182,7 +183,7 @@ def test_what_a_run_and_a_policy_name_together_may_leave(plant: Plant, lend: tup
     lent = site.model(plant.order(1)).share(lend)
     request = plant.question("train", plant.order(1), lent)
     assert not plant.door.pass_(request, plant.answer(request)).has_error()
-    request = plant.question("evaluate", plant.order(4), lent)
+    request = plant.question("evaluate", as_kind(ScoreRequest, plant.order(4)), lent)
     assert not plant.door.pass_(request, plant.answer(request)).has_error()
     assert [line["kind"] for line in plant.lines()] == ["offer", "update", "scorecard"]
     if "scaler" in lend:
@@ -335,7 +336,7 @@ def test_statistics_are_offered_a_few_times_only(plant: Plant) -> None:
     plant.base = {"lend": ("trunk", "scaler")}
     plant.join()
     for attempt in range(ONCE + 1):
-        request = plant.question("query", plant.order(0, contract=""))
+        request = plant.question("query", plant.order(0))
         _, header, _ = open_records(plant.answer(request).content)
         arrays = open_records(plant.answer(request).content)[0]
         arrays = {**arrays, "scaler.mean": arrays["scaler.mean"] + attempt}
@@ -399,7 +400,7 @@ OFFERS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, An
 @pytest.mark.parametrize("excess", OFFERS)
 def test_an_offer_says_what_was_agreed_and_no_more(joined: Plant, excess: str) -> None:
     fields, arrays, words = OFFERS[excess]
-    request = joined.question("query", joined.order(0, contract=""))
+    request = joined.question("query", joined.order(0))
     reply = joined.answer(request)
     forged = with_changes(
         request,
@@ -433,7 +434,7 @@ def test_a_contract_that_the_code_behind_the_door_wrote_itself_widens_nothing(
     if "unit" in fields or "task" in fields:
         wide = {"tasks": [{**next(one for one in kept["tasks"] if one["task"] == "rul"), **fields}]}
     contracts.write(joined.state, contracts.Consent.model_validate({**kept, **wide}))
-    request = joined.question("query", joined.order(0, contract=""))
+    request = joined.question("query", joined.order(0))
     _, header, _ = open_records(joined.answer(request).content)
     contracts.write(joined.state, contracts.Consent.model_validate({**kept, **wide}))
     arrays = {one["name"]: FEW for part in ("arrays", "once") for one in wide.get(part, [])}
@@ -453,7 +454,7 @@ ROW: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("excess", ROW)
 def test_a_scorecard_has_the_names_of_the_house_and_no_others(joined: Plant, excess: str) -> None:
     fields, words = ROW[excess]
-    request = joined.question("evaluate", joined.order(4), TRUNK)
+    request = joined.question("evaluate", as_kind(ScoreRequest, joined.order(4)), TRUNK)
     reply = joined.answer(request)
 
     def with_row(text: str) -> str:
@@ -467,21 +468,21 @@ def test_a_scorecard_has_the_names_of_the_house_and_no_others(joined: Plant, exc
 
 
 def test_results_stay_where_a_policy_keeps_them(joined: Plant) -> None:
-    request = joined.question("evaluate", joined.order(4), TRUNK)
+    request = joined.question("evaluate", as_kind(ScoreRequest, joined.order(4)), TRUNK)
     reply = joined.answer(request)
     (joined.folder / "policy.toml").write_text("report = false\n")
     assert "results, which were not agreed on" in stopped(joined, request, reply)
 
 
-def test_a_probe_is_answered_by_one_number(joined: Plant) -> None:
-    request = joined.question("query", joined.order(2, probe=True), TRUNK)
+def test_a_fit_query_is_answered_by_one_number(joined: Plant) -> None:
+    request = joined.question("query", as_kind(FitQuery, joined.order(2)), TRUNK)
     reply = joined.answer(request)
     for changes in (
         {"metrics": lambda found: {**found, "train_loss": 1.0}},
         {"arrays": lambda found: {"trunk.x": FEW}},
     ):
         assert "is not in this run's contract" in stopped(joined, request, with_changes(request, reply, **changes))
-    assert PROBED.metrics == ("validation_loss",)
+    assert FIT_CONTRACT.metrics == ("validation_loss",)
 
 
 def test_a_question_that_is_none_of_ours_gets_nothing(joined: Plant) -> None:
@@ -490,7 +491,8 @@ def test_a_question_that_is_none_of_ours_gets_nothing(joined: Plant) -> None:
     stamp(strange, "strange")
     assert "the question is none of Trunkline's" in stopped(joined, strange, with_changes(strange, reply))
     for kind in ("train.more", "query.more", "train"):
-        request = joined.question(kind, joined.order(1, probe=kind == "train"), TRUNK)
+        order = as_kind(FitQuery, joined.order(1)) if kind == "train" else joined.order(1)
+        request = joined.question(kind, order, TRUNK)
         assert stopped(joined, request, with_changes(request, reply))
 
 

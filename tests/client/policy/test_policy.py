@@ -11,7 +11,8 @@ import pytest
 from flwr.app import Message
 
 from tests.loopback import QUICK, WatchedGrid, arrays_in, events_of, federate, refusals_of
-from trunkline.client.handlers import answer_evaluate, answer_offer, answer_train
+from tests.requests import as_kind, request_of
+from trunkline.client.handlers import answer_offer, answer_score, answer_train
 from trunkline.client.policy import consent, contracts
 from trunkline.client.site import Site, open_site
 from trunkline.client.state.at_rest import seal_state
@@ -22,7 +23,7 @@ from trunkline.errors import ConfigError, ContractError, Declined, Pending
 from trunkline.flower.records import open_records
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.contract import metric_names
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import ScoreRequest
 from trunkline.protocol.plan import About, Conditions, GuardSettings, LocalPlan, TrunkSpec
 from trunkline.security.encryption import is_sealed, make_seal, sealed_by
 from trunkline.server.reporting.report import read_report
@@ -41,10 +42,10 @@ def notes_of(out: Path) -> list[str]:
     return [event["text"] for event in events_of(out) if event["event"] == "note"]
 
 
-def order_of(round: int, **changes: Any) -> RoundRequest:
+def order_of(round: int, **changes: Any) -> Any:
     about = About(operator="hannes", name="quick", strategy="fedper", rounds=3)
-    request = RoundRequest(
-        run="quick-1", seed=1, round=round, rounds=3, trunk=SPEC, plan=LocalPlan(steps=1, batch_size=16), lend=("trunk",),
+    request = request_of(
+        round, run="quick-1", seed=1, rounds=3, trunk=SPEC, plan=LocalPlan(steps=1, batch_size=16), lend=("trunk",),
         baseline=False, about=about,
     )  # fmt: skip
     return request.model_copy(update=changes)
@@ -207,15 +208,15 @@ def test_a_site_whose_policy_keeps_results_at_home_sends_no_row_and_keeps_its_ow
     assert list((tmp_path / "out" / "state" / folders[0].name).rglob("evaluation/*/*.safetensors"))
 
 
-def test_a_probe_is_not_answered_where_the_loss_may_not_leave(plants: list[Path], tmp_path: Path) -> None:
+def test_a_fit_query_is_not_answered_where_the_loss_may_not_leave(plants: list[Path], tmp_path: Path) -> None:
     folders = with_policy(plants, tmp_path, "metrics = false")
     settings = {
         "strategy": {"name": "clustered", "count": 2, "warm_rounds": 1, "every": 1, "assign": "validation"},
         "rounds": 4,
     }
     grid = federate(folders, tmp_path / "out", plant=True, **settings)
-    probed = [node for kind, node, content in grid.up if kind == "query" and open_records(content)[2]]
-    assert 3 in probed and 2 not in probed
+    answers = [node for kind, node, content in grid.up if kind == "query" and open_records(content)[2]]
+    assert 3 in answers and 2 not in answers
     assert any("its policy lets no `validation_loss` leave" in note for note in notes_of(tmp_path / "out"))
     assert all(len(one["sites"]) == 4 for one in read_report(tmp_path / "out")["rounds"])
 
@@ -358,9 +359,7 @@ def test_an_order_that_takes_more_than_the_plant_was_asked_for_is_refused_in_wor
         answer_train(plant, order_of(2).model_copy(update=changes), trunk)
     assert words in str(caught.value)
     with pytest.raises(ContractError):
-        answer_evaluate(
-            plant, order_of(4).model_copy(update={"round": 4, **changes} if "round" not in changes else changes), trunk
-        )
+        answer_score(plant, as_kind(ScoreRequest, order_of(4), **changes), trunk)
     answer_train(plant, order_of(2), trunk)  # the run itself goes on
 
 

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 import trunkline.runtime.storage
 import trunkline.security.encryption
 from tests.loopback import federate, trunk_of
+from tests.requests import as_kind, request_of
 from trunkline.cli.app import app
-from trunkline.client.handlers import answer_evaluate, answer_offer, answer_train
+from trunkline.client.handlers import answer_offer, answer_score, answer_train
 from trunkline.client.site import Site, open_site
 from trunkline.client.state import at_rest, rekeying
 from trunkline.client.state.at_rest import Kept, kept, open_copy, seal_state, status
@@ -30,7 +31,7 @@ from trunkline.config.site import read_site
 from trunkline.errors import DeploymentError, StorageError, TrustError
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import ScoreRequest
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.runtime.lock import Lock
 from trunkline.runtime.storage import write_atomic
@@ -147,9 +148,9 @@ def test_a_simulated_site_has_no_seal_and_its_files_are_as_ever(plants: list[Pat
 # --- one site, round by round ----------------------------------------------------------------------------------------
 
 
-def order_of(round: int, **changes: object) -> RoundRequest:
+def order_of(round: int, **changes: object) -> Any:
     plan = LocalPlan(steps=2, batch_size=16)
-    request = RoundRequest(run="r", seed=1, round=round, rounds=3, trunk=SPEC, plan=plan, lend=("trunk",))
+    request = request_of(round, run="r", seed=1, rounds=3, trunk=SPEC, plan=plan, lend=("trunk",))
     return request.model_copy(update=changes)
 
 
@@ -200,7 +201,7 @@ def test_a_wrong_key_is_named_and_nothing_is_trained_or_written(
     for ask in (
         lambda: answer_train(site, order_of(3), trunk),
         lambda: answer_train(site, order_of(2), trunk),  # once answered
-        lambda: answer_evaluate(site, order_of(4), trunk),
+        lambda: answer_score(site, as_kind(ScoreRequest, order_of(4)), trunk),
         lambda: Vault(state, "r", seal=wrong).before(3),
     ):
         with pytest.raises(TrustError, match=rf"{wrong.name}.*Nothing was changed"):

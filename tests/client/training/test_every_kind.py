@@ -14,7 +14,7 @@ from trunkline.client.check import check_site
 from trunkline.client.data import open_data
 from trunkline.client.site import Site
 from trunkline.client.training.loop import outputs_of, train_site
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.server.reporting.report import read_report
 
@@ -109,7 +109,7 @@ def test_unlabelled_windows_are_what_an_anomaly_task_trains_on(tmp_path: Path, l
     site = Site(folder, tmp_path / "state", open_data(folder, tmp_path / "state"))
     train = site.resident("train")
     assert len(train) == len(site.data.train) > 300
-    request = RoundRequest(
+    request = TrainRequest(
         run="r", seed=0, round=1, rounds=1, trunk=TrunkSpec(width=8), plan=LocalPlan(), lend=("trunk",)
     )  # fmt: skip
     model = site.model(request)
@@ -131,7 +131,7 @@ def test_flagged_training_windows_do_not_move_the_network(tmp_path: Path) -> Non
     touched = labels[:, 1] == 1.0
     assert 0.1 < touched.mean() < 0.5
     assert touched.sum() > (labels[:, 0] == 1.0).sum()  # windows behind a leak still hold it
-    request = RoundRequest(
+    request = TrainRequest(
         run="r", seed=0, round=1, rounds=1, trunk=TrunkSpec(width=8), plan=LocalPlan(), lend=("trunk",)
     )
     model, train = site.model(request), site.resident("train")

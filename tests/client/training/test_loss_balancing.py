@@ -254,7 +254,7 @@ def test_what_balancing_remembers_goes_from_round_to_round_through_the_vault(
     from trunkline.client.site import open_site
     from trunkline.client.state.vault import Vault
     from trunkline.models.trunk import first_trunk
-    from trunkline.protocol.messages import RoundRequest
+    from trunkline.protocol.messages import TrainRequest
     from trunkline.protocol.plan import TrunkSpec
 
     sites = [open_site({"site": str(folder), "state": str(tmp_path / folder.name)}) for folder in plants]
@@ -270,7 +270,7 @@ def test_what_balancing_remembers_goes_from_round_to_round_through_the_vault(
     entries = []
     for round in (1, 2):
         plan = LocalPlan(steps=3, batch_size=16, balance="uncertainty")
-        request = RoundRequest(run="r", seed=1, round=round, rounds=3, trunk=spec, plan=plan, lend=("trunk",))
+        request = TrainRequest(run="r", seed=1, round=round, rounds=3, trunk=spec, plan=plan, lend=("trunk",))
         answer_train(site, request, first_trunk(spec, 1))
         found = Vault(site.state, "r").before(round + 1)
         assert found is not None

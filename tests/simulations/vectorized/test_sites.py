@@ -14,7 +14,7 @@ from trunkline.client.site import Site, open_site
 from trunkline.client.state.vault import Vault
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.protocol.plan import LocalPlan, Phase, TrunkSpec
 from trunkline.simulations.vectorized.sites import VectorizedSites, kind_of
 
@@ -54,7 +54,7 @@ def write(root: Path, place: int, *, window: str, more: str, rows: int) -> Path:
     return folder
 
 
-def run(folders: list[Path], state: Path, request: RoundRequest, rounds: int, together: bool) -> list[dict[str, Any]]:
+def run(folders: list[Path], state: Path, request: TrainRequest, rounds: int, together: bool) -> list[dict[str, Any]]:
     """Every site's changes and metrics, round by round; the lent arrays move by the plain mean."""
     torch.set_num_threads(1)
     sites = [open_site({"site": str(folder), "state": str(state / folder.name)}) for folder in folders]
@@ -83,13 +83,13 @@ def run(folders: list[Path], state: Path, request: RoundRequest, rounds: int, to
     return told
 
 
-def order_of(**changes: Any) -> RoundRequest:
+def order_of(**changes: Any) -> TrainRequest:
     plan = LocalPlan(**{"steps": 4, "batch_size": 16, "learning_rate": 0.01, **changes.pop("plan", {})})
     base: dict[str, Any] = {
         "run": "r", "seed": 3, "round": 1, "rounds": 4, "trunk": TrunkSpec(backbone="tcn", width=8), "plan": plan, "lend": ("trunk",),
         "baseline": False,
     }  # fmt: skip
-    return RoundRequest(**{**base, **changes})
+    return TrainRequest(**{**base, **changes})
 
 
 ROWS = TrunkSpec(backbone="mlp", width=64, dropout=0.2)

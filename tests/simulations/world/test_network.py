@@ -22,7 +22,7 @@ from trunkline.config.run import RunConfig, parse_run
 from trunkline.config.world import CalendarConfig
 from trunkline.errors import ConfigError, DeploymentError, QuorumError, StorageError
 from trunkline.flower.records import to_records
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest, parse_request
 from trunkline.protocol.opening_hours import DAYS
 from trunkline.protocol.plan import Conditions, LocalPlan, TrunkSpec
 from trunkline.server.reporting.report import read_report
@@ -419,7 +419,7 @@ def conditions_of(grid: WorldGrid, kind: str = "train") -> dict[int, list[Condit
     told: dict[int, list[Conditions]] = {}
     for sort, node, content in grid.inner.down:  # type: ignore[attr-defined]
         if sort == kind:
-            request = RoundRequest.model_validate_json(str(content.config_records["header"]["json"]))
+            request = parse_request(str(content.config_records["header"]["json"]))
             told.setdefault(node, []).append(request.conditions)
     return told
 
@@ -471,7 +471,7 @@ def test_inputs_move_by_the_week_each_sites_in_its_own_direction(benches: list[P
     ways = []
     for node in sorted(drifting):
         site = open_site(grid.inner.contexts[node].node_config)
-        plain = RoundRequest(run="r", seed=5, round=1, rounds=3, trunk=TrunkSpec(), plan=LocalPlan(), lend=())
+        plain = TrainRequest(run="r", seed=5, round=1, rounds=3, trunk=TrunkSpec(), plan=LocalPlan(), lend=())
         for part in ("train", "curve", "test"):
             site.meet(plain)
             before = site.resident(part).values

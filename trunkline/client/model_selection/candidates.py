@@ -12,7 +12,7 @@ from trunkline.client.site import Site
 from trunkline.client.training.loop import train_site
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import AgreedRequest
 from trunkline.protocol.plan import LocalPlan, ModelPart, Phase
 
 QUARTERS = (1, 2, 4)  # after so many quarters of the fine-tuning a version is kept: stopping early is a choice as well
@@ -33,7 +33,7 @@ def _only(plan: LocalPlan, parts: tuple[ModelPart, ...], steps: int, rate: float
     return plan.model_copy(update=changes)
 
 
-def finish(site: Site, model: TrunkModel, request: RoundRequest) -> None:
+def finish(site: Site, model: TrunkModel, request: AgreedRequest) -> None:
     """Train `finish_parts` alone for `finish_steps`, in place: what a strategy left out of the rounds on purpose."""
     plan = request.plan
     if plan.finish_steps:
@@ -41,7 +41,7 @@ def finish(site: Site, model: TrunkModel, request: RoundRequest) -> None:
         _train(site, request, model, last, seed_of(request.seed, site.name, "finish"), 0, 1)
 
 
-def versions(site: Site, federated: TrunkModel, request: RoundRequest) -> dict[str, dict[str, TrunkModel]]:
+def versions(site: Site, federated: TrunkModel, request: AgreedRequest) -> dict[str, dict[str, TrunkModel]]:
     """`finetuned` and `fused`, each in a few versions of which validation picks one a task; none where the plan has no such steps.
 
     Returns:
@@ -72,7 +72,7 @@ def mixed(one: TrunkModel, other: TrunkModel, share: float) -> TrunkModel:
 
 
 def _train(
-    site: Site, request: RoundRequest, model: TrunkModel, plan: LocalPlan, seed: int, done: int, rounds: int
+    site: Site, request: AgreedRequest, model: TrunkModel, plan: LocalPlan, seed: int, done: int, rounds: int
 ) -> None:
     data, tasks = site.resident(site.rows(request)), site.data.tasks
     train_site(model, data, tasks, plan, seed=seed, done=done, rounds=rounds)

@@ -21,7 +21,7 @@ from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import RoundRequest, TaskRow
+from trunkline.protocol.messages import AgreedRequest, TaskRow
 from trunkline.runtime.storage import write_private
 
 RESAMPLES = 1000  # of the bootstrap; the ends of a 95 % interval then rest on 25 resamples each
@@ -184,7 +184,7 @@ class _Lineup:
         self,
         site: Site,
         models: Mapping[str, TrunkModel],
-        request: RoundRequest,
+        request: AgreedRequest,
         tasks: Mapping[str, dict[str, Task]] | None,
     ) -> None:
         given, rows = tasks or {}, site.rows(request)
@@ -209,7 +209,7 @@ class _Lineup:
 def decide_site(
     site: Site,
     models: Mapping[str, TrunkModel],
-    request: RoundRequest,
+    request: AgreedRequest,
     *,
     tasks: Mapping[str, dict[str, Task]] | None = None,
 ) -> dict[str, Decision]:
@@ -238,7 +238,7 @@ def _decide(site: Site, lineup: _Lineup, hold: str) -> dict[str, Decision]:
 
 
 def score_site(
-    site: Site, models: Mapping[str, TrunkModel], request: RoundRequest, *,
+    site: Site, models: Mapping[str, TrunkModel], request: AgreedRequest, *,
     tasks: Mapping[str, dict[str, Task]] | None = None, settled: Mapping[str, Decision] | None = None,
 ) -> tuple[TaskRow, ...]:  # fmt: skip
     """The site's rows of the worth-it report; its row-level predictions stay in its state folder.
@@ -281,7 +281,7 @@ def _best(results: list[Tried]) -> int:
     return int(np.argmax(values))
 
 
-def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, request: RoundRequest) -> TaskRow:
+def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, request: AgreedRequest) -> TaskRow:
     data, task = site.data, site.data.tasks[name]
     truth, groups = data.test.labels[name], data.test.groups
     trained = (data.train, data.validation) if site.rows(request) == "all" else (data.train,)

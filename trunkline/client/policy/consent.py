@@ -11,8 +11,8 @@ from trunkline.client.policy.contracts import Consent, Verdict, bytes_round, in_
 from trunkline.client.site import Site
 from trunkline.config.site import PolicyConfig
 from trunkline.errors import ContractError, Declined, Pending
-from trunkline.protocol.contract import FIT, changed_terms
-from trunkline.protocol.messages import Offer, RoundRequest
+from trunkline.protocol.contract import FIT_METRIC, changed_terms
+from trunkline.protocol.messages import AgreedRequest, FitQuery, Offer, OfferRequest, RoundRequest
 from trunkline.protocol.plan import Conditions
 from trunkline.runtime.programs import account_name
 from trunkline.security.keys import now
@@ -55,7 +55,7 @@ def lets_go(policy: PolicyConfig, metrics: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in metrics if allowed is True or (allowed is not False and name in allowed))
 
 
-def at_offer(site: Site, request: RoundRequest, offer: Offer) -> None:
+def at_offer(site: Site, request: OfferRequest, offer: Offer) -> None:
     """Decide on a run before the offer to take part in it leaves.
 
     Raises:
@@ -90,7 +90,7 @@ def at_offer(site: Site, request: RoundRequest, offer: Offer) -> None:
     _answered(site, decided)
 
 
-def hold(site: Site, request: RoundRequest) -> None:
+def hold(site: Site, request: AgreedRequest) -> None:
     """Hold an order of a later round to what was agreed at round 0.
 
     Raises:
@@ -98,8 +98,8 @@ def hold(site: Site, request: RoundRequest) -> None:
         Pending: a person has not said yes.
         ContractError: it is not what was agreed, or a real plant has agreed to nothing.
     """
-    if request.probe and FIT not in lets_go(site.config.policy, (FIT,)):
-        raise Declined(f"{site.name}: its policy lets no `{FIT}` leave, which is all that a probe asks for.")
+    if isinstance(request, FitQuery) and FIT_METRIC not in lets_go(site.config.policy, (FIT_METRIC,)):
+        raise Declined(f"{site.name}: its policy lets no `{FIT_METRIC}` leave, which is all that a fit query asks for.")
     if not site.plant:
         if why := objection(site.config.policy, request):
             raise Declined(f"{site.name}: {why}.")
@@ -121,7 +121,7 @@ def check_order(site: str, request: RoundRequest, found: Consent | None) -> None
             f"the terms of run {request.run!r} are not those {site} was asked about: {'; '.join(changes[:3])}. "
             "Start a run of its own with them"
         )
-    if request.conditions != Conditions():
+    if isinstance(request, AgreedRequest) and request.conditions != Conditions():
         raise ContractError(
             f"run {request.run!r} wants {site} to train as if its rows were others; that is for simulations only"
         )

@@ -11,7 +11,7 @@ from trunkline.privacy.guards import names
 from trunkline.protocol.arrays import ArraySpec
 from trunkline.protocol.contract import Contract, TaskCard, terms_digest
 from trunkline.protocol.frozen import Frozen
-from trunkline.protocol.messages import Inputs, RoundRequest, open_stored_request
+from trunkline.protocol.messages import Inputs, OfferRequest, open_stored_terms
 from trunkline.runtime.storage import read_private, write_private
 from trunkline.security.encryption import Seal, find_seal
 
@@ -59,9 +59,9 @@ class Consent(Frozen):
         return terms_digest(self.terms)
 
     @property
-    def request(self) -> RoundRequest:
-        """The order of round 0."""
-        return open_stored_request({**self.terms, "round": 0})
+    def request(self) -> OfferRequest:
+        """The request of round 0."""
+        return open_stored_terms(self.terms)
 
     @property
     def bytes_round(self) -> int:
@@ -93,8 +93,7 @@ def read(state: Path, run: str, seal: Seal | None = None) -> Consent | None:
         raise StorageError(f"{path}: cannot be read ({error.strerror}).") from None
     try:
         found = Consent.model_validate_json(data)
-        # what an older Trunkline could not say of a run is as if it had said what is so by default
-        found = found.model_copy(update={"terms": found.request.terms()})
+        found = found.model_copy(update={"terms": found.request.terms()})  # with today's names and defaults
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(
             f"{path}: damaged ({type(error).__name__}). Remove it; the run asks anew when it is started again."

@@ -30,16 +30,29 @@ from trunkline.flower.records import open_records, to_records
 from trunkline.models.tasks import Task, make_task
 from trunkline.privacy.guards import at_server, guards_of, norm_of
 from trunkline.protocol.arrays import SCALER_ARRAYS, Arrays
-from trunkline.protocol.contract import PROBED, Contract
-from trunkline.protocol.messages import PROTOCOL, Offer, Reply, RoundRequest, Scorecard
+from trunkline.protocol.contract import FIT_CONTRACT, Contract
+from trunkline.protocol.messages import (
+    PROTOCOL,
+    DecideRequest,
+    FitQuery,
+    Offer,
+    OfferRequest,
+    Reply,
+    Request,
+    Scorecard,
+    ScoreRequest,
+    TrainRequest,
+    parse_request,
+)
 from trunkline.security.encryption import find_seal
 
 MODELS = ("federated", "local", "shared", "ensemble", "finetuned", "fused")  # that a scorecard may compare
 REPEATS = 2  # a run that went back to a checkpoint asks some rounds again; more than twice of all is something else
-PROBES = 32  # a round: trunks that a strategy may have a site try
+FIT_QUERIES = 32  # a round: trunks that a strategy may have a site try
 ONCE = 8  # different offers, and different scorecards, of one run
 
-Kind = Literal["offer", "update", "probe", "scorecard", "error"]
+Kind = Literal["offer", "update", "fit", "scorecard", "error"]
+RENAMED = {"probe": "fit"}  # kinds in the manifest of an older Trunkline
 Header = TypeVar("Header", bound=BaseModel)
 
 
@@ -125,7 +138,8 @@ class Door:
         if self._left is None:
             left: dict[tuple[str, str], set[str]] = {}
             for link in self._chain.read(self._key.public_key()):
-                left.setdefault((link.body["run"], link.body["kind"]), set()).add(link.body["sha256"])
+                kind = RENAMED.get(link.body["kind"], link.body["kind"])
+                left.setdefault((link.body["run"], kind), set()).add(link.body["sha256"])
             self._left = left
         return self._left
 
@@ -165,18 +179,20 @@ class Door:
             raise ContractError(f"{site.name}: {why}")
         raw, header, metrics = open_records(reply.content)
         arrays, category = Arrays(raw), request.metadata.message_type
+        if category != order.message_type:
+            raise ContractError(
+                f"no answer is known to a request of the kind {order.kind!r} in a message of type {category[:32]!r}"
+            )
         kind: Kind
-        if category == "query" and not order.probe:
+        if isinstance(order, OfferRequest):
             kind = "offer"
             _check_offer(_parse(Offer, header), arrays, metrics, order, found, site)
-        elif category == "evaluate":
-            kind = "scorecard"
-            _check_scorecard(_parse(Scorecard, header), arrays, metrics, order, found, site)
-        elif category == "query" or (category == "train" and not order.probe):
-            kind = "probe" if order.probe else "update"
+        elif isinstance(order, TrainRequest | FitQuery):
+            kind = "fit" if isinstance(order, FitQuery) else "update"
             _check_update(_parse(Reply, header), arrays, metrics, order, found, site)
         else:
-            raise ContractError(f"no answer is known to a question of type {category[:32]!r}")
+            kind = "scorecard"
+            _check_scorecard(_parse(Scorecard, header), arrays, metrics, order, found, site)
         parcel = Parcel(kind, order.run, order.round, order.about.operator, header, arrays, metrics)
         if why := check_size(site.policy, parcel.size):
             raise ContractError(f"{site.name}: {why}")
@@ -200,7 +216,7 @@ class Door:
             return
         found = read(self.state, parcel.run, self._seal)
         rounds = found.request.total_rounds if found else 0
-        most = {"update": REPEATS * rounds, "probe": PROBES * rounds}.get(parcel.kind, ONCE)
+        most = {"update": REPEATS * rounds, "fit": FIT_QUERIES * rounds}.get(parcel.kind, ONCE)
         before = left.get((parcel.run, parcel.kind), set())
         if len(before) >= most and parcel.digest() not in before:
             raise ContractError(
@@ -215,11 +231,11 @@ def _tensor(name: str, array: NDArray[Any]) -> list[Any]:
     return [name, list(array.shape), array.dtype.name, array.nbytes, norm_of(Arrays({name: array})), digest]
 
 
-def _order_of(request: Message) -> RoundRequest | None:
+def _order_of(request: Message) -> Request | None:
     """The order of a question; None where it is none, or its content never came."""
     try:
         _, header, _ = open_records(request.content)
-        order = RoundRequest.model_validate_json(header)
+        order = parse_request(header)
     except (ContractError, ValidationError, ValueError):
         return None
     return order if order.protocol == PROTOCOL else None
@@ -245,10 +261,8 @@ def _same(what: str, found: object, expected: object) -> None:
 
 
 def _check_offer(
-    offer: Offer, arrays: Arrays, metrics: Mapping[str, float], order: RoundRequest, found: Consent, site: SiteConfig
+    offer: Offer, arrays: Arrays, metrics: Mapping[str, float], order: OfferRequest, found: Consent, site: SiteConfig
 ) -> None:
-    if order.round != 0:
-        raise ContractError(f"an offer is for round 0; the question is of round {order.round}")
     for what, one, expected in (
         ("version", offer.version, trunkline.__version__),
         *((key, getattr(offer, key), getattr(found, key)) for key in ("run", "arrays", "once", "metrics", "tasks", "inputs")),
@@ -274,9 +288,14 @@ def _check_offer(
 
 
 def _check_update(
-    reply: Reply, arrays: Arrays, metrics: Mapping[str, float], order: RoundRequest, found: Consent, site: SiteConfig
+    reply: Reply,
+    arrays: Arrays,
+    metrics: Mapping[str, float],
+    order: TrainRequest | FitQuery,
+    found: Consent,
+    site: SiteConfig,
 ) -> None:
-    last = order.total_rounds + (1 if order.probe else 0)
+    last = order.total_rounds + (1 if isinstance(order, FitQuery) else 0)
     if not 1 <= order.round <= last:
         raise ContractError(
             f"run {order.run!r} has {order.total_rounds} rounds; this is an answer to round {order.round}"
@@ -289,21 +308,26 @@ def _check_update(
         _same(what, one, expected)
     if not (0 < reply.weight <= order.weight_cap and reply.weight == int(reply.weight)):
         raise ContractError(f"its weight is no whole number of rows from 1 to {order.weight_cap}")
-    (PROBED if order.probe else found.contract).check(arrays, metrics)
+    (FIT_CONTRACT if isinstance(order, FitQuery) else found.contract).check(arrays, metrics)
     if lets_go(site.policy, tuple(metrics)) != tuple(metrics):
         raise ContractError("it holds metrics that the policy lets nobody have")
     at_server(guards_of(order.about.guards), arrays)
 
 
 def _check_scorecard(
-    card: Scorecard, arrays: Arrays, metrics: Mapping[str, float], order: RoundRequest, found: Consent, site: SiteConfig
+    card: Scorecard,
+    arrays: Arrays,
+    metrics: Mapping[str, float],
+    order: DecideRequest | ScoreRequest,
+    found: Consent,
+    site: SiteConfig,
 ) -> None:
     Contract(arrays=(), metrics=()).check(arrays, metrics)
     for what, one, expected in (
         ("site", card.site, site.name), ("run", card.run, order.run), ("question", order.contract, found.contract.digest())
     ):  # fmt: skip
         _same(what, one, expected)
-    if card.rows and (order.decide or not (found.report and site.policy.report)):
+    if card.rows and (isinstance(order, DecideRequest) or not (found.report and site.policy.report)):
         raise ContractError("it holds results, which were not agreed on")
     tasks = _cards(card.rows, site)
     if not set(tasks) <= {one.task for one in found.tasks} or len(tasks) < len(card.rows):

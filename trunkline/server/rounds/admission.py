@@ -11,7 +11,7 @@ from trunkline.privacy.guards import at_server, guards_of
 from trunkline.protocol import header as headers
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.contract import Contract
-from trunkline.protocol.messages import Reply, RoundRequest, Update
+from trunkline.protocol.messages import FitQuery, Reply, TrainRequest, Update
 
 LARGEST_CHANGE = 1e4  # of one weight in one round; far beyond useful training, far within the exact sum's range
 
@@ -27,17 +27,22 @@ def read_header(kind: type[Header], text: str, site: str, round: int) -> Header:
 
 
 def admit(
-    site: str, contract: Contract, request: RoundRequest, arrays: Arrays, header: str, metrics: dict[str, float]
+    site: str,
+    contract: Contract,
+    request: TrainRequest | FitQuery,
+    arrays: Arrays,
+    header: str,
+    metrics: dict[str, float],
 ) -> Update:
-    """An Update that may enter the sum, or the answer to a probe.
+    """An Update that may enter the sum, or the answer to a FitQuery.
 
     Args:
         site: the name the server knows this node by, from its Offer.
-        contract: this site's allow-list in this run; for a probe `PROBED`.
-        order: what was asked.
+        contract: this site's allow-list in this run; for a FitQuery `FIT_CONTRACT`.
+        request: what was asked.
 
     Raises:
-        Refused: anything at all is not as the contract and the order have it; the text names site, round, cause, remedy.
+        Refused: anything at all is not as the contract and the request have it; the text names site, round, cause, remedy.
     """
     reply = read_header(Reply, header, site, request.round)
     try:
@@ -75,6 +80,6 @@ def admit(
                 )
         arrays = at_server(guards_of(request.about.guards), arrays)
     except ContractError as error:
-        what = "answer" if request.probe else "update"
+        what = "answer" if isinstance(request, FitQuery) else "update"
         raise Refused(f"{site}, round {request.round}: {what} set aside. {error}.") from None
     return Update(site=site, run=reply.run, round=reply.round, delta=arrays, weight=reply.weight, metrics=metrics)

@@ -22,12 +22,13 @@ from trunkline.flower.grid import LocalGrid
 from trunkline.flower.records import open_records, pack
 from trunkline.flower.replies import PUSH_LOST, Replies
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest, Update
+from trunkline.protocol.messages import TrainRequest, Update
 from trunkline.protocol.plan import LocalPlan
 from trunkline.server.reporting.records import Refusal, RoundRecord
 from trunkline.server.rounds.admission import admit
 from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.messaging import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, is_far, now, pause
+from trunkline.server.rounds.requests import address, contents
 from trunkline.strategies import STRATEGIES, State, Strategy
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Buffered:
         What was at work then is asked anew, with the newest trunk. What counted before is in the records, and does not again.
         """
         self.open: dict[str, _Open] = {}
-        self.sent: dict[str, tuple[str, RoundRequest]] = {}  # id of a message -> the site it went to and what it asked
+        self.sent: dict[str, tuple[str, TrainRequest]] = {}  # id of a message -> the site it went to and what it asked
         self.came: deque[Message] = deque()  # replies that were fetched together with the last one of a step
         self.heard: dict[str, int] = {}  # site -> the newest round it has answered for
         for one in self.run.records:
@@ -249,9 +250,10 @@ class Buffered:
 
     def _orders(
         self, done: int, by_node: dict[int, Member]
-    ) -> tuple[dict[int, RoundRequest], dict[int, Callable[[], RecordDict]]]:
+    ) -> tuple[dict[int, TrainRequest], dict[int, Callable[[], RecordDict]]]:
         trunk = self.trunks[done]  # held alone: a State has an optimiser's moments beside it
-        return self.run._ask_for(lambda site: trunk, self.run._order(done + 1), by_node)
+        requests = address(self.run.requests.train(done + 1), by_node)
+        return requests, contents(requests, lambda site: trunk, by_node)
 
     def _due(self, number: int, online: set[int], at: float) -> list[str]:
         """The sites to ask now, who has waited longest first: those that are free, and those that should have answered."""

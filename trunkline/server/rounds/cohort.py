@@ -20,7 +20,7 @@ from trunkline.flower.records import open_records, to_records
 from trunkline.protocol.arrays import Arrays, ArraySpec, specs_of
 from trunkline.protocol.contract import Contract, metric_names
 from trunkline.protocol.header import UPDATE
-from trunkline.protocol.messages import Offer, RoundRequest
+from trunkline.protocol.messages import Offer, OfferRequest
 from trunkline.protocol.plan import SITE_NAME
 from trunkline.server.releases.release import check_statistics
 from trunkline.server.rounds.admission import read_header
@@ -59,7 +59,7 @@ class Cohort:
     """The sites of one run, by name.
 
     Args:
-        greeting: the RoundRequest of round 0.
+        greeting: the request of round 0.
         trunk: the lent trunk's arrays (empty when the trunk stays home); every member has to have exactly these.
         tell: takes progress events.
         roster: Flower's node id -> site, of all that are enrolled now; None where nobody has to be (a simulation).
@@ -69,7 +69,7 @@ class Cohort:
         self,
         grid: Grid,
         config: CohortConfig,
-        greeting: RoundRequest,
+        greeting: OfferRequest,
         trunk: Arrays,
         tell: Callable[[dict[str, Any]], None],
         roster: Callable[[], Mapping[int, str]] | None = None,

@@ -9,33 +9,31 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from pydantic import ValidationError
 
 from trunkline.config.renames import current
-from trunkline.config.run import RunConfig, with_settings
+from trunkline.config.run import RunConfig
 from trunkline.errors import ConfigError, ContractError, QuorumError, Refused, StateLost
 from trunkline.flower.errors import AWAY
 from trunkline.flower.grid import LoopbackGrid
-from trunkline.flower.records import open_records, to_records
+from trunkline.flower.records import open_records
 from trunkline.models.trunk import first_trunk
 from trunkline.privacy.guards import guards_of
 from trunkline.protocol import opening_hours as hours
 from trunkline.protocol.arrays import Arrays, seed_of
-from trunkline.protocol.contract import FIT, PROBED
-from trunkline.protocol.messages import RoundRequest, Scorecard, TaskRow, Update
-from trunkline.protocol.plan import About, GuardSettings, LocalBaseline
+from trunkline.protocol.contract import FIT_CONTRACT, FIT_METRIC
+from trunkline.protocol.messages import DecideRequest, Scorecard, ScoreRequest, TaskRow, TrainRequest, Update
+from trunkline.protocol.plan import GuardSettings
 from trunkline.release import COHORT_RELEASE, RELEASE, Figure, GuardUsed
 from trunkline.runtime.storage import write_atomic
 from trunkline.security.signatures import Sign
-from trunkline.server.membership.audit_log import operator
 from trunkline.server.releases.lineage import figures_of, parts_of
 from trunkline.server.releases.release import release
 from trunkline.server.reporting.records import Refusal, RoundRecord
@@ -47,6 +45,7 @@ from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.server.rounds.cohort import Cohort, Member
 from trunkline.server.rounds.disk_wait import Room
 from trunkline.server.rounds.messaging import Answer, Late, ask, is_far, now, pause
+from trunkline.server.rounds.requests import RequestFactory, address, contents
 from trunkline.server.rounds.update_journal import Came, Journal, question_of, update_digest
 from trunkline.strategies import State, Strategy, build_strategy
 from trunkline.strategies.streaming import Streamed
@@ -119,19 +118,11 @@ class _Run:
             raise ConfigError(
                 "[strategy] name = 'central' pools rows, which only `trunkline simulate` can. Choose another strategy."
             )
-        self.lend = self.strategy.lends(run.lend)
-        self.spec = self.strategy.trunk(run.trunk)
-        if (
-            self.lend and "scaler" in run.lend and "scaler" not in self.lend
-        ):  # no part of the model: not the strategy's to say
-            self.lend = (*self.lend, "scaler")
-        self.about = About(
-            operator=run.operator or operator(), name=run.name, strategy=run.strategy.name, rounds=run.total_rounds,
-            guards=run.guards,
-        )  # fmt: skip
         self.checkpoint = Checkpoint(out, tell=self._note)
         self.named = key
         self.key = key or f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.requests = RequestFactory.of(run, self.strategy, self.key)
+        self.lend, self.spec = self.requests.lend, self.requests.trunk
         self.far = is_far(
             grid
         )  # sites in this process or on a simulated clock do not come back later, nor does the disk
@@ -153,8 +144,9 @@ class _Run:
         found = self._restore() if resume else None
         state = found[0] if found else None
         self._name(anew=not resume)
+        self.requests = replace(self.requests, key=self.key)
         trunk = first_trunk(self.spec, self.run.seed) if "trunk" in self.lend else Arrays()
-        self.cohort = Cohort(self.grid, self.run.cohort, self._order(0), trunk, self.tell, self.roster)
+        self.cohort = Cohort(self.grid, self.run.cohort, self.requests.offer(), trunk, self.tell, self.roster)
         if found and found[1].get("cohort"):
             self.cohort.restore(found[1]["cohort"], found[1]["beside"])
             self.cohort.gather_again()
@@ -242,20 +234,6 @@ class _Run:
             rounds=state.round, parts=parts_of(self.records, [member.offer for member in members], contracts),
             figures=figures, guards=_used(self.run.guards), sign=self.sign,
         )  # fmt: skip
-
-    def _order(self, round: int) -> RoundRequest:
-        return RoundRequest(
-            run=self.key, seed=self.run.seed, round=round, rounds=self.run.rounds, trunk=self.spec, plan=self.strategy.plan,
-            passed=self.run.rounds if round > self.run.rounds and self.run.refit else 0,
-            lend=self.lend, weight_cap=self.run.cohort.weight_cap, baseline=self.run.report.baseline and bool(self.lend),
-            twin=self._twin(), about=self.about, selection=self.run.selection,
-        )  # fmt: skip
-
-    def _twin(self) -> LocalBaseline | None:
-        if not self.run.report.local:
-            return None
-        alone = with_settings(self.run, self.run.report.local, "[report] local")
-        return LocalBaseline(trunk=self.strategy.trunk(alone.trunk), plan=alone.training)
 
     def _round(self, state: State) -> State:
         """The state after one round. Where sites may come back, a round that too few answered is begun again until enough have.
@@ -353,30 +331,6 @@ class _Run:
         names = list(members)
         return {names[place]: members[names[place]] for place in sorted(drawn.tolist())}
 
-    def _ask_for(
-        self, serve: Callable[[str], Arrays], request: RoundRequest, by_node: dict[int, Member]
-    ) -> tuple[dict[int, RoundRequest], dict[int, Callable[[], RecordDict]]]:
-        """Each member's own order, and the maker of its message: of what it is served, the arrays it lends and nothing else."""
-        by_contract: dict[str, RoundRequest] = {}  # most sites have the same one
-        orders = {}
-        for node, member in by_node.items():
-            if member.digest not in by_contract:
-                by_contract[member.digest] = request.model_copy(update={"contract": member.digest})
-            orders[node] = by_contract[member.digest]
-        last: tuple[Arrays, RoundRequest, RecordDict] | None = None
-
-        def content(node: int) -> RecordDict:
-            """The very object of the message before, where the site gets the same: nobody changes it."""
-            nonlocal last
-            member = by_node[node]
-            served = serve(member.site)
-            if last is None or last[0] is not served or last[1] is not orders[node]:
-                text = orders[node].model_dump_json()
-                last = served, orders[node], to_records(served.only(member.lends), text)
-            return last[2]
-
-        return orders, {node: partial(content, node) for node in by_node}
-
     def _summed(self, state: State, round: int, by_node: dict[int, Member], tally: _Tally) -> Iterator[Streamed]:
         """The updates of sites that a grid trains many at once, added up where they were made; they leave `by_node`.
 
@@ -392,7 +346,7 @@ class _Run:
             return  # under a guard each site answers for itself, and its update is looked at alone; of more, some are too late
         everybody, sizes = len(by_node), {name: array.nbytes for name, array in state.trunk.items()}
         bytes_of: dict[tuple[str, ...], int] = {}  # most sites lend the same
-        for part in together(self._order(round), state.trunk, list(by_node)):
+        for part in together(self.requests.train(round), state.trunk, list(by_node)):
             for node, metrics in part.metrics.items():
                 member = by_node.pop(node)
                 tally.sites.append(member.site)
@@ -427,7 +381,8 @@ class _Run:
         everybody = len(by_node)
         yield from self._summed(state, round, by_node, tally)
         serve = partial(self.strategy.serve, state)
-        orders, requests = self._ask_for(serve, self._order(round), by_node)
+        orders = address(self.requests.train(round), by_node)
+        requests = contents(orders, serve, by_node)
         silent, self.silent = self.silent, set()
         patient = {node for node, member in by_node.items() if member.site not in silent}
         tally.bytes_down += sum(serve(member.site).only(member.lends).nbytes for member in by_node.values())
@@ -466,7 +421,7 @@ class _Run:
             self.silent = {site for site in members if site not in answered}
 
     def _questions(
-        self, serve: Callable[[str], Arrays], orders: dict[int, RoundRequest], by_node: dict[int, Member]
+        self, serve: Callable[[str], Arrays], orders: dict[int, TrainRequest], by_node: dict[int, Member]
     ) -> dict[int, str]:
         """node -> digest of what it is asked; empty where nothing is journalled."""
         if self.journal is None:
@@ -491,7 +446,7 @@ class _Run:
     def _admit(
         self,
         member: Member,
-        request: RoundRequest,
+        request: TrainRequest,
         answer: Answer | Came,
         tally: _Tally,
         everybody: int,
@@ -534,11 +489,11 @@ class _Run:
         return update
 
     def _probe(self, state: State, members: dict[str, Member], tally: _Tally) -> State:
-        """Ask the sites of this round how each of the strategy's probes fits them; who does not answer for all has no vote.
+        """Ask the sites of this round how each trunk of the strategy's fit queries fits them; who does not answer for all has no vote.
 
         Nothing is kept of it but what the strategy decides: a resumed run asks again and hears the same.
         """
-        asked = self.strategy.probes(state)
+        asked = self.strategy.fit_queries(state)
         fits: dict[str, dict[str, float]] = {site: {} for site in sorted(members)}
         for name, trunk in asked.items():
             heard = self._fits(name, trunk, state.round + 1, {site: members[site] for site in fits}, tally)
@@ -551,8 +506,8 @@ class _Run:
         """site -> validation loss with these arrays as it would enter `round`, of the sites that say."""
         self._put_away()
         by_node = {member.node: member for member in self.presence.there(members).values()}
-        request = self._order(round).model_copy(update={"probe": True})
-        orders, requests = self._ask_for(lambda site: trunk, request, by_node)
+        orders = address(self.requests.fit(round), by_node)
+        requests = contents(orders, lambda site: trunk, by_node)
         tally.bytes_down += sum(trunk.only(member.lends).nbytes for member in by_node.values())
         heard: dict[str, float] = {}
         for answer in ask(
@@ -564,26 +519,25 @@ class _Run:
                 if answer.content is None:
                     raise Refused(f"{site}, round {round}: no answer. {answer.failure.removeprefix(f'{site}: ')}")
                 arrays, header, metrics = open_records(answer.content)
-                told = admit(site, PROBED, orders[answer.node], Arrays(arrays), header, metrics).metrics
-                if FIT not in told:
-                    raise Refused(f"{site}, round {round}: answer set aside. It holds no `{FIT}`.")
-                heard[site] = told[FIT]
+                told = admit(site, FIT_CONTRACT, orders[answer.node], Arrays(arrays), header, metrics).metrics
+                if FIT_METRIC not in told:
+                    raise Refused(f"{site}, round {round}: answer set aside. It holds no `{FIT_METRIC}`.")
+                heard[site] = told[FIT_METRIC]
             except ContractError as error:
                 self.tell({"event": "note", "text": f"{error} It was asked how {name} fits; it has no vote this time."})
         return heard
 
     def _evaluate(self, state: State) -> list[tuple[str, TaskRow]]:
         """Every site scores the final trunk on its own test rows and sends the aggregates."""
-        return sorted(self._cards(state, self._order(self.run.total_rounds + 1)), key=lambda one: one[0])
+        return sorted(self._cards(state, self.requests.score()), key=lambda one: one[0])
 
     def _decide(self, state: State) -> None:
         """Every site settles by its validation rows, for the last time before it trains on them."""
-        request = self._order(self.run.rounds + 1).model_copy(update={"passed": 0, "decide": True})
-        self._cards(state, request)
+        self._cards(state, self.requests.decide())
         text = f"Every site has chosen by its validation rows. Rounds {self.run.rounds + 1} to {self.run.total_rounds} start anew and train on them too."
         self.tell({"event": "note", "text": text})
 
-    def _cards(self, state: State, request: RoundRequest) -> list[tuple[str, TaskRow]]:
+    def _cards(self, state: State, request: DecideRequest | ScoreRequest) -> list[tuple[str, TaskRow]]:
         """The rows of every site's Scorecard for the trunk it is served; a site that sends none, or another's, costs itself."""
         self._put_away()
         by_node = {member.node: member for member in self.cohort.members.values()}
@@ -620,14 +574,14 @@ class _Run:
     def _some_cards(
         self,
         state: State,
-        request: RoundRequest,
+        request: DecideRequest | ScoreRequest,
         by_node: dict[int, Member],
         rows: list[tuple[str, TaskRow]],
         done: int,
         everybody: int,
     ) -> list[int]:
         """Ask once; the nodes that answered or never will. Their rows are added to `rows`."""
-        _, requests = self._ask_for(partial(self.strategy.serve, state), request, by_node)
+        requests = contents(address(request, by_node), partial(self.strategy.serve, state), by_node)
         self.asking |= {node: member.site for node, member in by_node.items()}
         answers = ask(
             self.grid,
@@ -663,7 +617,7 @@ class _Run:
                 rows += [(member.site, row) for row in card.rows]
             except ContractError as error:
                 self.tell({"event": "note", "text": str(error)})
-            if not request.decide:
+            if isinstance(request, ScoreRequest):
                 self.tell({"event": "evaluate", "in": done + len(heard), "of": everybody})
         return heard
 
@@ -704,6 +658,7 @@ class _Run:
                     "Resume with the settings it was started with, or give another --out."
                 )
         self.key = meta["key"]
+        self.requests = replace(self.requests, key=self.key)
         self.silent = set(meta.get("silent", ()))
         self.seconds = meta["seconds"]
         self.records = [

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trunkline.errors import StorageError
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.runtime.storage import Shelf
 
 Came = tuple[
@@ -72,7 +72,7 @@ class Journal:
         return Shelf(self.folder / site, keep=1, tell=self.tell)
 
 
-def question_of(request: RoundRequest, served: Arrays) -> str:
+def question_of(request: TrainRequest, served: Arrays) -> str:
     """Digest of what a site was asked."""
     return hashlib.sha256(f"{request.model_dump_json()}|{served.digest()}".encode()).hexdigest()
 

@@ -16,7 +16,7 @@ from flwr.app import Context, Message
 
 from trunkline.flower.grid import LocalGrid, stamp
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.simulations.ray.cluster import start_ray, start_workers
 from trunkline.simulations.ray.scheduler import Job, Scheduler
 from trunkline.simulations.ray.serialization import Buffer, ContentStore
@@ -87,7 +87,7 @@ class RayGrid(LocalGrid):
 
     # ---- many sites at once
 
-    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
+    def together(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
         """A round of the sites that can be trained in stacks; see `VectorizedDriver.answer`."""
         return self._vectorized.answer(request, arrays, nodes)
 

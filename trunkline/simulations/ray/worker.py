@@ -15,7 +15,7 @@ from flwr.app import Context
 import trunkline
 from trunkline.flower.grid import message_of
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.simulations.ray.serialization import Buffer, pack, unpack
 
 # A message as a worker receives it: node, metadata, content without its arrays, and these: their bytes, or the number
@@ -56,10 +56,10 @@ class Worker:
         from trunkline.simulations.vectorized.worker import VectorizedWorker
 
         self.vectorized = VectorizedWorker({context.node_id: context.node_config for context in contexts})
-        return self.vectorized.begin(RoundRequest.model_validate_json(request))
+        return self.vectorized.begin(TrainRequest.model_validate_json(request))
 
     def vectorized_answer(self, request: str, arrays: dict[str, Any], nodes: list[int]) -> Any:
-        return self.vectorized.answer(RoundRequest.model_validate_json(request), Arrays(arrays), nodes)
+        return self.vectorized.answer(TrainRequest.model_validate_json(request), Arrays(arrays), nodes)
 
     def vectorized_flush(self) -> None:
         self.vectorized.flush()

@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 
 from trunkline.errors import StateLost
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.simulations.vectorized.worker import PartialRound, wanted
 
 AT_ONCE = 512  # sites an order: a large round shows progress, and a small one costs one call a worker
@@ -44,7 +44,7 @@ class VectorizedDriver:
     def holding(self) -> bool:
         return bool(self.actor_of)
 
-    def answer(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
+    def answer(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
         """Parts of a round as they come; nodes that are in none are to be asked singly.
 
         Raises:
@@ -74,7 +74,7 @@ class VectorizedDriver:
             del ready
             yield part
 
-    def _begin(self, request: RoundRequest) -> None:
+    def _begin(self, request: TrainRequest) -> None:
         self.flush()
         self.pass_of, self.actor_of = (request.run, request.passed), {}
         text, waiting = request.model_dump_json(), []
@@ -96,7 +96,7 @@ class VectorizedDriver:
             self._get(reference, actor, None)
         self.dirty = False
 
-    def _get(self, reference: Any, actor: Any, request: RoundRequest | None) -> Any:
+    def _get(self, reference: Any, actor: Any, request: TrainRequest | None) -> Any:
         """What a worker answered. One that died is started anew, and stacks are loaded again from the vaults."""
         try:
             return ray.get(reference)

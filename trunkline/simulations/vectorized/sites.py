@@ -29,7 +29,7 @@ from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel, tensors_of
 from trunkline.protocol.arrays import Arrays, seed_of
 from trunkline.protocol.contract import conflict_name
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.protocol.plan import Augment, GuardSettings, LocalPlan
 
 SIZES = (64, 128, 256, 32, 8, 1)  # sites in one stack: which is fastest depends on network and machine, so it is tried
@@ -39,7 +39,7 @@ Key = tuple[object, ...]
 Tensors = dict[str, Tensor]
 
 
-def kind_of(site: Site, request: RoundRequest) -> Key | None:
+def kind_of(site: Site, request: TrainRequest) -> Key | None:
     """Sites with equal kinds can be trained together; None: this one is trained alone, as `answer_train` does it."""
     orders = [request] + ([apart(request)] if request.baseline else [])
     if request.about.guards != GuardSettings() or site.config.policy.metrics is not True:
@@ -62,7 +62,7 @@ def kind_of(site: Site, request: RoundRequest) -> Key | None:
     return (*reads, tuple(tasks), steps)
 
 
-def _plain(plan: LocalPlan, request: RoundRequest) -> bool:
+def _plain(plan: LocalPlan, request: TrainRequest) -> bool:
     return (
         plan.optimizer == "adamw"
         and plan.balance == "fixed"
@@ -109,7 +109,7 @@ class _Role:
         own: place -> the whole best model, of a site whose vault had one.
     """
 
-    request: RoundRequest
+    request: TrainRequest
     template: _Template
     kept: Tensors
     best: Tensors = field(default_factory=dict)
@@ -129,7 +129,7 @@ class VectorizedSites:
         order: the first they are to answer; they go on from what their vaults hold before it.
     """
 
-    def __init__(self, sites: Sequence[Site], request: RoundRequest) -> None:
+    def __init__(self, sites: Sequence[Site], request: TrainRequest) -> None:
         self.sites = list(sites)
         self.request = request
         self.where = device()
@@ -229,7 +229,7 @@ class VectorizedSites:
 
     # --- a round -------------------------------------------------------------------------------------------------------
 
-    def answer(self, names: Sequence[str], request: RoundRequest, arrays: Arrays) -> Iterator[Stack]:
+    def answer(self, names: Sequence[str], request: TrainRequest, arrays: Arrays) -> Iterator[Stack]:
         """Train these sites in stacks, one after the other."""
         places = [self.place[name] for name in names]
         for who, role in self.roles.items():
@@ -248,7 +248,7 @@ class VectorizedSites:
             return self.trial[0]
         return min(self.seconds, key=lambda size: self.seconds[size]) if self.seconds else min(left, self.most)
 
-    def _timed(self, places: list[int], request: RoundRequest, arrays: Arrays) -> Stack:
+    def _timed(self, places: list[int], request: TrainRequest, arrays: Arrays) -> Stack:
         """One stack; while sizes are tried, with a clock beside it.
 
         On a CPU it is the thread's own time that counts, so that what else runs there decides nothing.
@@ -270,7 +270,7 @@ class VectorizedSites:
             self.trial = [one for one in self.trial if not (larger if one > best else smaller)]
         return done
 
-    def _stack_of(self, places: list[int], request: RoundRequest, arrays: Arrays) -> Stack:
+    def _stack_of(self, places: list[int], request: TrainRequest, arrays: Arrays) -> Stack:
         arrived = {name: torch.from_numpy(np.array(array)).to(self.where) for name, array in arrays.items()}
         told = [Trained(float(min(self.train.sizes[place], request.weight_cap)), {}) for place in places]
         change: dict[str, NDArray[np.float32]] = {}

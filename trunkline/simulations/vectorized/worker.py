@@ -14,7 +14,7 @@ import numpy as np
 
 from trunkline.client.site import Site, open_site
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.server.rounds.admission import LARGEST_CHANGE
 from trunkline.simulations.vectorized.sites import Key, VectorizedSites, kind_of
 from trunkline.strategies.exact_sum import largest_of
@@ -56,7 +56,7 @@ class VectorizedWorker:
         self.stacks: list[VectorizedSites] = []
         self.stack_of: dict[int, tuple[VectorizedSites, str]] = {}
 
-    def begin(self, request: RoundRequest) -> list[int]:
+    def begin(self, request: TrainRequest) -> list[int]:
         """Load the stacks for a pass of a run from what the vaults hold before `request`; returns the nodes in a stack.
 
         Raises:
@@ -82,7 +82,7 @@ class VectorizedWorker:
         gc.freeze()  # hundreds of sites are here for good: no need to look through them again at every collection
         return list(self.stack_of)
 
-    def answer(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> PartialRound:
+    def answer(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> PartialRound:
         """One round of these nodes, all of them in a stack."""
         total, metrics, problems = Streamed(), {}, {}
         by_stack: dict[int, list[int]] = {}
@@ -140,7 +140,7 @@ class InProcess:
     def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
         self.worker = VectorizedWorker(nodes)
 
-    def together(self, request: RoundRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
+    def together(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
         """Parts of a round, one after the other; nodes that are in none are to be asked singly."""
         if not wanted():
             return

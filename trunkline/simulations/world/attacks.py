@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trunkline.flower.records import to_records
 from trunkline.protocol.arrays import seed_of
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import TrainRequest
 from trunkline.server.rounds.admission import LARGEST_CHANGE
 
 LARGEST_ATTACK = 0.9 * LARGEST_CHANGE  # an attack that admission refuses would test admission, and not the strategy
@@ -40,7 +40,7 @@ ATTACKS: Mapping[str, Callable[[Deltas, np.random.Generator], Deltas]] = {
 
 
 def byzantine_reply(
-    request: RoundRequest, attack: str, site: str, deltas: Deltas, header: dict[str, Any], metrics: Mapping[str, float]
+    request: TrainRequest, attack: str, site: str, deltas: Deltas, header: dict[str, Any], metrics: Mapping[str, float]
 ) -> RecordDict:
     """The content that a Byzantine site sends in the place of its update.
 

@@ -18,7 +18,7 @@ from trunkline.config.site import read_site
 from trunkline.errors import DeploymentError
 from trunkline.flower.grid import LocalGrid
 from trunkline.flower.records import open_records
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import AgreedRequest, TrainRequest, parse_request
 from trunkline.protocol.plan import Conditions
 from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.simulations.world.attacks import byzantine_reply
@@ -38,7 +38,7 @@ class _Flight:
     arrival: int  # us, when the request is at the site
     bound: int  # us, before which the reply cannot be there
     lost: bool = False
-    request: RoundRequest | None = None  # of training that takes time or that an attack replaces
+    request: TrainRequest | None = None  # of training that takes time or that an attack replaces
     repeated: bool = False  # the site has trained this round already and answers from its vault
     reply: Message | None = None
 
@@ -227,7 +227,7 @@ class WorldGrid(Grid):
             self._line[node] = flight.arrival
             if kind == "train":
                 if self.world.row_seconds or draw.byzantine:
-                    flight.request = RoundRequest.model_validate_json(
+                    flight.request = TrainRequest.model_validate_json(
                         str(message.content.config_records["header"]["json"])
                     )
                 flight.repeated = (node, round) in self._trained
@@ -323,7 +323,8 @@ class WorldGrid(Grid):
 
 def _under(content: RecordDict, conditions: Conditions) -> RecordDict:
     """The same request with these conditions, as a new record: the content itself may be on its way to other sites too."""
-    request = RoundRequest.model_validate_json(str(content.config_records["header"]["json"]))
+    request = parse_request(str(content.config_records["header"]["json"]))
+    assert isinstance(request, AgreedRequest)  # an offer has no conditions: its round is 0
     text = request.model_copy(update={"conditions": conditions}).model_dump_json()
     return RecordDict({**dict(content.items()), "header": ConfigRecord({"json": text})})
 
