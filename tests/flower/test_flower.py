@@ -5,8 +5,8 @@ import gc
 import importlib
 import io
 import json
-import subprocess
-import sys
+import multiprocessing
+import threading
 import time
 import tracemalloc
 import types
@@ -37,7 +37,7 @@ from trunkline.errors import ContractError, DataError, StorageError
 from trunkline.flower.app_archive import app_bytes, app_digest, fab_digest
 from trunkline.flower.errors import error_site, reason_of
 from trunkline.flower.grid import LoopbackGrid, stamp
-from trunkline.flower.processes import whole_or_nothing
+from trunkline.flower.processes import supernode_main, whole_or_nothing
 from trunkline.flower.records import HEADER_LIMIT, PACK_SMALL, open_records, pack, to_records
 from trunkline.flower.replies import Replies
 from trunkline.server.rounds.messaging import ask
@@ -386,16 +386,26 @@ def test_a_message_whose_run_ended_while_it_came_leaves_nothing_that_holds_the_n
     assert [one.metadata.message_id for one in state.get_messages_legacy()] == [question.metadata.message_id]
 
 
-def test_a_supernode_that_gives_its_connection_up_ends_whatever_thread_it_leaves() -> None:
+def test_a_supernode_that_gives_its_connection_up_ends_whatever_thread_it_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Found by a drill: with a clock that was an hour back for a moment, a process was left that did nothing for ever."""
-    code = (
-        "import threading, time, flwr.supernode.cli as cli\n"
-        "cli.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(60,)).start()\n"
-        "from trunkline.flower.records import supernode_main\n"
-        "supernode_main()"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], timeout=40, check=False, capture_output=True)
-    assert ended.returncode == 1, ended.stderr.decode()
+    import flwr.supernode.cli as cli
+
+    processes = multiprocessing.get_context("fork")  # Flower is imported here; a new process would import it again
+    gave_up = processes.Event()
+
+    def give_up() -> None:
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        gave_up.set()
+
+    monkeypatch.setattr(cli, "flower_supernode", give_up)
+    supernode = processes.Process(target=supernode_main)
+    supernode.start()
+    supernode.join(10.0)
+    exit_code = supernode.exitcode
+    supernode.kill()
+    assert gave_up.is_set() and exit_code == 1
 
 
 def test_a_superlink_that_comes_back_in_the_middle_of_a_message_is_sent_it_again() -> None:

@@ -1,3 +1,4 @@
+import os
 import resource
 import signal
 import subprocess
@@ -65,27 +66,29 @@ def test_no_bit_of_a_file_can_flip_unnoticed(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, kind="vault", owner="press-07")
     shelf.put(1, {"w": np.ones(2, np.float32)}, {"loss": 0.5, "name": "x"})
     data = shelf.path(1).read_bytes()
-    for place in range(len(data)):
-        for bit in range(8):
-            broken = bytearray(data)
-            broken[place] ^= 1 << bit
-            shelf.path(1).write_bytes(broken)
-            try:
-                shelf.get(1)
-            except ForeignState as error:
-                pytest.fail(f"bit {bit} of byte {place}: called another's: {error}")
-            except StorageError as error:
-                assert "damaged" in str(error)
-            else:
-                pytest.fail(f"bit {bit} of byte {place} of {len(data)} flipped, and nobody noticed")
+    with shelf.path(1).open(
+        "r+b", buffering=0
+    ) as file:  # changed in place: a new file each time takes ten times as long
+        for offset, byte in enumerate(data):
+            for bit in range(8):
+                os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), offset)
+                try:
+                    shelf.get(1)
+                except ForeignState as error:
+                    pytest.fail(f"bit {bit} of byte {offset}: called another's: {error}")
+                except StorageError as error:
+                    assert "damaged" in str(error)
+                else:
+                    pytest.fail(f"bit {bit} of byte {offset} of {len(data)} flipped, and nobody noticed")
+            os.pwrite(file.fileno(), bytes([byte]), offset)
+    assert shelf.get(1)[1] == {"loss": 0.5, "name": "x"}
 
 
 def test_no_file_cut_short_is_taken_for_a_whole_one(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     shelf.put(1, {"w": np.ones(2, np.float32)}, {})
-    data = shelf.path(1).read_bytes()
-    for size in range(len(data)):
-        shelf.path(1).write_bytes(data[:size])
+    for size in reversed(range(shelf.path(1).stat().st_size)):
+        os.truncate(shelf.path(1), size)
         with pytest.raises(StorageError, match="damaged"):
             shelf.get(1)
 

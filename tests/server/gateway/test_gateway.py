@@ -597,7 +597,7 @@ def test_an_early_answer_is_passed_on_and_a_broken_one_is_not(
         )
         behind.answer = lambda one: (200, {"content-length": "50"}, b"short")
         with pytest.raises(httpx.TransportError):
-            client.post(PULL, headers=site.signed(), timeout=2.0)
+            client.post(PULL, headers=site.signed(), timeout=0.5)
         behind.answer = lambda one: (200, {"content-length": "x"}, b"short")
         answer = client.post(PULL, headers=site.signed())
         assert (answer.status_code, "does not speak HTTP" in answer.text) == (502, True)

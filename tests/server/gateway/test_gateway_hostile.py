@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from tests.server.federation import PULL, WAIT_S, Behind, Federation, Member, answers, running, superlink, until
 from trunkline.server.gateway.routes import FLEET, FORWARDED
 
-REQUESTS, WORKERS, SEED = 10_000, 8, 20_261_126
+REQUESTS, WORKERS, SEED = 10_000, 20, 20_261_126
 ALLOWED = {name.decode() for name in FORWARDED} | {"host", "content-length"}
 
 
