@@ -347,8 +347,8 @@ def running(federation: Federation, upstream: int, tap: Any = None, **limits: fl
         ("127.0.0.1", 0),
         ("127.0.0.1", upstream),
         Limits(**values),
-        tell=lines.append,
-        note=notes.append,
+        emit=lines.append,
+        report_refusal=notes.append,
         tap=tap,
     )
     loop = asyncio.new_event_loop()

@@ -37,8 +37,8 @@ from trunkline.security import keys
 from trunkline.security.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
 from trunkline.server.gateway.authentication import Replays
 from trunkline.server.gateway.connection import Denied
-from trunkline.server.gateway.gateway import Gateway, address, serve
-from trunkline.server.gateway.log_throttle import Hush
+from trunkline.server.gateway.gateway import Gateway, parse_address, serve
+from trunkline.server.gateway.log_throttle import LogThrottle
 from trunkline.server.gateway.routes import FLEET
 
 P384 = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973  # its order
@@ -66,7 +66,7 @@ def refused(gateway: Running, member: Member, **versions: ssl.TLSVersion) -> Non
         sock.sendall(member.raw())
         if not sock.recv(1):
             raise ConnectionError
-    assert gateway.gateway._visits == set()
+    assert gateway.gateway._sessions == set()
 
 
 def test_a_call_arrives_whole_and_built_anew(federation: Federation, behind: Behind, gateway: Running) -> None:
@@ -478,7 +478,8 @@ def test_what_was_signed_before_a_restart_is_not_taken(federation: Federation, b
 
 
 def test_signatures_are_forgotten_when_they_are_too_old_and_bounded_before(federation: Federation) -> None:
-    replays = Replays(keep_s=0.2, cap=3)
+    now = [0.0]
+    replays = Replays(keep_s=0.2, cap=3, clock=lambda: now[0])
     calls = [site.signed() for site in [federation.member("press-07")] for _ in range(4)]
 
     def check(call: dict[str, str], key: str = "k") -> None:
@@ -492,7 +493,7 @@ def test_signatures_are_forgotten_when_they_are_too_old_and_bounded_before(feder
     check(calls[3], "another site's key")
     with pytest.raises(Denied, match="used before"):
         check(calls[0])
-    time.sleep(0.25)
+    now[0] = 0.25
     replays.prune()
     assert replays._seen == {}
     check(calls[3])
@@ -546,7 +547,10 @@ def test_a_superlink_that_is_away_is_waited_for(federation: Federation, behind: 
             with superlink(federation, behind, port):
                 assert client.post(PULL, headers=site.signed()).status_code == 200
                 assert client.post(PULL, headers=site.signed()).status_code == 200
-            until(lambda: not any(wire.quiet for wire in gateway.gateway._pool._idle), "the gateway to notice")
+            until(
+                lambda: not any(connection.is_quiet for connection in gateway.gateway._forwarder.pool._idle),
+                "the gateway to notice",
+            )
         assert client.post(PULL, headers=site.signed()).status_code == 502
         assert behind.connections == 3, "one each time, for both calls"
 
@@ -618,7 +622,7 @@ def test_a_new_server_certificate_holds_from_the_next_connection(federation: Fed
         assert server_seen(gateway, site) == after != before
         kept.sendall(site.raw())
         assert answers(kept)[0][0] == 200
-        gateway.said("from the next connection on the new ones hold")
+        gateway.said("the next connection uses the new ones")
 
 
 def test_half_a_new_certificate_changes_nothing_and_is_said_once(federation: Federation, gateway: Running) -> None:
@@ -628,7 +632,7 @@ def test_half_a_new_certificate_changes_nothing_and_is_said_once(federation: Fed
     federation.new_server_certificate(with_key=False)
     assert server_seen(gateway, site) == server_seen(gateway, site) == before
     assert len([line for line in gateway.lines if "do not fit together" in line]) == 1
-    assert "What held before still holds" in gateway.said("do not fit together")
+    assert "The former certificate stays in use" in gateway.said("do not fit together")
     assert key == (federation.state / "server.key").read_bytes()
     after = federation.new_server_certificate()
     assert server_seen(gateway, site) == keys.fingerprint(after)
@@ -681,21 +685,22 @@ def test_what_leaves_a_plant_can_be_recorded_to_the_byte(federation: Federation,
 
 def test_a_peer_that_repeats_itself_does_not_fill_the_log() -> None:
     lines: list[str] = []
-    hush = Hush(lines.append, cap=3)
+    now = [0.0]
+    throttle = LogThrottle(lines.append, cap=3, clock=lambda: now[0])
     for _ in range(500):
-        hush.say("10.0.0.7", "no certificate", "10.0.0.7: showed none", 0.2)
-    hush.say("10.0.0.7", "path", "10.0.0.7: 404", 0.2)
+        throttle.log("10.0.0.7", "no certificate", "10.0.0.7: showed none", 0.2)
+    throttle.log("10.0.0.7", "path", "10.0.0.7: 404", 0.2)
     assert lines == ["10.0.0.7: showed none", "10.0.0.7: 404"]
-    time.sleep(0.25)
-    hush.say("10.0.0.7", "no certificate", "10.0.0.7: showed none", 0.2)
+    now[0] = 0.25
+    throttle.log("10.0.0.7", "no certificate", "10.0.0.7: showed none", 0.2)
     assert lines[-1] == "10.0.0.7: showed none (and 499 times more since the last such line)"
-    hush.say("10.0.0.7", "no certificate", "10.0.0.7: showed none", 0.2)
-    time.sleep(0.25)
-    hush.flush(0.2)
+    throttle.log("10.0.0.7", "no certificate", "10.0.0.7: showed none", 0.2)
+    now[0] = 0.5
+    throttle.flush(0.2)
     assert lines[-1] == "10.0.0.7: no certificate: 1 times more"
-    for number in range(50):
-        hush.say(f"10.0.1.{number}", "path", "404", 60.0)
-    assert len(hush._said) == 3
+    for index in range(50):
+        throttle.log(f"10.0.1.{index}", "path", "404", 60.0)
+    assert len(throttle._last) == 3
 
 
 def test_a_log_line_cannot_be_forged(federation: Federation, gateway: Running) -> None:
@@ -716,11 +721,11 @@ def test_a_state_folder_too_deep_for_a_socket_is_named(tmp_path: Path) -> None:
 
 
 def test_addresses() -> None:
-    assert address("0.0.0.0:9140") == ("0.0.0.0", 9140)
-    assert address("[::1]:9140") == ("::1", 9140)
+    assert parse_address("0.0.0.0:9140") == ("0.0.0.0", 9140)
+    assert parse_address("[::1]:9140") == ("::1", 9140)
     for wrong in ("9140", "host", "host:", ":1", "host:99999", "host:x"):
         with pytest.raises(DeploymentError, match="not HOST:PORT"):
-            address(wrong)
+            parse_address(wrong)
 
 
 def command(federation: Federation, port: int, listen: int) -> list[str]:

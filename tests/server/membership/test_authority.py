@@ -32,7 +32,7 @@ from trunkline.security.keys import (
     spki,
 )
 from trunkline.server.gateway import registrar
-from trunkline.server.gateway.registrar import build
+from trunkline.server.gateway.registrar import build_app
 from trunkline.server.gateway.routes import CERTIFICATE, CERTIFICATE_PEM
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership import authority
@@ -271,7 +271,7 @@ def test_the_audit_log_shows_an_altered_line_and_can_begin_anew(centre: Authorit
 
 
 def call(centre: Authority) -> Callable[..., Any]:
-    app = build(centre, "127.0.0.1:1", b"")
+    app = build_app(centre, "127.0.0.1:1", b"")
 
     async def send(method: str, path: str, headers: dict[str, str], body: bytes) -> Any:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://registrar") as client:

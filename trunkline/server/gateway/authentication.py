@@ -1,4 +1,4 @@
-"""Whom the gateway lets in: the TLS context of the moment, the caller behind a certificate, and signatures seen before."""
+"""Which callers the gateway admits: current TLS contexts, the caller behind a certificate, signatures seen before."""
 
 import base64
 import binascii
@@ -16,65 +16,68 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from trunkline.errors import DeploymentError, StorageError
 from trunkline.security import keys
 from trunkline.server.gateway.connection import Denied
-from trunkline.server.gateway.http_headers import plain
+from trunkline.server.gateway.http_headers import printable
 from trunkline.server.membership.registry import JOIN_AGAIN, REGISTRY, Book, Registry, explain_denial
 
-REMEMBERED = timedelta(days=90)  # so long a used or expired code still reaches the registrar, which says what is wrong
+# for so long a used or expired code still reaches the registrar, which explains what is wrong
+REMEMBERED = timedelta(days=90)
 REPLAY_S = 330.0  # Flower takes a signed timestamp from 5 s ahead until 305 s later; with some seconds of margin
 SIGNATURES = 20_000  # of one site within that time: 60 calls a second, and 3 MB
 
 
-def remembered(book: Book) -> str:
+def invitation_certificates(book: Book) -> str:
     """The certificates of the invitations that a caller may still show, in PEM."""
     oldest = keys.now() - REMEMBERED
-    return "".join(one.certificate for one in book.invitations if moment(one.made) > oldest)
+    return "".join(code.certificate for code in book.invitations if parse_time(code.made) > oldest)
 
 
-def moment(text: str) -> datetime:
-    """ISO 8601 as it stands in the book, in UTC; the distant past where it is none."""
+def parse_time(text: str) -> datetime:
+    """A time of the registry (ISO 8601) in UTC; the distant past where the text is no time."""
     try:
-        found = datetime.fromisoformat(text)
+        parsed = datetime.fromisoformat(text)
     except ValueError:
         return datetime.min.replace(tzinfo=UTC)
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
-class Trust:
-    """The TLS contexts, made again when a file they come from has changed.
+class TlsContexts:
+    """The TLS contexts of the gateway; each is made again when one of its files has changed.
 
     Args:
         state: holds authority.crt, server.crt, server.key, loopback.crt and the registry.
-        tell: gets a sentence when a new certificate holds, or when one cannot be used and the former stays.
+        emit: gets a sentence when a new certificate is in use, or when one cannot be used and the former stays.
     """
 
-    def __init__(self, state: Path, registry: Registry, tell: Callable[[str], None]) -> None:
-        self.state, self.registry, self.tell = state, registry, tell
+    def __init__(self, state: Path, registry: Registry, emit: Callable[[str], None]) -> None:
+        self.state, self.registry, self.emit = state, registry, emit
         self._marks: dict[str, object] = {}
         self._contexts: dict[str, ssl.SSLContext] = {}
 
-    def outside(self) -> ssl.SSLContext:
-        """For who comes from outside: TLS 1.3 with a certificate of this federation, or of an invitation to it.
+    def for_callers(self) -> ssl.SSLContext:
+        """For callers from outside: TLS 1.3 with a certificate of this federation, or of an invitation to it.
 
         Raises:
-            DeploymentError: the files never fitted together yet.
+            DeploymentError: the files do not fit together, and never did.
         """
         # the day is part of it: invitations leave the list with time alone
-        return self._current("server.crt", ("server.crt", "server.key", "authority.crt", REGISTRY), self._outside)
+        return self._current(
+            "server.crt", ("server.crt", "server.key", "authority.crt", REGISTRY), self._make_for_callers
+        )
 
-    def upstream(self) -> ssl.SSLContext:
+    def for_superlink(self) -> ssl.SSLContext:
         """For the SuperLink on loopback: its own certificate and no other."""
-        return self._current("loopback.crt", ("loopback.crt",), self._upstream)
+        return self._current("loopback.crt", ("loopback.crt",), self._make_for_superlink)
 
     def _current(self, name: str, files: tuple[str, ...], make: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
         mark = (keys.now().date(), *(_mark(self.state / file) for file in files))
         if mark != self._marks.get(name):
-            self._marks[name] = mark  # also where it fails: said once, tried again when a file changes again
+            self._marks[name] = mark  # also where it fails: reported once, tried again when a file changes again
             try:
-                made = make()
+                context = make()
             except (OSError, ValueError, StorageError) as error:
                 text = f"{', '.join(files)} in {self.state} do not fit together or cannot be read ({error})."
                 if name in self._contexts:
-                    self.tell(f"{text} What held before still holds; the files are tried again when one changes.")
+                    self.emit(f"{text} The former certificate stays in use; the files are read again when one changes.")
                 else:
                     del self._marks[name]
                     raise DeploymentError(
@@ -82,23 +85,23 @@ class Trust:
                     ) from None
             else:
                 if name in self._contexts:
-                    self.tell(f"{', '.join(files)}: changed; from the next connection on the new ones hold.")
-                self._contexts[name] = made
+                    self.emit(f"{', '.join(files)}: changed; the next connection uses the new ones.")
+                self._contexts[name] = context
         return self._contexts[name]
 
-    def _outside(self) -> ssl.SSLContext:
+    def _make_for_callers(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.num_tickets = 0  # a ticket would let in who was let in once, without another look at the certificate
+        context.num_tickets = 0  # a ticket would admit a caller again without another look at its certificate
         context.options |= ssl.OP_NO_TICKET
         context.set_alpn_protocols(["http/1.1"])
         context.load_cert_chain(self.state / "server.crt", self.state / "server.key")
         authority = (self.state / "authority.crt").read_text("ascii")
-        context.load_verify_locations(cadata=authority + remembered(self.registry.read()))
+        context.load_verify_locations(cadata=authority + invitation_certificates(self.registry.read()))
         context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    def _upstream(self) -> ssl.SSLContext:
+    def _make_for_superlink(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_verify_locations(cadata=(self.state / "loopback.crt").read_text("ascii"))
@@ -107,19 +110,19 @@ class Trust:
 
 def _mark(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Who is at the other end of a connection, as its certificate says.
+    """The other end of a connection, as its certificate describes it.
 
     Args:
         address: ip:port; host: without the port.
-        header: what Flower's header flwr-public-key must say.
+        header: the value that Flower's header flwr-public-key must have.
     """
 
     address: str
@@ -131,14 +134,14 @@ class Peer:
     until: datetime
 
     @classmethod
-    def of(cls, der: bytes, host: str, port: int) -> "Peer":
+    def from_certificate(cls, der: bytes, host: str, port: int) -> "Peer":
         certificate = x509.load_der_x509_certificate(der)
         public = certificate.public_key()
         return cls(
             address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
             host=host,
             der=der,
-            name=plain(keys.common_name(certificate), 64) or "no name",
+            name=printable(keys.common_name(certificate), 64) or "no name",
             key=keys.key_id(public),
             header=base64.b64encode(keys.spki(public)),
             until=certificate.not_valid_after_utc,
@@ -147,47 +150,52 @@ class Peer:
 
 @dataclass(frozen=True)
 class Caller:
-    """A site, or whoever holds an invitation to be one."""
+    """A site, or the holder of an invitation to be one."""
 
     site: str
     invited: bool
 
 
-def admit(book: Book, peer: Peer) -> Caller:
-    """Who this is, by the book as it stands now.
+def identify_caller(book: Book, peer: Peer) -> Caller:
+    """The caller behind a certificate, by the registry as it is now.
 
     Raises:
-        Denied: 401 in words, for somebody unknown, revoked or expired.
+        Denied: 401, for a certificate that is unknown, revoked or expired.
     """
-    found = book.by_key(peer.key)
-    if found is None:
+    entry = book.by_key(peer.key)
+    if entry is None:
         invitation = book.invitation(peer.key)
         if invitation is not None:
             return Caller(invitation.site, invited=True)
         raise Denied(401, explain_denial(None, peer.name), "not enrolled")
-    if found.revoked:
-        raise Denied(401, explain_denial(found), "revoked")
+    if entry.revoked:
+        raise Denied(401, explain_denial(entry), "revoked")
     if keys.now() >= peer.until:
-        raise Denied(401, f"{found.site}: this certificate expired on {_day(peer.until)}. {JOIN_AGAIN}", "expired")
-    return Caller(found.site, invited=False)
+        raise Denied(401, f"{entry.site}: this certificate expired on {_day(peer.until)}. {JOIN_AGAIN}", "expired")
+    return Caller(entry.site, invited=False)
 
 
-def _day(when: datetime) -> str:
-    return when.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+def _day(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 class Replays:
     """Signatures of the last minutes.
 
-    Flower signs a timestamp and nothing of the call, so one set of its headers, once seen, would be good for any call
-    until the timestamp is too old. Each is good for one call here; an honest SuperNode signs each attempt anew.
+    Flower signs a timestamp and nothing of the call. One set of its headers, once captured, would serve for any call
+    until the timestamp is too old. Here each signature serves for one call; an honest SuperNode signs each attempt anew.
 
-    What was signed before this object was made may have been used before, and is refused too; that leaves the first
-    seconds for a plant whose clock is up to 5 s ahead, which Flower allows.
+    A signature older than this object may have been used before, and is refused too. In the first seconds that leaves
+    room for a plant whose clock is up to 5 s ahead, which Flower allows.
+
+    Args:
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, keep_s: float = REPLAY_S, cap: int = SIGNATURES) -> None:
-        self.keep_s, self.cap = keep_s, cap
+    def __init__(
+        self, keep_s: float = REPLAY_S, cap: int = SIGNATURES, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.keep_s, self.cap, self.clock = keep_s, cap, clock
         self.since = keys.now()
         self._seen: dict[str, OrderedDict[int, float]] = {}
 
@@ -195,7 +203,7 @@ class Replays:
         """Remember this signature.
 
         Raises:
-            Denied: 401 where it was used before or is none; 503, to be tried again, where that cannot be known.
+            Denied: 401 where it was used before or is none; 503, so that the caller tries again, where that cannot be known.
         """
         try:
             # r, not the text: (r, n - s) is as good a signature as (r, s), and base64 has spare bits
@@ -212,8 +220,8 @@ class Replays:
                 "Try again with a fresh signature; if that does not help, set the clock (NTP).",
                 "signed before the start",
             )
-        seen, present = self._seen.setdefault(key, OrderedDict()), time.monotonic()
-        self._forget(seen, present)
+        seen, now = self._seen.setdefault(key, OrderedDict()), self.clock()
+        self._forget(seen, now)
         if r in seen:
             raise Denied(
                 401,
@@ -222,34 +230,28 @@ class Replays:
             )
         if len(seen) >= self.cap:
             raise Denied(503, f"{site}: more than {self.cap:,} calls in {self.keep_s:.0f} s. Wait.", "too many calls")
-        seen[r] = present + self.keep_s
+        seen[r] = now + self.keep_s
 
     def prune(self) -> None:
-        """Forget what is too old to be used again."""
-        present = time.monotonic()
+        """Forget signatures that are too old to be used again."""
+        now = self.clock()
         for key in list(self._seen):
-            self._forget(self._seen[key], present)
+            self._forget(self._seen[key], now)
             if not self._seen[key]:
                 del self._seen[key]
 
     @staticmethod
-    def _forget(seen: OrderedDict[int, float], present: float) -> None:
-        while seen and next(iter(seen.values())) <= present:
+    def _forget(seen: OrderedDict[int, float], now: float) -> None:
+        while seen and next(iter(seen.values())) <= now:
             seen.popitem(last=False)
 
 
-UNKNOWN_ISSUER = (
-    2,
-    7,
-    18,
-    19,
-    20,
-    21,
-)  # X509_V_ERR_*: self-signed, by nobody trusted here, or by who only has the name
+# X509_V_ERR_*: self-signed, issued by an authority that is not trusted here, or by one that only has the same name
+UNKNOWN_ISSUER = frozenset({2, 7, 18, 19, 20, 21})
 
 
-def handshake_words(error: BaseException) -> str:
-    """Why a handshake came to nothing, for a person who reads a log."""
+def explain_handshake_failure(error: BaseException) -> str:
+    """Why a handshake failed, for a person who reads the log."""
     if isinstance(error, ssl.SSLCertVerificationError):
         if error.verify_code == 10:
             return f"its certificate has expired. {JOIN_AGAIN}"
@@ -267,7 +269,7 @@ def handshake_words(error: BaseException) -> str:
         if reason == "HTTP_REQUEST":
             return "speaks plain HTTP; this port takes TLS only (https://)."
         if "UNKNOWN_CA" in reason or "ALERT_BAD_CERTIFICATE" in reason or "CERTIFICATE_UNKNOWN" in reason:
-            return "does not trust this centre's certificate: it joined another federation, or calls by a name that is not in it."
+            return "does not trust this server's certificate: it joined another federation, or calls by a name that is not in it."
         if "ALERT" in reason:
             return f"gave up the handshake ({reason.lower().replace('_', ' ')})."
         return f"does not speak TLS, or not as it should ({reason.lower().replace('_', ' ')})."

@@ -1,4 +1,4 @@
-"""One connection of the gateway, on either side: bytes in order, with back-pressure; and those that wait for their next use."""
+"""A connection of the gateway, to a caller or to the SuperLink: bytes in order, with back-pressure; and a pool of them."""
 
 import asyncio
 import contextlib
@@ -12,15 +12,15 @@ from typing import Any
 from trunkline.errors import TrunklineError
 
 READ_AHEAD = 1 << 20  # bytes that wait unread before the peer is asked to pause
-START = re.compile(rb"[A-Z]{1,16}(\Z| )")  # what any request starts with; anything else need not be waited for
+REQUEST_START = re.compile(rb"[A-Z]{1,16}(\Z| )")  # of any request; the end of anything else need not be awaited
 
 
 class Denied(TrunklineError):
-    """A request that is answered here and not passed on.
+    """A request that the gateway itself answers, with a refusal.
 
     Args:
         status: of HTTP; never 403, which a SuperNode takes for "this run has ended".
-        kind: a word or two that are the same for all refusals of this sort: by it a log counts repetitions.
+        kind: a word or two, the same for all refusals of this sort: the log counts repetitions by it.
     """
 
     def __init__(self, status: int, text: str, kind: str) -> None:
@@ -28,16 +28,16 @@ class Denied(TrunklineError):
         self.status, self.kind = status, kind
 
 
-class Lost(TrunklineError):
-    """The other end of a connection went away, or does nothing for too long."""
+class ConnectionLost(TrunklineError):
+    """The other end of a connection closed it, or did nothing for too long (`silent`)."""
 
-    def __init__(self, wire: "Wire", what: str, silent: bool = False) -> None:
-        super().__init__(what)
-        self.wire, self.silent = wire, silent
+    def __init__(self, connection: "Connection", text: str, silent: bool = False) -> None:
+        super().__init__(text)
+        self.connection, self.silent = connection, silent
 
 
-class Wire(asyncio.Protocol):
-    """A connection as a queue of chunks; a chunk is what one read gave, and is not copied.
+class Connection(asyncio.Protocol):
+    """A connection as a queue of chunks; a chunk is the result of one read, and is not copied.
 
     `on_lost` is called once when the connection is gone.
     """
@@ -86,7 +86,7 @@ class Wire(asyncio.Protocol):
         _wake(self._writer)
 
     @property
-    def quiet(self) -> bool:
+    def is_quiet(self) -> bool:
         """Open, with nothing unread."""
         return not self.ended and not self._chunks
 
@@ -94,7 +94,7 @@ class Wire(asyncio.Protocol):
         """The next chunk.
 
         Raises:
-            Lost: none came within `patience` seconds, or none will come.
+            ConnectionLost: none came within `patience` seconds, or none will come.
         """
         if not self._chunks and not self.ended:
             self._reader = asyncio.get_running_loop().create_future()
@@ -102,11 +102,11 @@ class Wire(asyncio.Protocol):
                 async with asyncio.timeout(patience):
                     await self._reader
             except TimeoutError:
-                raise Lost(self, f"sent nothing for {patience:g} s", silent=True) from None
+                raise ConnectionLost(self, f"sent nothing for {patience:g} s", silent=True) from None
             finally:
                 self._reader = None
         if not self._chunks:
-            raise Lost(self, "closed the connection")
+            raise ConnectionLost(self, "closed the connection")
         data = self._chunks.popleft()
         self._size -= len(data)
         if self._paused and self._size < READ_AHEAD // 2:
@@ -123,10 +123,10 @@ class Wire(asyncio.Protocol):
         """Write, and wait while more than a megabyte is on its way.
 
         Raises:
-            Lost: the other end is gone, or took nothing for `patience` seconds.
+            ConnectionLost: the other end is gone, or took nothing for `patience` seconds.
         """
         if self.ended:
-            raise Lost(self, "closed the connection")
+            raise ConnectionLost(self, "closed the connection")
         self.transport.write(data)
         if self._blocked:
             self._writer = asyncio.get_running_loop().create_future()
@@ -134,53 +134,57 @@ class Wire(asyncio.Protocol):
                 async with asyncio.timeout(patience):
                     await self._writer
             except TimeoutError:
-                raise Lost(self, f"took nothing for {patience:g} s", silent=True) from None
+                raise ConnectionLost(self, f"took nothing for {patience:g} s", silent=True) from None
             finally:
                 self._writer = None
 
-    async def head(self, limit: int, first: float, rest: float, start: re.Pattern[bytes] | None = None) -> bytes:
-        """All up to the empty line, which is part of it.
+    async def read_head(
+        self, limit: int, first_s: float, complete_s: float, start: re.Pattern[bytes] | None = None
+    ) -> bytes:
+        """All up to and with the empty line.
 
         Args:
-            limit: bytes; first: seconds until its first byte; rest: seconds from there to its last one.
-            start: what the head must begin with, so that nobody waits for the end of what cannot be one.
+            limit: bytes; first_s: seconds until the first byte; complete_s: seconds from there to the last one.
+            start: how the head must begin, so that the gateway does not wait for the end of what cannot be one.
 
         Raises:
-            Lost: it did not come; Denied: it is too large or cannot be one.
+            ConnectionLost: no head came. Denied: it is too large, or is none.
         """
-        found = await self.receive(first)
-        deadline = time.monotonic() + rest
-        while (end := found.find(b"\r\n\r\n")) < 0:
-            if len(found) > limit:
+        head = await self.receive(first_s)
+        deadline = time.monotonic() + complete_s
+        while (end := head.find(b"\r\n\r\n")) < 0:
+            if len(head) > limit:
                 break
-            if (start is not None and not start.match(found)) or b"\n" in found.replace(b"\r\n", b""):
+            if (start is not None and not start.match(head)) or b"\n" in head.replace(b"\r\n", b""):
                 raise Denied(400, "this is not an HTTP/1.1 request.", "not HTTP")
             try:
-                found += await self.receive(max(0.0, deadline - time.monotonic()))
-            except Lost as lost:
+                head += await self.receive(max(0.0, deadline - time.monotonic()))
+            except ConnectionLost as lost:
                 if lost.silent:
-                    raise Denied(408, f"the headers were not complete within {rest:g} s.", "slow headers") from None
+                    raise Denied(
+                        408, f"the headers were not complete within {complete_s:g} s.", "slow headers"
+                    ) from None
                 raise
         if end < 0 or end + 4 > limit:
             raise Denied(431, f"the headers are larger than the {limit:,} bytes that are taken here.", "headers")
-        self.unread(found[end + 4 :])
-        return found[: end + 4]
+        self.unread(head[end + 4 :])
+        return head[: end + 4]
 
     async def linger(self, seconds: float) -> None:
-        """Close so that an answer is read: what the peer still sends is thrown away for a while.
+        """Close so that the peer can read the answer: for a while, what it still sends is discarded.
 
-        A socket closed with unread bytes in it is reset, and with it goes the answer that says why.
+        A socket closed with unread bytes in it is reset, and the answer with the reason is lost.
         """
         try:
             async with asyncio.timeout(seconds):
                 while not self.ended:
                     await self.receive(seconds)
-        except (TimeoutError, Lost):
+        except (TimeoutError, ConnectionLost):
             pass
         self.close()
 
     async def shut(self, patience: float) -> None:
-        """Close and wait until it is; after `patience` seconds, whether the other end agrees or not."""
+        """Close, and wait for the other end to close too, `patience` seconds at most."""
         self.close()
         deadline = time.monotonic() + patience
         while not self.gone and time.monotonic() < deadline:
@@ -202,13 +206,13 @@ def _wake(future: "asyncio.Future[None] | None") -> None:
         future.set_result(None)
 
 
-async def copy(
-    source: Wire, sink: Wire, length: int, patience: float, tap: Callable[[bytes], None] | None = None
+async def relay(
+    source: Connection, sink: Connection, length: int, patience: float, tap: Callable[[bytes], None] | None = None
 ) -> None:
-    """Pass on exactly `length` bytes; `tap` sees them.
+    """Pass on exactly `length` bytes; `tap` gets them too.
 
     Raises:
-        Lost: one of the two; it says which.
+        ConnectionLost: one of the two; its `connection` is the one.
     """
     while length:
         data = await source.receive(patience)
@@ -225,57 +229,61 @@ class Pool:
     """Connections to the upstream that wait for their next request.
 
     Args:
-        connect: makes a new one.
-        keep_s: seconds one may wait; shorter than the upstream's own patience (uvicorn: 5 s), so that a request is never
-            written to a connection that is just being closed.
+        connect: makes a new connection.
+        keep_s: seconds a connection may wait; less than the upstream's own limit (uvicorn: 5 s), so that a request is
+            never written to a connection that is just being closed.
     """
 
-    def __init__(self, connect: Callable[[], Awaitable[Wire]], keep_s: float = 3.0, keep: int = 64) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[Connection]], keep_s: float = 3.0, keep: int = 64) -> None:
         self.connect, self.keep_s, self.keep = connect, keep_s, keep
-        self._idle: list[Wire] = []
+        self._idle: list[Connection] = []
 
-    async def take(self) -> Wire:
-        """Raises OSError, ssl.SSLError or TimeoutError where none can be made."""
+    async def take(self) -> Connection:
+        """A connection for one request. Raises OSError, ssl.SSLError or TimeoutError where none can be made."""
         while self._idle:
-            wire = self._idle.pop()
-            if wire.quiet and time.monotonic() - wire.since < self.keep_s:
-                return wire
-            wire.close()
+            connection = self._idle.pop()
+            if connection.is_quiet and time.monotonic() - connection.since < self.keep_s:
+                return connection
+            connection.close()
         return await self.connect()
 
-    def give(self, wire: Wire) -> None:
-        """Back for the next; only after a whole answer was read."""
-        if wire.quiet and len(self._idle) < self.keep:
-            wire.since = time.monotonic()
-            self._idle.append(wire)
+    def give(self, connection: Connection) -> None:
+        """Return a connection for the next request; only after a whole answer was read."""
+        if connection.is_quiet and len(self._idle) < self.keep:
+            connection.since = time.monotonic()
+            self._idle.append(connection)
         else:
-            wire.close()
+            connection.close()
 
     def prune(self) -> None:
-        """Close what has waited too long."""
-        stale = [wire for wire in self._idle if not wire.quiet or time.monotonic() - wire.since >= self.keep_s]
-        self._idle = [wire for wire in self._idle if wire not in stale]
-        for wire in stale:
-            wire.close()
+        """Close connections that have waited too long."""
+        stale = [
+            connection
+            for connection in self._idle
+            if not connection.is_quiet or time.monotonic() - connection.since >= self.keep_s
+        ]
+        self._idle = [connection for connection in self._idle if connection not in stale]
+        for connection in stale:
+            connection.close()
 
     def close(self) -> None:
-        for wire in self._idle:
-            wire.abort()
+        for connection in self._idle:
+            connection.abort()
         self._idle.clear()
 
 
-async def dial(address: tuple[str, int], context: ssl.SSLContext, patience: float) -> Wire:
+async def dial(address: tuple[str, int], context: ssl.SSLContext, patience: float) -> Connection:
     """A TLS connection to the upstream."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(patience):
-        _, wire = await loop.create_connection(
-            Wire, *address, ssl=context, server_hostname=address[0], ssl_shutdown_timeout=1.0
+        _, connection = await loop.create_connection(
+            Connection, *address, ssl=context, server_hostname=address[0], ssl_shutdown_timeout=1.0
         )
-    return wire
+    return connection
 
 
-async def dial_unix(path: str, patience: float) -> Wire:
+async def dial_unix(path: str, patience: float) -> Connection:
     """A connection to a socket of this machine."""
     async with asyncio.timeout(patience):
-        _, wire = await asyncio.get_running_loop().create_unix_connection(Wire, path)
-    return wire
+        _, connection = await asyncio.get_running_loop().create_unix_connection(Connection, path)
+    return connection

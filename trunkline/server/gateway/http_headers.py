@@ -1,4 +1,4 @@
-"""Heads of HTTP messages: read strictly, and built anew.
+"""Heads of HTTP messages: parsed strictly, and built anew.
 
 h11 parses heads and nothing else: a body's length is known before its first byte, so it is passed on as it arrives.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import h11
 
-from trunkline.server.gateway.connection import Denied, Wire
+from trunkline.server.gateway.connection import Connection, Denied
 
 DIGITS = re.compile(rb"[0-9]{1,12}\Z")
 
@@ -23,18 +23,18 @@ class Request:
 
     @property
     def length(self) -> int | None:
-        """Of the body, in bytes; None where nothing was said of one."""
-        found = self.headers.get(b"content-length")
-        return None if found is None else int(found)
+        """Bytes of the body; None where the request states no length."""
+        length = self.headers.get(b"content-length")
+        return None if length is None else int(length)
 
     @property
-    def last(self) -> bool:
+    def is_last(self) -> bool:
         """Whether the caller wants the connection closed afterwards."""
         return b"close" in self.headers.get(b"connection", b"").lower()
 
 
-def plain(text: str, most: int) -> str:
-    """What somebody sent, fit for a line of a log."""
+def printable(text: str, most: int) -> str:
+    """Text that a caller sent, fit for a line of a log."""
     return ascii(text)[1:-1][:most]
 
 
@@ -50,7 +50,7 @@ def parse_request(raw: bytes) -> Request:
     names = [line.partition(b":")[0].lower() for line in lines[1:]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise Denied(400, f"the header {plain(twice.decode('latin-1'), 40)} comes twice.", "header twice")
+        raise Denied(400, f"the header {printable(twice.decode('latin-1'), 40)} comes twice.", "header twice")
     values = dict(zip(names, (line.partition(b":")[2].strip() for line in lines[1:]), strict=True))
     if b"transfer-encoding" in values:
         raise Denied(
@@ -75,22 +75,24 @@ def parse_request(raw: bytes) -> Request:
     return Request(event.method.decode("ascii"), event.target.decode("latin-1"), headers)
 
 
-def request_head(method: str, target: str, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, h11.Connection]:
+def build_request_head(method: str, target: str, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, h11.Connection]:
     """A head built anew, and the h11 connection that reads the answer to it."""
     parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=1 << 17)
     request = h11.Request(method=method, target=target, headers=headers)
     return bytes(parser.send(request) or b""), parser
 
 
-async def answer_head(wire: Wire, parser: h11.Connection, patience: float) -> tuple[int, dict[bytes, bytes], int]:
-    """Status, headers and length of the body of an answer from behind.
+async def read_answer_head(
+    connection: Connection, parser: h11.Connection, patience: float
+) -> tuple[int, dict[bytes, bytes], int]:
+    """Status, headers and length of the body of an answer from the SuperLink or the registrar.
 
     Raises:
-        Lost, Denied: it did not come, or is none.
+        ConnectionLost, Denied: no answer came, or it is none.
     """
     while True:
         try:
-            parser.receive_data(await wire.head(1 << 17, patience, patience))
+            parser.receive_data(await connection.read_head(1 << 17, patience, patience))
             event = parser.next_event()
         except (h11.RemoteProtocolError, Denied) as error:
             raise Denied(502, f"what answers behind the gateway does not speak HTTP ({error}).", "upstream") from None

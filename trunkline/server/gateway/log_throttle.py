@@ -1,33 +1,41 @@
-"""A log that nobody can fill by repeating what is refused."""
+"""A log that a caller cannot fill by repeating what is refused."""
 
 import time
 from collections.abc import Callable
 
 
-class Hush:
-    """Lines of a log, where nobody can fill the disk by repeating what is refused."""
+class LogThrottle:
+    """Passes lines on, except those that repeat within a pause; these are counted.
 
-    def __init__(self, tell: Callable[[str], object], cap: int = 10_000) -> None:
-        self.tell, self.cap = tell, cap
-        self._said: dict[tuple[str, str], tuple[float, int]] = {}  # (who, kind) -> when, and how often it went unsaid
+    Args:
+        emit: gets the lines that are passed on.
+        cap: causes that are remembered; the oldest is forgotten first.
+        clock: seconds, monotonic.
+    """
 
-    def say(self, who: str, kind: str, text: str, pause_s: float) -> None:
-        """A line, unless one of this kind about `who` was said within `pause_s`; then it is counted."""
-        present = time.monotonic()
-        last, unsaid = self._said.get((who, kind), (-pause_s, 0))
-        if present - last < pause_s:
-            self._said[who, kind] = (last, unsaid + 1)
+    def __init__(
+        self, emit: Callable[[str], object], cap: int = 10_000, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.emit, self.cap, self.clock = emit, cap, clock
+        self._last: dict[tuple[str, str], tuple[float, int]] = {}  # (subject, kind) -> time of its line, repeats since
+
+    def log(self, subject: str, kind: str, text: str, pause_s: float) -> None:
+        """Pass a line on, unless there was one of this kind about `subject` within `pause_s`; then count it."""
+        now = self.clock()
+        last, repeats = self._last.get((subject, kind), (now - pause_s, 0))
+        if now - last < pause_s:
+            self._last[subject, kind] = (last, repeats + 1)
             return
-        if len(self._said) >= self.cap:
-            self._said.pop(next(iter(self._said)))
-        self._said[who, kind] = (present, 0)
-        self.tell(text + (f" (and {unsaid:,} times more since the last such line)" if unsaid else ""))
+        if len(self._last) >= self.cap:
+            self._last.pop(next(iter(self._last)))
+        self._last[subject, kind] = (now, 0)
+        self.emit(text + (f" (and {repeats:,} times more since the last such line)" if repeats else ""))
 
     def flush(self, older_s: float) -> None:
-        """Say the counts that no further line would, and forget."""
-        present = time.monotonic()
-        for (who, kind), (last, unsaid) in list(self._said.items()):
-            if present - last >= older_s:
-                del self._said[who, kind]
-                if unsaid:
-                    self.tell(f"{who}: {kind}: {unsaid:,} times more")
+        """Report the counts that no further line would report, and forget what is older."""
+        now = self.clock()
+        for (subject, kind), (last, repeats) in list(self._last.items()):
+            if now - last >= older_s:
+                del self._last[subject, kind]
+                if repeats:
+                    self.emit(f"{subject}: {kind}: {repeats:,} times more")

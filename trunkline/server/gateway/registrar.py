@@ -1,8 +1,8 @@
-"""The registrar: the only process of the centre that has the authority's key open, behind a Unix socket.
+"""The registrar: the only process of the server that has the authority's key open, behind a Unix socket.
 
-The gateway passes it what plants ask about certificates, with the client certificate it has verified in a header; nobody
-else can reach the socket. Beside that it keeps Flower's SuperLink and the register of sites in step, and renews the
-server's certificate in time.
+The gateway passes it the plants' requests about certificates, with the verified client certificate in a header; no other
+account can reach the socket. The registrar also keeps Flower's SuperLink and the register of sites in step, and renews
+the server's certificate in time.
 
 Run as `python -m trunkline.server.gateway.registrar`, by `trunkline server start`.
 """
@@ -50,27 +50,27 @@ from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership.authority import Authority
 from trunkline.server.membership.registry import Book, Enrolled, explain_denial
 
-STEP_S = 1.0  # between looks at the register: a revoked site is known to Flower within this
-DUE_S = 60.0  # between looks at the server's certificate
+STEP_S = 1.0  # between two looks at the register: Flower learns of a revoked site within this time
+DUE_S = 60.0  # between two looks at the server's certificate
 
 logger = logging.getLogger("trunkline.registrar")
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def build(authority: Authority, address: str, ca: bytes) -> Starlette:
+def build_app(authority: Authority, address: str, ca: bytes) -> Starlette:
     """The registrar as a web application.
 
     Args:
         address: host:port of the SuperLink on loopback; ca: its certificate, PEM.
     """
 
-    def authority_of(request: Request) -> Response:
+    def describe_authority(request: Request) -> Response:
         key = key_id(_certificate(request).public_key())
         book = authority.registry.read()
-        invited, known = book.invitation(key), book.by_key(key)
-        if invited is None and known is None:
+        invitation, entry = book.invitation(key), book.by_key(key)
+        if invitation is None and entry is None:
             raise TrustError(explain_denial(None))
-        site = known.site if known is not None else invited.site if invited is not None else ""
+        site = entry.site if entry is not None else invitation.site if invitation is not None else ""
         pem = certificate_pem(authority.certificate).decode()
         return _json(Known(authority=pem, federation=authority.federation.name, site=site))
 
@@ -97,43 +97,43 @@ def build(authority: Authority, address: str, ca: bytes) -> Starlette:
 
     return Starlette(
         routes=[
-            Route(AUTHORITY_PATH, _asked(authority_of), methods=["GET"]),
-            Route(HELLO_PATH, _asked(hello), methods=["GET"]),
-            Route(JOIN_PATH, _told(join), methods=["POST"]),
-            Route(RENEW_PATH, _told(renew), methods=["POST"]),
+            Route(AUTHORITY_PATH, _get_endpoint(describe_authority), methods=["GET"]),
+            Route(HELLO_PATH, _get_endpoint(hello), methods=["GET"]),
+            Route(JOIN_PATH, _post_endpoint(join), methods=["POST"]),
+            Route(RENEW_PATH, _post_endpoint(renew), methods=["POST"]),
         ],
-        lifespan=lambda app: _in_step(authority, address, ca),
+        lifespan=lambda app: _keep_in_step(authority, address, ca),
     )
 
 
-def _asked(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+def _get_endpoint(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        return await asyncio.to_thread(_answered, lambda: answer(request))
+        return await asyncio.to_thread(_respond, lambda: answer(request))
 
     return endpoint
 
 
-def _told(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
+def _post_endpoint(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > LIMIT:
                 return JSONResponse({"error": f"the request is larger than {LIMIT} bytes"}, 413)
-        return await asyncio.to_thread(_answered, lambda: answer(request, body))
+        return await asyncio.to_thread(_respond, lambda: answer(request, body))
 
     return endpoint
 
 
-def _answered(answer: Callable[[], Response]) -> Response:
+def _respond(answer: Callable[[], Response]) -> Response:
     try:
         return answer()
-    except TrustError as error:  # 401, not 403: a SuperNode reads that as a run that has ended
+    except TrustError as error:  # 401, not 403: a SuperNode takes 403 for a run that has ended
         logger.warning("refused: %s", error)
         return JSONResponse({"error": str(error)}, 401)
     except TrunklineError as error:
         logger.error("%s", error)
-        return JSONResponse({"error": "the centre cannot do this now; its registrar's log has the reason"}, 503)
+        return JSONResponse({"error": "the server cannot do this now; its registrar's log has the reason"}, 503)
 
 
 def _json(answer: BaseModel) -> Response:
@@ -156,17 +156,17 @@ def _read(kind: type[Body], body: bytes) -> Body:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
+        location = ".".join(str(part) for part in first["loc"]) or "the body"
         raise TrustError(
-            f"the request cannot be read ({where}: {first['msg']}). Update Trunkline at the site."
+            f"the request cannot be read ({location}: {first['msg']}). Update Trunkline at the site."
         ) from None
 
 
 def reconcile(authority: Authority, address: str, ca: bytes) -> None:
-    """Make Flower's SuperLink know every welcome site and no other.
+    """Register every enrolled site with Flower's SuperLink, and unregister every revoked one.
 
     Raises:
-        DeploymentError: it does not answer; what was done so far is kept.
+        DeploymentError: the SuperLink does not answer; the changes made so far are kept.
     """
     for entry in authority.registry.read().enrolled:
         if not entry.revoked and entry.node is None:
@@ -184,10 +184,13 @@ def reconcile(authority: Authority, address: str, ca: bytes) -> None:
 
 
 def forget_unknown(authority: Authority, address: str, ca: bytes) -> None:
-    """Take up who the SuperLink has forgotten (its database was lost, or an older one restored): the next step registers him."""
-    known = {node["node"] for node in list_nodes(address, ca=ca) if node["status"] != "unregistered"}
+    """Forget the node of a site that the SuperLink no longer knows, so that the next step registers the site again.
+
+    The SuperLink's database was lost then, or an older one was restored.
+    """
+    nodes = {node["node"] for node in list_nodes(address, ca=ca) if node["status"] != "unregistered"}
     for entry in authority.registry.read().enrolled:
-        if entry.node is not None and entry.node not in known:
+        if entry.node is not None and entry.node not in nodes:
             _set_node(authority, entry, None)
             logger.warning("the SuperLink does not know %s any more", entry.site)
 
@@ -197,7 +200,8 @@ def _set_node(authority: Authority, entry: Enrolled, node: int | None) -> None:
         return book.model_copy(
             update={
                 "enrolled": tuple(
-                    one.model_copy(update={"node": node}) if one.key == entry.key else one for one in book.enrolled
+                    other.model_copy(update={"node": node}) if other.key == entry.key else other
+                    for other in book.enrolled
                 )
             }
         )
@@ -206,11 +210,11 @@ def _set_node(authority: Authority, entry: Enrolled, node: int | None) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _in_step(authority: Authority, address: str, ca: bytes) -> AsyncIterator[None]:
+async def _keep_in_step(authority: Authority, address: str, ca: bytes) -> AsyncIterator[None]:
     stop = threading.Event()
 
     def loop() -> None:
-        said, since_due = "", DUE_S
+        last_error, since_due = "", DUE_S
         while not stop.wait(STEP_S):
             try:
                 reconcile(authority, address, ca)
@@ -221,10 +225,10 @@ async def _in_step(authority: Authority, address: str, ca: bytes) -> AsyncIterat
                     if due(read_certificate(authority.state / "server.crt")):
                         authority.rotate_server("it was due")
                         logger.info("the server has a new certificate")
-                said = ""
+                last_error = ""
             except TrunklineError as error:
-                if str(error) != said:  # once, not every second
-                    said = str(error)
+                if str(error) != last_error:  # once, not every second
+                    last_error = str(error)
                     logger.warning("%s", error)
 
     thread = threading.Thread(target=loop, name="in step", daemon=True)
@@ -249,15 +253,15 @@ def main() -> None:
     try:
         authority = Authority.open(state)
         path = socket_path(state)
-        app = build(authority, options.superlink, (state / "loopback.crt").read_bytes())
-        for _ in audit.read(state):  # a log that was tampered with is told at the start, not at the first line to write
+        app = build_app(authority, options.superlink, (state / "loopback.crt").read_bytes())
+        for _ in audit.read(state):  # an altered log is reported at the start, not at the first line to write
             pass
     except (TrunklineError, OSError) as error:
         logger.error("%s", error)
         sys.exit(1)
     path.unlink(missing_ok=True)
     os.umask(0o077)
-    with socket.socket(socket.AF_UNIX) as listener:  # bound here, because uvicorn would make it everybody's
+    with socket.socket(socket.AF_UNIX) as listener:  # bound here, because uvicorn would let every account connect
         listener.bind(str(path))
         listener.listen(64)
         logger.info("ready: the authority of %s", authority.federation.name)

@@ -1,4 +1,4 @@
-"""What may be asked of a centre from outside, by whom, and how much of it."""
+"""The paths that a server answers from outside: for whom, and how large a body may be."""
 
 import os
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from pathlib import Path
 from trunkline.errors import DeploymentError
 from trunkline.security.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
 
-SOCKET = "registrar.sock"  # in the centre's state folder
+SOCKET = "registrar.sock"  # in the server's state folder
 SOCKET_LIMIT = 100  # bytes of its path: the system allows 107
-# what the registrar is told of a caller by whoever verified him; the gateway and nginx drop these headers from outside
-CERTIFICATE = "x-trunkline-certificate"  # base64 of the DER of his certificate
+# headers in which the gateway (or nginx) describes a verified caller to the registrar; both drop them from outside
+CERTIFICATE = "x-trunkline-certificate"  # base64 of the DER of the caller's certificate
 CERTIFICATE_PEM = "x-trunkline-certificate-pem"  # the same as escaped PEM: nginx cannot write base64 of DER
 PEER = "x-trunkline-peer"  # ip:port
 FLEET = tuple(
@@ -48,12 +48,12 @@ def socket_path(state: Path) -> Path:
 
 @dataclass(frozen=True)
 class Route:
-    """Who may ask for a path, and who answers.
+    """Which callers may use a path, and which process answers.
 
     Args:
-        site, invited: whether a certificate, or an invitation, reaches it.
+        site, invited: whether a certificate, or an invitation, may use it.
         registrar: the registrar answers; otherwise the SuperLink.
-        body: largest one, in bytes. signed: Flower's identity headers are part of it.
+        body: bytes of the largest one. signed: Flower's identity headers are part of it.
     """
 
     method: str
@@ -66,7 +66,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one caller, or all of them, may take up; seconds where it says `_s`."""
+    """Limits on what one caller, or all of them, may use; names that end in `_s` are in seconds."""
 
     connections: int = 1000
     per_host: int = 64
@@ -83,8 +83,8 @@ class Limits:
     full_s: float = 60.0  # between two lines about connections that were not taken
 
 
-def routes(limits: Limits) -> dict[str, Route]:
-    """Path -> route; whatever is not a key of it does not exist."""
+def make_routes(limits: Limits) -> dict[str, Route]:
+    """Path -> route. A path that is not a key does not exist."""
     fleet = Route("POST", site=True, invited=False, registrar=False, body=limits.body, signed=True)
     return {
         **dict.fromkeys(FLEET, fleet),
