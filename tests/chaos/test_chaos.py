@@ -51,7 +51,8 @@ def expected(made: World) -> Outcome:
 @pytest.mark.processes
 @pytest.mark.xdist_group("chaos")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", range(RUNS))
+# the first is the smoke test of `make test`
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, RUNS))])
 def test_a_run_ends_by_itself_with_the_same_bytes_whatever_happens_to_it(
     made: World, expected: Outcome, number: int
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_run_ends_by_itself_with_the_same_bytes_whatever_happens_to_it(
 @pytest.mark.processes
 @pytest.mark.xdist_group("chaos")
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_two_runs_at_once_on_the_same_plants_share_them_fairly_and_mix_nothing(made: World, expected: Outcome) -> None:
     toml = RUN.format(rounds=ROUNDS)
     outs = [made.server / "runs" / name for name in ("one", "two")]

@@ -268,6 +268,7 @@ def test_the_command_shows_that_a_built_in_plant_keeps_everything(plants: list[P
 
 @LINUX
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_client_app_that_leaks_within_its_contract_is_caught(
     plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +311,7 @@ def test_a_client_app_that_leaks_within_its_contract_is_caught(
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_four_plants_in_one_recorded_run_let_nothing_private_out(plants: list[Path], tmp_path: Path) -> None:
     """Every byte that left each of four real plants, against everything the contract of that plant does not list."""
     run = parse_run(

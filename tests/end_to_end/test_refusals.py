@@ -27,6 +27,7 @@ from trunkline.server.operations import daemon
 
 pytestmark = [
     pytest.mark.processes,
+    pytest.mark.slow,
     pytest.mark.xdist_group("refusals"),
     pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),  # Flower with pathspec 1.x
 ]

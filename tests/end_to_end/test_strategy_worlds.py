@@ -49,6 +49,7 @@ def _toml(value: object) -> str:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_strategies_with_hooks_of_their_own_end_deployed_with_the_bytes_of_the_loopback_run(
     plants: list[Path], tmp_path: Path

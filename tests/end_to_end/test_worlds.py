@@ -107,7 +107,9 @@ def simulate(plants: list[Path], tmp_path: Path, workers: str) -> list[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("workers", ["0", "1", "2", "3"])
+@pytest.mark.parametrize(
+    "workers", ["0", "2", pytest.param("1", marks=pytest.mark.slow), pytest.param("3", marks=pytest.mark.slow)]
+)
 def test_a_simulated_run_ends_with_the_bytes_of_the_loopback_run(
     plants: list[Path], tmp_path: Path, reference: Path, workers: str
 ) -> None:
@@ -226,6 +228,7 @@ def wait_for_port(port: int, log: Path) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_ctrl_c_ends_a_simulation_cleanly_and_resume_goes_on_to_the_same_bytes(
     plants: list[Path], tmp_path: Path, reference: Path
 ) -> None:

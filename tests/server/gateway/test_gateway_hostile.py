@@ -171,6 +171,7 @@ class Attacker(threading.Thread):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_ten_thousand_broken_requests(tmp_path: Path) -> None:
     federation, behind = Federation(tmp_path), Behind()
     # a smaller curve than sites have: what is tried here is not the arithmetic, and it is most of the time

@@ -23,6 +23,7 @@ from trunkline.simulations.ray.grid import RayGrid
 
 pytestmark = [
     pytest.mark.processes,
+    pytest.mark.slow,
     pytest.mark.timeout(280),
     pytest.mark.xdist_group("engine"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # files that Ray leaves open

@@ -94,6 +94,7 @@ def test_a_worker_that_dies_is_replaced_once_and_the_bytes_are_the_same(
     assert trunk_of(tmp_path).digest() == reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_worker_killed_at_a_random_moment_costs_no_site_and_no_byte(
     plants: list[Path], tmp_path: Path, reference: str, grid_of: Callable[..., RayGrid], workers: int
