@@ -53,20 +53,27 @@ def server_init(
 def server_invite(
     site: Annotated[str, typer.Argument(metavar="SITE", help="The `name` in the plant's site.toml.")],
     hours: Annotated[float, typer.Option(min=0.0, help="Hours until the code expires.")] = 72.0,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port that plants reach; default: of the running or last server, or 9140."),
+    ] = None,
     state: ServerState = Path("trunkline-server"),
 ) -> None:
     """Print a one-time code with which a plant joins.
 
     An earlier unused code for the same site becomes invalid.
     """
+    from trunkline.runtime.lock import listening_port
     from trunkline.security.keys import fingerprint, spoken
+    from trunkline.server.gateway.routes import PORT
     from trunkline.server.membership.authority import Authority
 
     opened = Authority.open(state.resolve())
     code, invitation = opened.invite(site, hours)
-    where = opened.federation.hosts[0] if opened.federation.hosts else "HOST"
+    host = opened.federation.hosts[0] if opened.federation.hosts else "HOST"
     typer.echo(f"Code for {site}, good once, until {invitation.expires}:\n\n    {code}\n")
-    typer.echo(f"At the plant: trunkline client join SITE_DIR {where}:9140 --code CODE")
+    port = port or listening_port(state.resolve()) or PORT
+    typer.echo(f"At the plant: trunkline client join SITE_DIR {host}:{port} --code CODE")
     typer.echo(f"Both should see the authority's fingerprint: {spoken(fingerprint(opened.certificate))}")
 
 

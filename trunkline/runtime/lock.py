@@ -81,3 +81,11 @@ def read_status(state: Path) -> dict[str, Any]:
     except OSError:
         status["running"] = True
     return status
+
+
+def listening_port(state: Path) -> int | None:
+    """The port that the server of this folder listens on, or that the last one did; None where there was none."""
+    try:
+        return int(str(read_status(state)["listens"]).rpartition(":")[2])
+    except (DeploymentError, KeyError, ValueError):  # no server has run here, or its status is damaged
+        return None

@@ -1,14 +1,19 @@
 """The centre refuses to listen where anybody could submit code, and tells what became of a run."""
 
 import json
+import re
 import socket
 import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from trunkline.cli.app import app
 from trunkline.errors import DeploymentError
+from trunkline.runtime.lock import Lock
 from trunkline.runtime.supervisor import Supervisor
+from trunkline.server.membership import authority
 from trunkline.server.operations import daemon, run_supervisor
 from trunkline.server.operations.run_store import RunStore
 
@@ -94,3 +99,23 @@ def test_systemd_is_told_only_when_gateway_and_superlink_both_accept(
     tick()
     assert supervisor.headline == "serving at 127.0.0.1:2; no run under way"
     assert [line for line in said if line.startswith("ready: ")] == said
+
+
+def test_an_invitation_names_the_port_of_the_server(tmp_path: Path) -> None:
+    state = tmp_path / "s"
+    authority.init(state, "north", ("server.example.com",), key=f"file:{tmp_path / 'key'}")
+
+    def invited_to(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["server", "invite", "press-07", "--state", str(state), *arguments])
+        assert done.exit_code == 0, done.output
+        return re.findall(r"join SITE_DIR (\S+) --code", done.output)[0]
+
+    assert invited_to() == "server.example.com:9140", "no server has run here"
+    for listens, address in (("0.0.0.0:9555", "server.example.com:9555"), ("[::]:9556", "server.example.com:9556")):
+        (state / "status.json").write_text(json.dumps({"role": "server", "listens": listens}))
+        assert invited_to() == address, "the port of the last server"
+        with Lock(state):
+            assert invited_to() == address, "the port of the running server"
+    assert invited_to("--port", "443") == "server.example.com:443"
+    (state / "status.json").write_text("{ torn by a power cut")
+    assert invited_to() == "server.example.com:9140"

@@ -7,6 +7,7 @@ from pathlib import Path
 from trunkline.errors import DeploymentError
 from trunkline.security.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, LIMIT, RENEW_PATH
 
+PORT = 9140  # that a server listens on unless it is started with another
 SOCKET = "registrar.sock"  # in the server's state folder
 SOCKET_LIMIT = 100  # bytes of its path: the system allows 107
 # headers in which the gateway (or nginx) describes a verified caller to the registrar; both drop them from outside

@@ -25,7 +25,7 @@ from trunkline.runtime.programs import accepts_connections, find_program, is_loo
 from trunkline.runtime.supervisor import Supervisor
 from trunkline.security.encryption import without_key
 from trunkline.security.keys import check_clock
-from trunkline.server.gateway.routes import socket_path
+from trunkline.server.gateway.routes import PORT, socket_path
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership.authority import Authority, is_federation, warnings
 from trunkline.server.operations import app_guard
@@ -44,7 +44,7 @@ APP = Path(trunkline.__file__).parent / "app"
 logger = logging.getLogger(__name__)
 
 
-def start(state: Path, host: str = "127.0.0.1", port: int = 9140, emit: Callable[[str], None] = print_line) -> None:
+def start(state: Path, host: str = "127.0.0.1", port: int = PORT, emit: Callable[[str], None] = print_line) -> None:
     """Run the server until SIGTERM or SIGINT.
 
     With a federation (`server init`) the gateway listens at `host`:`port` and everything else on loopback. Without one there
