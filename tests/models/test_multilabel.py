@@ -182,7 +182,7 @@ def test_asymmetric_loss_is_that_of_the_paper() -> None:
     torch.testing.assert_close(one.loss(output, labels), expected.mean())
     assert float(expected[1, 1]) == 0.0
     torch.testing.assert_close(
-        task(2, loss="asymmetric", focal=1.0)._each(output, labels)[1, 0], -(shifted * (1 - shifted).log())[1, 0]
+        task(2, loss="asymmetric", focal=1.0)._cell_losses(output, labels)[1, 0], -(shifted * (1 - shifted).log())[1, 0]
     )
 
 

@@ -13,7 +13,7 @@ from tests.models.samples import labels_of
 from trunkline.config.site import SiteConfig
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import Task, make_task
-from trunkline.models.tasks.skip_channels import Highway, along, fit_tied
+from trunkline.models.tasks.skip_channels import SkipHead, fit_shared_weights, select_channels
 from trunkline.models.tasks.task import Samples
 from trunkline.models.trunk import TrunkModel, build_model
 from trunkline.protocol.plan import TrunkSpec
@@ -73,8 +73,8 @@ def test_the_start_is_the_logistic_regression_of_all_cells(seed: int, unknown: f
     x, truth = world(120, seed)
     truth[np.random.default_rng(seed).random(truth.shape) < unknown] = NAN
     truth[0] = [0.0, 1.0, NAN]
-    own = along(torch.from_numpy(x), torch.tensor([[0, 1, 2], [3, 4, 5]]))
-    weights, level = fit_tied(own, torch.from_numpy(truth))
+    own = select_channels(torch.from_numpy(x), torch.tensor([[0, 1, 2], [3, 4, 5]]))
+    weights, level = fit_shared_weights(own, torch.from_numpy(truth))
     known = ~np.isnan(truth)
     cells = np.stack([x[:, :3][known], x[:, 3:6][known], np.ones(known.sum())], axis=1)
     slow = np.zeros(3)
@@ -85,7 +85,7 @@ def test_the_start_is_the_logistic_regression_of_all_cells(seed: int, unknown: f
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_few_samples_of_one_answer_do_not_fit_themselves(value: float) -> None:
-    weights, level = fit_tied(torch.full((2, 1, 3), 1e3), torch.full((2, 3), value))
+    weights, level = fit_shared_weights(torch.full((2, 1, 3), 1e3), torch.full((2, 3), value))
     assert abs(level) < 10
     assert abs(float(weights[0])) < 10
 
@@ -135,7 +135,7 @@ def test_what_was_looked_up_survives_the_vault() -> None:
 def test_without_skip_channels_nothing_is_there() -> None:
     one = task(skip_channels=[])
     one.fit(labels_of(make_task("alarms", TaskConfig(kind="multilabel", targets=("a", "b", "c"))), 40))
-    assert not one.meets
+    assert not one.combines_inputs
     assert type(model(one).heads["alarms"]) is nn.Linear
     assert set(one.state()) == {"kind", "positive", "negative", "thresholds"}
     output = torch.randn(4, 3)
@@ -148,7 +148,7 @@ def test_the_weights_of_skip_channels_train() -> None:
     one.fit(truth)
     net = model(one, ("trunk", "heads"))
     head = net.heads["alarms"]
-    assert isinstance(head, Highway)
+    assert isinstance(head, SkipHead)
     inputs, labels = torch.from_numpy(x), torch.from_numpy(truth)
     one.loss(one.combine_with_inputs(net(inputs)["alarms"], inputs), labels).backward()
     assert head.own.grad is not None

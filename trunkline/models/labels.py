@@ -26,5 +26,5 @@ class Places(NamedTuple):
 
 def known(labels: NDArray[Any]) -> NDArray[np.bool_]:
     """Which samples carry a label: (rows,). Of several numbers a sample, one that is there is enough."""
-    there: NDArray[np.bool_] = ~np.isnan(labels)
-    return there if there.ndim == 1 else np.asarray(there.any(axis=1))
+    present: NDArray[np.bool_] = ~np.isnan(labels)
+    return present if present.ndim == 1 else np.asarray(present.any(axis=1))

@@ -112,8 +112,8 @@ class TrunkModel(nn.Module):
         Raises:
             ContractError: a name, shape or dtype is not what `share` gives.
         """
-        own = {name: tensor.detach() for name, tensor in _tensors(self.lent(lend))}
-        _fill(own, arrays, np.dtype(np.float32), _not_the_trunk)
+        tensors = {name: tensor.detach() for name, tensor in _tensors(self.lent(lend))}
+        _fill(tensors, arrays, np.dtype(np.float32), _not_the_trunk)
 
     def private(self, lend: tuple[str, ...] = TRUNK_ONLY) -> dict[str, NDArray[np.generic]]:
         """Copies of everything that is not lent, running statistics included: what the vault keeps."""
@@ -125,8 +125,8 @@ class TrunkModel(nn.Module):
         Raises:
             StorageError: a name, shape or dtype is not what this model has.
         """
-        own = {name: tensor.detach() for name, tensor in _tensors(self._kept(lend))}
-        _fill(own, private, None, _not_this_site)
+        tensors = {name: tensor.detach() for name, tensor in _tensors(self._kept(lend))}
+        _fill(tensors, private, None, _not_this_site)
 
     def parameters_of(self, part: ModelPart) -> list[nn.Parameter]:
         """What trains when a phase names `part`. The norms belong to the trunk wherever they live."""
@@ -263,23 +263,23 @@ def _not_this_site(complaint: str) -> TrunklineError:
 
 
 def _fill(
-    own: Mapping[str, Tensor],
-    given: Mapping[str, NDArray[np.generic]],
+    tensors: Mapping[str, Tensor],
+    arrays: Mapping[str, NDArray[np.generic]],
     dtype: np.dtype[np.float32] | None,
     error: Callable[[str], TrunklineError],
 ) -> None:
-    """Copy `given` into `own` after all of it was found to fit; `dtype` None: that of each tensor."""
-    if missing := [name for name in own if name not in given]:
-        raise error(f"`{missing[0]}` should be there ({len(missing)} such arrays). Found {len(given)} others.")
-    if extra := [name for name in given if name not in own]:
+    """Copy `arrays` into `tensors` after all of it fits; `dtype` None: that of each tensor."""
+    if missing := [name for name in tensors if name not in arrays]:
+        raise error(f"`{missing[0]}` should be there ({len(missing)} such arrays). Found {len(arrays)} others.")
+    if extra := [name for name in arrays if name not in tensors]:
         raise error(f"`{extra[0]}` is not part of this model ({len(extra)} such arrays).")
-    for name, tensor in own.items():
-        array = given[name]
+    for name, tensor in tensors.items():
+        array = arrays[name]
         if array.shape != tuple(tensor.shape):
             raise error(f"`{name}` should have shape {tuple(tensor.shape)}. Found {array.shape}.")
         expected = dtype or _copy(tensor).dtype
         if array.dtype != expected:
             raise error(f"`{name}` should have dtype {expected}. Found {array.dtype}.")
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(torch.from_numpy(np.array(given[name])))  # a copy: what arrives is read-only
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(np.array(arrays[name])))  # a copy: what arrives is read-only

@@ -149,7 +149,7 @@ def _pooled_tasks(sites: Sequence[Site]) -> dict[str, Task]:
         )  # the classes; fit then replaces what is learnt from labels
         labels = np.concatenate([site.data.train.labels[name] for site in sites])
         tasks[name].fit(labels)
-        if tasks[name].meets:
+        if tasks[name].combines_inputs:
             newest = [site.data.train.values[site.data.train.ends] for site in sites]
             tasks[name].fit_inputs(np.concatenate(newest), labels)
     return tasks

@@ -76,7 +76,7 @@ def collect(adapted: Adapted, *, curve: bool = True) -> Evidence:
 def judged(task: Task, model: TrunkModel, workshop: CandidateBuilder, outputs: Tensor) -> tuple[Task, NDArray[Any]]:
     """A copy of `task`, settled for `model` where its kind wants that, and its predictions for `outputs`."""
     own = copy.copy(task)
-    if own.settles:
+    if own.fits_outputs:
         train = outputs_of(model, workshop.resident, {own.name: own})[own.name]
         own.fit_outputs(train, workshop.samples.labels[own.name])
     return own, own.predict(outputs)

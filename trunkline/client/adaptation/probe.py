@@ -44,7 +44,7 @@ def probe(
     embedded = embeddings(model, data)
     size = float(embedded.square().mean())
     for name, task in tasks.items():
-        if task.meets:
+        if task.combines_inputs:
             continue
         head, labels = model.heads[name], data.labels[name]
         if isinstance(task, Regression) and task.config.loss != "pinball" and isinstance(head, nn.Linear):

@@ -281,7 +281,7 @@ def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findin
                 f"choose one of {', '.join(task.metrics)}."
             )
         task.fit(sets[TRAIN].labels[task.name])
-        if task.meets:
+        if task.combines_inputs:
             task.fit_inputs(sets[TRAIN].values[sets[TRAIN].ends], sets[TRAIN].labels[task.name])
     except DataError as error:
         findings.set_aside(task.name, where, str(error))

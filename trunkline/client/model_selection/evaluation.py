@@ -108,7 +108,7 @@ class _Judge:
         """A copy of the task, settled for this model; `outputs` of training rows are looked at by kinds that want them only."""
         if not self._own:
             self._own = {one: copy.copy(task) for one, task in self.tasks.items()}
-            wanting = {one: task for one, task in self._own.items() if task.settles}
+            wanting = {one: task for one, task in self._own.items() if task.fits_outputs}
             if wanting:
                 train = self.site.resident(self.rows)
                 for one, output in outputs_of(self.model, train, wanting).items():

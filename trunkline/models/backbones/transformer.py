@@ -38,8 +38,8 @@ class Transformer(Backbone):
         lead = -x.shape[-1] % PATCH
         x = self.patch(torch.cat([x[..., :1].expand(-1, -1, lead), x], dim=-1))  # (batch, width, patches)
         x = x + self.place(_positions(x.shape[-1], self.width, x)).transpose(0, 1)
-        for place, block in enumerate(self.blocks):
-            x = block(x, norms[2 * place], norms[2 * place + 1])
+        for index, block in enumerate(self.blocks):
+            x = block(x, norms[2 * index], norms[2 * index + 1])
         x = norms[-1](x)
         out: Tensor = self.out(torch.cat([x.mean(dim=-1), x[..., -1]], dim=1))  # (batch, 2 width) -> (batch, width)
         return out

@@ -40,11 +40,11 @@ class ColumnStem(nn.Module):
                 table.weight[0] = 0.0  # what training never saw must not add noise when it first appears
 
     def forward(self, x: Tensor, categorical: Tensor | None = None) -> Tensor:
-        found = 0 if categorical is None else categorical.shape[-1]
-        if x.ndim != 2 or x.shape[1] != self.numeric or found != len(self.codes):
+        columns = 0 if categorical is None else categorical.shape[-1]
+        if x.ndim != 2 or x.shape[1] != self.numeric or columns != len(self.codes):
             raise SensorMismatch(
                 f"A batch should have shape (batch, {self.numeric} columns) and {len(self.codes)} categorical columns. "
-                f"Found {tuple(x.shape)} and {found}. Compare `channels` and `categorical` in site.toml with the data."
+                f"Found {tuple(x.shape)} and {columns}. Compare `channels` and `categorical` in site.toml with the data."
             )
         missing = x.isnan()
         out: Tensor = self.values(torch.where(missing, 0.0, x)) + self.silent(missing.to(x.dtype))

@@ -32,7 +32,7 @@ class Anomaly(Task):
     The column, where there is one, holds 0 and 1 (or false/true, no/yes); an empty cell counts as normal in training
     and not at all in the metrics. A training sample with a flagged row anywhere in its window teaches nothing.
 
-    The head squeezes the trunk's embedding through `latent` numbers and rebuilds the sample from them. Two distances
+    The head is an autoencoder: a bottleneck of `latent` numbers, from which it rebuilds the sample. Two distances
     are measured, each in the units of its own scatter over the normal training samples: of what could not be rebuilt of
     the latest rows (as Q or SPE), and of the latent numbers (as Hotelling's T2); both as in multivariate process
     monitoring (Jackson and Mudholkar 1979). The score is the larger of the two, 1 at the 99th percentile of training.
@@ -44,7 +44,7 @@ class Anomaly(Task):
     kind = "anomaly"
     decision_keys = ("threshold",)
     primary = "f1"
-    settles = True
+    fits_outputs = True
     METRICS = {  # noqa: RUF012  (declared ClassVar in Task)
         "f1": Metric("of 1", "higher"),
         "event_f1": Metric("of 1", "higher"),
@@ -94,16 +94,16 @@ class Anomaly(Task):
         ends, first, _, order = places
         flagged = np.concatenate([[0], np.cumsum(labels == 1.0)])
         start = first[ends]
-        found = np.empty((len(ends), 4), np.float32)
-        found[:, FLAG] = labels[ends]
-        found[:, TOUCHED] = flagged[ends + 1] > flagged[np.maximum(start, ends - self.rows + 1)]
-        found[:, SEGMENT] = np.unique(start, return_inverse=True)[1]
-        found[:, TIME] = order[ends] - order[start] if self.clock and order is not None else ends - start
-        return found
+        sample_labels = np.empty((len(ends), 4), np.float32)
+        sample_labels[:, FLAG] = labels[ends]
+        sample_labels[:, TOUCHED] = flagged[ends + 1] > flagged[np.maximum(start, ends - self.rows + 1)]
+        sample_labels[:, SEGMENT] = np.unique(start, return_inverse=True)[1]
+        sample_labels[:, TIME] = order[ends] - order[start] if self.clock and order is not None else ends - start
+        return sample_labels
 
     def scored_mask(self, labels: Labels) -> NDArray[np.bool_]:
-        there: NDArray[np.bool_] = ~np.isnan(labels[:, FLAG])
-        return there
+        scored: NDArray[np.bool_] = ~np.isnan(labels[:, FLAG])
+        return scored
 
     def fit(self, labels: Labels) -> None:
         if not len(labels) or np.isnan(labels[:, TOUCHED]).all():
@@ -122,7 +122,7 @@ class Anomaly(Task):
             "segments": self.segments,
             "rows": self.rows,
             "clock": self.clock,
-            "scatter": [one.state() for one in self.scatter or ()],
+            "scatter": [scatter.state() for scatter in self.scatter or ()],
             "threshold": self.threshold,
         }
 
@@ -130,8 +130,8 @@ class Anomaly(Task):
         loaded = self._loaded(state)
         self.channels, self.segments, self.rows = (int(loaded[key]) for key in ("channels", "segments", "rows"))
         self.clock = bool(loaded["clock"])
-        both = [Scatter.of_state(one) for one in loaded["scatter"]]
-        self.scatter = (both[0], both[1]) if both else None
+        scatters = [Scatter.of_state(stored) for stored in loaded["scatter"]]
+        self.scatter = (scatters[0], scatters[1]) if scatters else None
         self.threshold = None if loaded["threshold"] is None else float(loaded["threshold"])
 
     def head(self, width: int) -> nn.Module:
@@ -141,26 +141,26 @@ class Anomaly(Task):
         """(batch, outputs) -> the same, with what could not be rebuilt in place of what was; 0 for a silent sensor."""
         size = self.channels * self.segments
         x = x.float() if x.ndim == 3 else x.float()[..., None]  # (batch, channels, time)
-        there = F.adaptive_avg_pool1d((~x.isnan()).float(), self.segments)
-        seen = F.adaptive_avg_pool1d(x.nan_to_num(0.0), self.segments) / there.clamp(min=1e-6)
-        left = torch.where(there > 0.0, seen - output[:, :size].view_as(seen), 0.0)
+        present = F.adaptive_avg_pool1d((~x.isnan()).float(), self.segments)
+        seen = F.adaptive_avg_pool1d(x.nan_to_num(0.0), self.segments) / present.clamp(min=1e-6)
+        left = torch.where(present > 0.0, seen - output[:, :size].view_as(seen), 0.0)
         return torch.cat([left.flatten(1), output[:, size:]], dim=1)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         """Mean square of what could not be rebuilt, over normal samples; linear beyond 3 standard deviations."""
         normal = labels[:, TOUCHED] == 0.0
         left = output[:, : self.channels * self.segments].float()
-        each = F.huber_loss(left, torch.zeros_like(left), reduction="none", delta=3.0).mean(dim=1)
-        return torch.where(normal, each, 0.0).sum() / normal.sum().clamp(min=1)
+        losses = F.huber_loss(left, torch.zeros_like(left), reduction="none", delta=3.0).mean(dim=1)
+        return torch.where(normal, losses, 0.0).sum() / normal.sum().clamp(min=1)
 
     def fit_outputs(self, output: Tensor, labels: Labels) -> None:
         """Measure how normal training samples scatter, and set a first threshold above nearly all of them."""
         normal = output[torch.from_numpy(labels[:, TOUCHED] == 0.0)].double().numpy()
-        left, latent = self._apart(normal)
+        left, latent = self._split(normal)
         self.scatter = (Scatter.of(left), Scatter.of(latent))
         self.threshold = float(np.quantile(self._distance(normal), 1.0 - self.config.alarm_share))
 
-    def _apart(self, output: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _split(self, output: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(n, outputs) -> what is left over of the latest segments (n, some, channels), latent (n, 1, latent)."""
         size = self.channels * self.segments
         left = output[:, :size].reshape(-1, self.channels, self.segments).swapaxes(1, 2)
@@ -168,11 +168,12 @@ class Anomaly(Task):
 
     def _distance(self, output: NDArray[np.float64]) -> NDArray[np.float64]:
         assert self.scatter is not None
-        distances = [scatter.distance(one) for scatter, one in zip(self.scatter, self._apart(output), strict=True)]
+        parts = self._split(output)
+        distances = [scatter.distance(values) for scatter, values in zip(self.scatter, parts, strict=True)]
         return np.maximum(*distances)
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
-        """(batch, outputs) as `meet` gave it -> (batch,) score; before `settle` the mean square that was left over."""
+        """(batch, outputs) as `combine_with_inputs` gave it -> (batch,) score; before `fit_outputs` the mean square left over."""
         values = output.detach().double().cpu().numpy()
         if self.scatter is None:
             size = self.channels * self.segments
@@ -191,8 +192,8 @@ class Anomaly(Task):
         if len(normal):
             self.threshold = float(np.quantile(normal, 1.0 - self.config.alarm_share))
         if flagged.sum() >= LEAST and len(normal):
-            there = ~np.isnan(flags)
-            cut = best_cut(scores[there], flagged[there], near=self.threshold)
+            labelled = ~np.isnan(flags)
+            cut = best_cut(scores[labelled], flagged[labelled], near=self.threshold)
             # where the flagged rows look like any other, F1 is best when everything alarms
             if (normal > cut).mean() <= MOST_ALARMS:
                 self.threshold = cut
@@ -208,11 +209,11 @@ class Anomaly(Task):
     def describe(self, labels: Labels) -> str:
         if not len(labels):
             return "no samples"
-        there = self.scored_mask(labels)
-        if not there.any():
+        labelled = self.scored_mask(labels)
+        if not labelled.any():
             return "no labels; all count as normal"
-        without = f", {1 - there.mean():.0%} unlabelled" if not there.all() else ""
-        return f"{(labels[there, FLAG] == 1.0).mean():.1%} flagged{without}"
+        without = f", {1 - labelled.mean():.0%} unlabelled" if not labelled.all() else ""
+        return f"{(labels[labelled, FLAG] == 1.0).mean():.1%} flagged{without}"
 
     def _score(self, prediction: NDArray[Any], labels: Labels) -> float | None:
         truth = labels[:, FLAG] == 1.0
@@ -233,10 +234,10 @@ class Anomaly(Task):
         called = scores > cut
         events = count_events(called, truth, rows[:, SEGMENT], rows[:, TIME])
         normal, anomalous = int((~truth).sum()), int(truth.sum())
-        whole = 2 * events.found + events.missed + events.false
+        whole = 2 * events.detected + events.missed + events.false
         days = observed(rows[:, SEGMENT], rows[:, TIME]) / DAY if self.clock else 0.0
         return {
-            "event_f1": 2.0 * events.found / whole if whole and anomalous else None,
+            "event_f1": 2.0 * events.detected / whole if whole and anomalous else None,
             "false_alarms_per_day": events.false / days if days > 0.0 else None,
             "false_alarms_per_1000_rows": 1000.0 * events.false / len(rows),
             "false_alarm_rate": 100.0 * int((called & ~truth).sum()) / normal if normal else None,
@@ -248,7 +249,7 @@ class Anomaly(Task):
 
 
 class Bottleneck(nn.Module):
-    """The embedding squeezed through `latent` numbers, and a sample rebuilt from them.
+    """The embedding reduced to `latent` numbers, and a sample rebuilt from them.
 
     Shape:
         (batch, width) -> (batch, outputs + latent): rebuilt, then latent.
@@ -303,9 +304,9 @@ class Scatter:
             share = float(np.clip(noise / off if off > 0.0 else 1.0, cls.FLOOR, 1.0))
             roots, vectors = np.linalg.eigh((1.0 - share) * covariance + share * level * np.eye(size))
             whiten = vectors / np.sqrt(np.maximum(roots, 1e-12))
-        found = cls(mean, whiten, 1.0)
-        found.usual = max(float(np.quantile(found.distance(values), 0.99)), 1e-6)
-        return found
+        scatter = cls(mean, whiten, 1.0)
+        scatter.usual = max(float(np.quantile(scatter.distance(values), 0.99)), 1e-6)
+        return scatter
 
     def distance(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n, parts, k) -> (n,): root mean square over the parts, in units of the usual largest."""
@@ -325,7 +326,7 @@ class Scatter:
 class Events(NamedTuple):
     """Stretches of consecutive samples: true ones that an alarm touched, true ones without one, alarms that touch none."""
 
-    found: int
+    detected: int
     missed: int
     false: int
 
@@ -343,10 +344,10 @@ def count_events(
         return Events(0, 0, 0)
     piece = _pieces(segment, time)
     true, alarm = _stretches(truth, piece), _stretches(called, piece)
-    both = called & truth
-    found = len(np.unique(true[both]))
+    hit = called & truth
+    detected = len(np.unique(true[hit]))
     stretches, alarms = int(true.max()), int(alarm.max())
-    return Events(found, stretches - found, alarms - len(np.unique(alarm[both])))
+    return Events(detected, stretches - detected, alarms - len(np.unique(alarm[hit])))
 
 
 def observed(segment: NDArray[Any], time: NDArray[Any]) -> float:

@@ -65,19 +65,25 @@ class Binary(Task):
     def _read_words(self, column: pl.Series, where: str, remedy: str) -> Labels:
         text = column.cast(pl.String).str.strip_chars()
         text = text.set(text == "", None)
-        found = [word for word in text.unique(maintain_order=True).to_list() if word is not None]
-        if not self.words and all(word.lower() in WORDS for word in found):
-            codes = {word: WORDS[word.lower()] for word in found}
+        words_used = [word for word in text.unique(maintain_order=True).to_list() if word is not None]
+        if not self.words and all(word.lower() in WORDS for word in words_used):
+            codes = {word: WORDS[word.lower()] for word in words_used}
         else:
-            words = self.words or tuple(sorted(found)[:2])
+            words = self.words or tuple(sorted(words_used)[:2])
             codes = dict(zip(words, (0, 1), strict=False))
-            if foreign := [word for word in found if word not in codes]:
-                strangers = [word for word in found if word.lower() not in WORDS]
+            if foreign := [word for word in words_used if word not in codes]:
+                strangers = [word for word in words_used if word.lower() not in WORDS]
                 # beside a "yes" it is the "maybe" that is wrong; among strangers, the third
-                wrong = foreign[0] if self.words else strangers[0] if len(strangers) < len(found) else found[2]
-                own = " or ".join(map(repr, words)) if self.words else f"two words of its own, not {len(found)}"
+                wrong = (
+                    foreign[0] if self.words else strangers[0] if len(strangers) < len(words_used) else words_used[2]
+                )
+                expected = (
+                    " or ".join(map(repr, words)) if self.words else f"two words of its own, not {len(words_used)}"
+                )
                 row = int((text == wrong).arg_max() or 0)
-                raise self._bad(column, where, row, column[row], f"0 or 1, true or false, yes or no; or {own}", remedy)
+                raise self._bad(
+                    column, where, row, column[row], f"0 or 1, true or false, yes or no; or {expected}", remedy
+                )
             self.words = words
         values = text.replace_strict([None, *codes], [None, *map(float, codes.values())], return_dtype=pl.Float32)
         return np.array(values.fill_null(float("nan")).to_numpy(), dtype=np.float32)
@@ -120,13 +126,13 @@ class Binary(Task):
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         missing = labels.isnan()
         truth = torch.where(missing, 0.0, labels)
-        one = self.config
-        emphasis = self.emphasis if self.lifted is None else self.lifted
-        each = yes_or_no(output[:, 0].float(), truth, emphasis, one.focal, one.label_smoothing)
-        return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
+        config = self.config
+        emphasis = self.emphasis if self.loss_weights is None else self.loss_weights
+        losses = yes_or_no(output[:, 0].float(), truth, emphasis, config.focal, config.label_smoothing)
+        return torch.where(missing, 0.0, losses).sum() / (~missing).sum().clamp(min=1)
 
     def loss_numbers(self) -> dict[str, Tensor]:
-        return {"lifted": torch.as_tensor(self.emphasis, dtype=torch.float32)}
+        return {"loss_weights": torch.as_tensor(self.emphasis, dtype=torch.float32)}
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
         """(batch, 1) -> (batch,) probability of the positive class."""
@@ -182,10 +188,10 @@ class Binary(Task):
         from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
         truth = labels.long()
-        both = 0 < int(truth.sum()) < len(truth)  # there is nothing to rank within one class
+        mixed = 0 < int(truth.sum()) < len(truth)  # there is nothing to rank within one class
         quick = ("accuracy", "brier", "ece")
         return {
-            "auroc": float(binary_auroc(prediction, truth)) if both else None,
-            "average_precision": float(binary_average_precision(prediction, truth)) if both else None,
+            "auroc": float(binary_auroc(prediction, truth)) if mixed else None,
+            "average_precision": float(binary_average_precision(prediction, truth)) if mixed else None,
             **{name: self._metric(name, prediction.numpy(), labels.numpy()) for name in quick},
         }

@@ -40,16 +40,16 @@ def platt(score: Floats, truth: NDArray[np.bool_]) -> tuple[float, float]:
     positive = int(truth.sum())
     negative = len(truth) - positive
     target = np.where(truth, (positive + 1.0) / (positive + 2.0), 1.0 / (negative + 2.0))
-    slope, shift = _newton(score, target, np.array([1.0, 0.0]), both=True)
+    slope, shift = _newton(score, target, np.array([1.0, 0.0]), with_slope=True)
     if not 1.0 / SHARPEST <= slope <= SHARPEST:
         slope = float(np.clip(slope, 1.0 / SHARPEST, SHARPEST))
-        slope, shift = _newton(score, target, np.array([slope, 0.0]), both=False)
+        slope, shift = _newton(score, target, np.array([slope, 0.0]), with_slope=False)
     return slope, shift
 
 
-def _newton(score: Floats, target: Floats, start: Floats, both: bool) -> tuple[float, float]:
-    """The least cross entropy by Newton's steps, halved while they lead uphill; the slope stays where not `both`."""
-    inputs = np.stack([score, np.ones_like(score)])[0 if both else 1 :]  # (1 or 2, rows)
+def _newton(score: Floats, target: Floats, start: Floats, with_slope: bool) -> tuple[float, float]:
+    """The least cross entropy by Newton's steps, halved while they lead uphill; the slope stays where not `with_slope`."""
+    inputs = np.stack([score, np.ones_like(score)])[0 if with_slope else 1 :]  # (1 or 2, rows)
 
     def cost(point: Floats) -> float:
         z = point[0] * score + point[1]
@@ -59,7 +59,7 @@ def _newton(score: Floats, target: Floats, start: Floats, both: bool) -> tuple[f
     point, before = start, cost(start)
     for _ in range(50):
         guess = sigmoid(point[0] * score + point[1])
-        move = slice(0 if both else 1, 2)
+        move = slice(0 if with_slope else 1, 2)
         slope = inputs @ (guess - target) / len(score) + 2.0 * PULL * (point - [1.0, 0.0])[move]
         bend = (inputs * (guess * (1.0 - guess))) @ inputs.T / len(score) + 2.0 * PULL * np.eye(len(inputs))
         step = np.zeros(2)
@@ -118,9 +118,9 @@ def calibration_error(confidence: NDArray[Any], truth: NDArray[Any]) -> float:
     confidence = confidence.astype(np.float64)
     if np.isnan(confidence).any():
         return float("nan")
-    place = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)  # bins (0, 1/15], (1/15, 2/15], ...
-    apart = np.bincount(place, weights=confidence - truth, minlength=BINS)
-    return float(np.abs(apart).sum() / len(confidence))
+    bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)  # bins (0, 1/15], (1/15, 2/15], ...
+    gaps = np.bincount(bins, weights=confidence - truth, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def best_cut(score: NDArray[Any], truth: NDArray[np.bool_], near: float) -> float | None:

@@ -32,8 +32,8 @@ def one_of_many(output: Tensor, truth: Tensor, focal: float, smoothing: float) -
     scores = output.log_softmax(dim=1)
     if not focal and not smoothing:
         return -scores.gather(1, truth[:, None])[:, 0]
-    each = -scores
+    losses = -scores
     if focal:
         # from 1e-6 on, because a root of zero has no gradient
-        each = each * (1.0 - scores.exp()).clamp(min=1e-6) ** focal
-    return (1.0 - smoothing) * each.gather(1, truth[:, None])[:, 0] + smoothing * each.mean(dim=1)
+        losses = losses * (1.0 - scores.exp()).clamp(min=1e-6) ** focal
+    return (1.0 - smoothing) * losses.gather(1, truth[:, None])[:, 0] + smoothing * losses.mean(dim=1)

@@ -17,7 +17,7 @@ from trunkline.models.tasks.task import Labels, Metric, Samples, Task, known, nu
 
 
 class Forecast(Task):
-    """Quantiles of `target`, so many rows ahead, from nothing but rows up to now.
+    """Quantiles of `target`, so many rows ahead, from rows up to now only.
 
     A sample's labels are (2H,): the H values to come, then for each of them the seasonal-naive forecast, which is the
     latest value a whole number of seasons before it that is already known. Both are NaN where they lie outside the
@@ -51,7 +51,7 @@ class Forecast(Task):
         super().__init__(name, config)
         self.mean, self.std = 0.0, 1.0  # of the values to come, in training
         self.naive = 1.0  # mean absolute error of the seasonal-naive forecast in training
-        self.place: int | None = None  # of the target among the input channels
+        self.channel: int | None = None  # of the target among the input channels
         self.unscale = (0.0, 1.0)  # mean and standard deviation that channel was scaled by
         self.rows = 1  # of a sample
 
@@ -69,7 +69,7 @@ class Forecast(Task):
     @property
     def outputs(self) -> int:
         horizons, quantiles = self.shape
-        return horizons * quantiles + (2 * horizons if self.place is not None else 0)
+        return horizons * quantiles + (2 * horizons if self.channel is not None else 0)
 
     def read(self, column: pl.Series, where: str) -> Labels:
         remedy = "Correct the value, or leave the cell empty where it was not measured."
@@ -77,24 +77,24 @@ class Forecast(Task):
 
     def bind_inputs(self, samples: Samples) -> None:
         self.rows = samples.window or 1
-        self.place = None
+        self.channel = None
         if self.config.target in samples.channels and samples.scale:  # scaled by regime, it is another quantity
-            self.place = samples.channels.index(self.config.target)
-            self.unscale = samples.scale[self.place]
+            self.channel = samples.channels.index(self.config.target)
+            self.unscale = samples.scale[self.channel]
 
     def labels_for_samples(self, labels: Labels, places: Places) -> Labels:
         """(rows,) values -> (n, 2H): those to come, and the naive forecast of each."""
         ends, first, last, _ = places
         ahead = np.array(self.config.horizons, dtype=np.int64)
-        rows = ends[:, None] + np.concatenate([ahead, ahead - self._back()])  # (n, 2H)
+        rows = ends[:, None] + np.concatenate([ahead, ahead - self._naive_distance()])  # (n, 2H)
         inside = (rows >= first[ends][:, None]) & (rows <= last[ends][:, None])
-        found = labels[np.where(inside, rows, 0)] if len(labels) else np.empty(rows.shape, np.float32)
-        return np.where(inside, found, np.float32(np.nan))
+        values = labels[np.where(inside, rows, 0)] if len(labels) else np.empty(rows.shape, np.float32)
+        return np.where(inside, values, np.float32(np.nan))
 
-    def _back(self) -> NDArray[np.int64]:
+    def _naive_distance(self) -> NDArray[np.int64]:
         """(H,) how far before each forecast value the naive one lies: whole seasons, and not in the future."""
         season = self.config.season
-        return np.array([season * math.ceil(one / season) for one in self.config.horizons], dtype=np.int64)
+        return np.array([season * math.ceil(horizon / season) for horizon in self.config.horizons], dtype=np.int64)
 
     def unsupported(self, rows: int) -> str:
         farthest = max(self.config.horizons)
@@ -139,7 +139,7 @@ class Forecast(Task):
             "mean": self.mean,
             "std": self.std,
             "naive": self.naive,
-            "place": self.place,
+            "place": self.channel,
             "unscale": list(self.unscale),
             "rows": self.rows,
         }
@@ -147,13 +147,13 @@ class Forecast(Task):
     def load_state(self, state: Mapping[str, Any]) -> None:
         loaded = self._loaded(state)
         self.mean, self.std, self.naive = (float(loaded[key]) for key in ("mean", "std", "naive"))
-        self.place = None if loaded["place"] is None else int(loaded["place"])
+        self.channel = None if loaded["place"] is None else int(loaded["place"])
         self.unscale = (float(loaded["unscale"][0]), float(loaded["unscale"][1]))
         self.rows = int(loaded["rows"])
 
     def head(self, width: int) -> nn.Module:
         head = nn.Linear(width, self.outputs)
-        if self.place is not None:
+        if self.channel is not None:
             horizons, quantiles = self.shape
             reached = torch.tensor(self._seen() >= 0)
             with torch.no_grad():
@@ -163,19 +163,19 @@ class Forecast(Task):
 
     def _seen(self) -> NDArray[np.int64]:
         """(H,) where in a sample the naive forecast lies; negative where that is before the sample."""
-        return self.rows - 1 + np.array(self.config.horizons, dtype=np.int64) - self._back()
+        return self.rows - 1 + np.array(self.config.horizons, dtype=np.int64) - self._naive_distance()
 
     def combine_with_inputs(self, output: Tensor, x: Tensor) -> Tensor:
         """Add the autoregressive path: (batch, outputs) -> (batch, H * Q), in training standard deviations."""
-        if self.place is None:
+        if self.channel is None:
             return output
         horizons, quantiles = self.shape
-        series = x[:, self.place] if x.ndim == 3 else x[:, self.place, None]  # (batch, time)
+        series = x[:, self.channel] if x.ndim == 3 else x[:, self.channel, None]  # (batch, time)
         mean, std = self.unscale
         series = ((series.float() * std + mean - self.mean) / self.std).nan_to_num(0.0)
         seen = self._seen()
-        place = torch.from_numpy(np.maximum(seen, 0)).to(x.device)
-        season = torch.where(torch.from_numpy(seen >= 0).to(x.device), series[:, place], 0.0)  # (batch, H)
+        rows = torch.from_numpy(np.maximum(seen, 0)).to(x.device)
+        season = torch.where(torch.from_numpy(seen >= 0).to(x.device), series[:, rows], 0.0)  # (batch, H)
         takes_last, takes_season = output[:, horizons * quantiles :].view(-1, 2, horizons).unbind(dim=1)
         path = takes_last * series[:, -1:] + takes_season * season
         return (output[:, : horizons * quantiles].view(-1, horizons, quantiles) + path[..., None]).flatten(1)
@@ -188,8 +188,8 @@ class Forecast(Task):
         truth = (torch.where(missing, self.mean, truth) - self.mean) / self.std
         miss = truth[..., None] - output.float().view(-1, horizons, quantiles)
         level = torch.tensor(self.config.quantiles, device=output.device)
-        each = torch.maximum(level * miss, (level - 1.0) * miss).mean(dim=2)  # (batch, H)
-        return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
+        losses = torch.maximum(level * miss, (level - 1.0) * miss).mean(dim=2)  # (batch, H)
+        return torch.where(missing, 0.0, losses).sum() / (~missing).sum().clamp(min=1)
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
         """(batch, H * Q) -> (batch, H, Q) in the target's unit, quantiles ascending."""
@@ -203,22 +203,22 @@ class Forecast(Task):
 
     def _score(self, prediction: NDArray[Any], labels: Labels) -> float:
         truth = labels[:, : self.shape[0]]
-        there = ~np.isnan(truth)
-        return float(np.abs(self._point(prediction) - truth)[there].mean() / self.naive)
+        present = ~np.isnan(truth)
+        return float(np.abs(self._point(prediction) - truth)[present].mean() / self.naive)
 
     def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
         quantiles = prediction.numpy()
         truth, naive = np.split(labels.numpy(), 2, axis=1)
-        there = ~np.isnan(truth)
+        present = ~np.isnan(truth)
         miss = self._point(quantiles) - truth
         level = np.array(self.config.quantiles)
         short = truth[..., None] - quantiles
-        both = there & ~np.isnan(naive)
-        usual = np.abs(naive - truth)[both].mean() if both.any() else 0.0
+        comparable = present & ~np.isnan(naive)
+        usual = np.abs(naive - truth)[comparable].mean() if comparable.any() else 0.0
         return {
-            "rmse": float(np.sqrt(np.square(miss[there]).mean())),
-            "mae": float(np.abs(miss[there]).mean()),
-            "pinball": float(np.maximum(level * short, (level - 1.0) * short)[there].mean()),
-            "coverage": float(((quantiles[:, :, 0] <= truth) & (truth <= quantiles[:, :, -1]))[there].mean()),
-            "skill": float(1.0 - np.abs(miss[both]).mean() / usual) if usual > 0.0 else None,
+            "rmse": float(np.sqrt(np.square(miss[present]).mean())),
+            "mae": float(np.abs(miss[present]).mean()),
+            "pinball": float(np.maximum(level * short, (level - 1.0) * short)[present].mean()),
+            "coverage": float(((quantiles[:, :, 0] <= truth) & (truth <= quantiles[:, :, -1]))[present].mean()),
+            "skill": float(1.0 - np.abs(miss[comparable]).mean() / usual) if usual > 0.0 else None,
         }

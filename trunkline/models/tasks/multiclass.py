@@ -75,12 +75,12 @@ class Multiclass(Task):
 
     def read(self, column: pl.Series, where: str) -> Labels:
         text = _as_text(column)
-        found = [word for word in text.unique(maintain_order=True).to_list() if word is not None]
+        words = [word for word in text.unique(maintain_order=True).to_list() if word is not None]
         if not self.classes:
-            self.classes = self._discovered(found, column, where)
+            self.classes = self._discover_classes(words, column, where)
             self.counts = (1,) * len(self.classes)
-        codes = {word: float(place) for place, word in enumerate(self.classes)}
-        if unknown := [word for word in found if word not in codes]:
+        codes = {word: float(code) for code, word in enumerate(self.classes)}
+        if unknown := [word for word in words if word not in codes]:
             row = int((text == unknown[0]).arg_max() or 0)
             raise self._bad(
                 column, where, row, column[row], f"one of {', '.join(self.classes)}{nearest(unknown[0], self.classes).rstrip('.')}",
@@ -89,25 +89,25 @@ class Multiclass(Task):
         values = text.replace_strict([None, *codes], [None, *codes.values()], return_dtype=pl.Float32)
         return np.array(values.fill_null(float("nan")).to_numpy(), dtype=np.float32)
 
-    def _discovered(self, found: list[str], column: pl.Series, where: str) -> tuple[str, ...]:
-        if not found:
+    def _discover_classes(self, words: list[str], column: pl.Series, where: str) -> tuple[str, ...]:
+        if not words:
             raise DataError(
                 f"{where}: column `{column.name}` of task {self.name!r} is empty, so its classes are not known. "
                 f"List them under `classes` of [tasks.{self.name}], or take the task out of site.toml."
             )
-        if len(found) > MOST:
+        if len(words) > MOST:
             raise DataError(
-                f"{where}: column `{column.name}` of task {self.name!r} has {len(found)} different values; at most "
+                f"{where}: column `{column.name}` of task {self.name!r} has {len(words)} different values; at most "
                 f"{MOST} are taken for classes. A measurement is kind = 'regression'; otherwise list `classes`."
             )
-        whole = all(word.removeprefix("-").isdecimal() for word in found)
-        if not whole and len(found) > MOST_BROKEN and all(map(_is_number, found)):
+        whole = all(word.removeprefix("-").isdecimal() for word in words)
+        if not whole and len(words) > MOST_BROKEN and all(map(_is_number, words)):
             raise DataError(
-                f"{where}: column `{column.name}` of task {self.name!r} has {len(found)} different numbers with fractions, "
-                f"such as {listed(found, 3)}; at most {MOST_BROKEN} are taken for classes. A measurement is "
+                f"{where}: column `{column.name}` of task {self.name!r} has {len(words)} different numbers with fractions, "
+                f"such as {listed(words, 3)}; at most {MOST_BROKEN} are taken for classes. A measurement is "
                 f"kind = 'regression'; otherwise list `classes`."
             )
-        return tuple(sorted(found, key=int if whole else None))
+        return tuple(sorted(words, key=int if whole else None))
 
     def fit(self, labels: Labels) -> None:
         present = labels[~np.isnan(labels)].astype(np.int64)
@@ -150,15 +150,15 @@ class Multiclass(Task):
         truth = torch.where(missing, 0.0, labels).long()
         if self.ordered:
             beyond = (truth[:, None] > torch.arange(self.outputs, device=output.device)).float()  # (batch, K - 1)
-            each = (beyond * F.softplus(-output) + (1.0 - beyond) * F.softplus(output)).mean(dim=1)
+            losses = (beyond * F.softplus(-output) + (1.0 - beyond) * F.softplus(output)).mean(dim=1)
         else:
-            each = one_of_many(output, truth, self.config.focal, self.config.label_smoothing)
-        weight = torch.tensor(self.emphasis, device=output.device) if self.lifted is None else self.lifted
-        each = each * weight[truth]
-        return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
+            losses = one_of_many(output, truth, self.config.focal, self.config.label_smoothing)
+        weight = torch.tensor(self.emphasis, device=output.device) if self.loss_weights is None else self.loss_weights
+        losses = losses * weight[truth]
+        return torch.where(missing, 0.0, losses).sum() / (~missing).sum().clamp(min=1)
 
     def loss_numbers(self) -> dict[str, Tensor]:
-        return {"lifted": torch.tensor(self.emphasis)}
+        return {"loss_weights": torch.tensor(self.emphasis)}
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
         """(batch, outputs) -> (batch, K) probabilities, also where the classes have an order."""
@@ -186,18 +186,18 @@ class Multiclass(Task):
         )
 
     def decide(self, prediction: NDArray[Any]) -> NDArray[np.int64]:
-        """(rows, K) probabilities -> (rows,) the place in `classes` that this task answers."""
+        """(rows, K) probabilities -> (rows,) the index in `classes` of this task's answer."""
         return np.asarray(prediction.argmax(axis=1))
 
     def _described(self, labels: Labels) -> str:
         return shares(self.classes, labels)
 
     def warnings(self, part: str, labels: Labels) -> list[str]:
-        there = np.bincount(labels[~np.isnan(labels)].astype(np.int64), minlength=len(self.classes))
+        occurring = np.bincount(labels[~np.isnan(labels)].astype(np.int64), minlength=len(self.classes))
         strange = [
             f"{name!r} ({count:,})"
-            for name, count, known in zip(self.classes, there, self.counts, strict=True)
-            if count and not known
+            for name, count, trained in zip(self.classes, occurring, self.counts, strict=True)
+            if count and not trained
         ]
         if not strange:
             return []
@@ -237,7 +237,7 @@ def macro_f1(guess: NDArray[np.int64], truth: NDArray[np.int64], count: int) -> 
     """Mean F1 over the classes that occur or were guessed; None where all rows are of one class.
 
     Args:
-        guess, truth: (rows,) places among `count` classes.
+        guess, truth: (rows,) indices of `count` classes.
     """
     if (truth == truth[0]).all():
         return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trunkline.config.tasks import TaskConfig
 from trunkline.errors import DataError
 from trunkline.models.tasks.crossentropy import yes_or_no
-from trunkline.models.tasks.skip_channels import Highway, along, fit_tied
+from trunkline.models.tasks.skip_channels import SkipHead, fit_shared_weights, select_channels
 from trunkline.models.tasks.task import Labels, Metric, Samples, Task, effective_number, listed, numbers
 from trunkline.models.tasks.thresholds import choose_thresholds
 
@@ -37,10 +37,11 @@ class Multilabel(Task):
     same by a probability. `calibrate` chooses one threshold for all labels, and one of its own for a label where
     validation supports it.
 
-    With `highway` every target has channels of its own, and its output is the network's plus a weighted sum of these, with
-    the same weights for all targets (see `highway.py`); the head gives them too, J numbers behind the K outputs. A head that stays home starts as the logistic regression on these channels alone: what a
-    label did in training is then not its start, because a network that knows how often each label rang in the very rows it
-    trains on does not learn to look at what rang lately. Log-odds of each label's past belong among its channels.
+    With `skip_channels` every target has channels of its own. Its output is the network's plus a weighted sum of these, with
+    the same weights for all targets (see `skip_channels.py`); the head gives the weights too, J numbers behind the K
+    outputs. A head that stays at the plant starts as the logistic regression on these channels alone. It does not start
+    from each label's frequency in training: a network that knows how often each label rang in the very rows it trains on
+    does not learn to look at what rang lately. Log-odds of each label's past belong among its channels.
 
     A label that is never positive in training cannot be learnt: `macro_f1` and `mean_average_precision` leave it out,
     `micro_f1`, which is over all cells of rows x labels, does not.
@@ -60,27 +61,27 @@ class Multilabel(Task):
         self.positive = np.ones(len(config.targets), dtype=np.int64)  # training labels that are 1, of each target
         self.negative = np.ones(len(config.targets), dtype=np.int64)
         self.thresholds = np.full(len(config.targets), START, dtype=np.float32)
-        self.own = np.empty((0, len(config.targets)), dtype=np.int64)  # (J, K) places of each target's own channels
-        self.start: tuple[float, ...] = ()  # weights of the highway and a level, where training begins
+        self.skips = np.empty((0, len(config.targets)), dtype=np.int64)  # (J, K) indices of each target's skip channels
+        self.start: tuple[float, ...] = ()  # weights of the skip channels and a level, where training begins
 
     @property
     def outputs(self) -> int:
-        return len(self.config.targets) + len(self.own)
+        return len(self.config.targets) + len(self.skips)
 
     @property
-    def meets(self) -> bool:
-        return len(self.own) > 0
+    def combines_inputs(self) -> bool:
+        return len(self.skips) > 0
 
     def bind_inputs(self, samples: Samples) -> None:
-        """Find the highway's channels; one that cleaning dropped says nothing."""
-        place = {name: at for at, name in enumerate(samples.channels)}
-        found = [[place.get(name, -1) for name in names] for names in self.config.skip_channels]
-        self.own = np.array(found, dtype=np.int64).reshape(-1, len(self.config.targets))
+        """Find the skip channels; one that cleaning dropped counts as 0."""
+        indices = {name: index for index, name in enumerate(samples.channels)}
+        skips = [[indices.get(name, -1) for name in names] for names in self.config.skip_channels]
+        self.skips = np.array(skips, dtype=np.int64).reshape(-1, len(self.config.targets))
 
     def fit_inputs(self, newest: NDArray[np.float32], labels: Labels) -> None:
-        if len(self.own):
-            own = along(torch.from_numpy(np.ascontiguousarray(newest)), torch.from_numpy(self.own))
-            weights, level = fit_tied(own, torch.from_numpy(labels))
+        if len(self.skips):
+            skips = select_channels(torch.from_numpy(np.ascontiguousarray(newest)), torch.from_numpy(self.skips))
+            weights, level = fit_shared_weights(skips, torch.from_numpy(labels))
             self.start = (*weights.tolist(), level)
 
     def read(self, column: pl.Series, where: str) -> Labels:
@@ -127,59 +128,59 @@ class Multilabel(Task):
             "positive": self.positive.tolist(),
             "negative": self.negative.tolist(),
             "thresholds": self.thresholds.tolist(),
-            **({"own": self.own.tolist(), "start": list(self.start)} if len(self.own) else {}),
+            **({"own": self.skips.tolist(), "start": list(self.start)} if len(self.skips) else {}),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         loaded = self._loaded(state)
         self.positive, self.negative = (np.array(loaded[key], dtype=np.int64) for key in ("positive", "negative"))
         self.thresholds = np.array(loaded["thresholds"], dtype=np.float32)
-        self.own = np.array(loaded.get("own", []), dtype=np.int64).reshape(-1, len(self.config.targets))
-        self.start = tuple(float(one) for one in loaded.get("start", ()))
+        self.skips = np.array(loaded.get("own", []), dtype=np.int64).reshape(-1, len(self.config.targets))
+        self.start = tuple(map(float, loaded.get("start", ())))
 
     def head(self, width: int) -> nn.Module:
-        return Highway(width, len(self.config.targets), len(self.own)) if len(self.own) else super().head(width)
+        return SkipHead(width, len(self.config.targets), len(self.skips)) if len(self.skips) else super().head(width)
 
     def init_head(self, head: nn.Module) -> None:
         """Each bias becomes the best answer to all training samples alike, so that training starts at the frequencies.
 
-        With a highway, all labels begin at one level, and the rest is what their own channels say.
+        With skip channels, all labels begin at one level, and their own channels add to it.
         """
-        if self.start and isinstance(head, Highway):
+        if self.start and isinstance(head, SkipHead):
             level = self.start[-1] + torch.from_numpy(np.log(self.emphasis)).float()
-            head.begin(torch.tensor(self.start[:-1]), level)
+            head.start_from(torch.tensor(self.start[:-1]), level)
             return
         answers = torch.linspace(-8.0, 8.0, 321)[:, None].expand(-1, len(self.config.targets))  # (answers, K)
-        yes, no = (self._each(answers, torch.full_like(answers, truth)) for truth in (1.0, 0.0))
+        yes, no = (self._cell_losses(answers, torch.full_like(answers, truth)) for truth in (1.0, 0.0))
         # half a sample more of each, so that a label never seen is rare and not impossible
         cost = torch.from_numpy(self.positive + 0.5) * yes + torch.from_numpy(self.negative + 0.5) * no
         with torch.no_grad():
             head.bias.copy_(answers[:, 0][cost.argmin(dim=0)])  # type: ignore[operator]
 
     def combine_with_inputs(self, output: Tensor, x: Tensor) -> Tensor:
-        """Add the highway: (batch, K + J) -> (batch, K)."""
-        if not len(self.own):
+        """Add the skip channels: (batch, K + J) -> (batch, K)."""
+        if not len(self.skips):
             return output
         labels = len(self.config.targets)
-        own = along(x, torch.from_numpy(self.own).to(x.device))
-        return output[:, :labels] + torch.einsum("bj,bjk->bk", output[:, labels:], own)
+        skips = select_channels(x, torch.from_numpy(self.skips).to(x.device))
+        return output[:, :labels] + torch.einsum("bj,bjk->bk", output[:, labels:], skips)
 
-    def _each(self, output: Tensor, truth: Tensor) -> Tensor:
+    def _cell_losses(self, output: Tensor, truth: Tensor) -> Tensor:
         """The loss of every cell, (rows, K)."""
-        one = self.config
-        if one.loss == "asymmetric":
-            truth = truth * (1.0 - one.label_smoothing) + 0.5 * one.label_smoothing
+        config = self.config
+        if config.loss == "asymmetric":
+            truth = truth * (1.0 - config.label_smoothing) + 0.5 * config.label_smoothing
             # the margin's floor is above 0, because a root of zero has no gradient
             shifted = (output.sigmoid() - MARGIN).clamp(min=1e-8)
-            wrong = shifted ** (one.focal or HARD) * -torch.log1p(-shifted)
+            wrong = shifted ** (config.focal or HARD) * -torch.log1p(-shifted)
             return truth * nn.functional.softplus(-output) + (1.0 - truth) * wrong
         emphasis = torch.tensor(self.emphasis, dtype=torch.float32, device=output.device)
-        return yes_or_no(output, truth, emphasis, one.focal, one.label_smoothing)
+        return yes_or_no(output, truth, emphasis, config.focal, config.label_smoothing)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         missing = labels.isnan()
-        each = self._each(output.float(), torch.where(missing, 0.0, labels))
-        return torch.where(missing, 0.0, each).sum() / (~missing).sum().clamp(min=1)
+        losses = self._cell_losses(output.float(), torch.where(missing, 0.0, labels))
+        return torch.where(missing, 0.0, losses).sum() / (~missing).sum().clamp(min=1)
 
     def predict(self, output: Tensor) -> NDArray[np.float32]:
         """(batch, K) -> (batch, K) probabilities, without the weights of the loss."""
@@ -194,16 +195,16 @@ class Multilabel(Task):
             prediction: (rows, K) probabilities.
             labels: (rows, K), NaN where missing.
         """
-        there = ~np.isnan(labels) & ~np.isnan(prediction)
+        present = ~np.isnan(labels) & ~np.isnan(prediction)
         macro = self.primary == "macro_f1"
-        chosen = choose_thresholds(prediction, labels > 0.5, there, near=START, macro=macro)
+        chosen = choose_thresholds(prediction, labels > 0.5, present, near=START, macro=macro)
         if chosen is not None:
             self.thresholds = chosen
-        reached = (prediction > self.thresholds)[there].any() or not there.any()
+        reached = (prediction > self.thresholds)[present].any() or not present.any()
         self.trouble = "" if reached else self._never_called(len(labels), float(self.thresholds.min()))
 
     def _called(self, prediction: NDArray[Any], labels: Labels) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """(rows, K) what is called and what is true, both False where nobody knows."""
+        """(rows, K) what is called and what is true, both False where a label is missing."""
         truth = labels > 0.5
         return (prediction > self.thresholds) & (truth | (labels <= 0.5)), truth
 
@@ -219,15 +220,15 @@ class Multilabel(Task):
 
     def _metric(self, name: str, prediction: NDArray[Any], labels: Labels) -> float | None:
         if name == "macro_f1":
-            called, truth = (one[:, self.learnable] for one in self._called(prediction, labels))
+            called, truth = (cells[:, self.learnable] for cells in self._called(prediction, labels))
             either = called.sum(axis=0) + truth.sum(axis=0)
             named = either > 0  # a label neither there nor called has no F1
             hits = (called & truth).sum(axis=0)
             return float((2.0 * hits[named] / either[named]).mean()) if truth.any() else None
         if name == "mean_average_precision":
             columns = np.flatnonzero(self.learnable & (labels > 0.5).any(axis=0))
-            each = [average_precision(prediction[:, one], labels[:, one]) for one in columns]
-            return float(np.mean(each)) if each else None
+            precisions = [average_precision(prediction[:, column], labels[:, column]) for column in columns]
+            return float(np.mean(precisions)) if precisions else None
         return super()._metric(name, prediction, labels)
 
     def _others(self, prediction: Tensor, labels: Tensor) -> dict[str, float | None]:
@@ -235,12 +236,12 @@ class Multilabel(Task):
         return {name: self._metric(name, rows, truth) for name in ("macro_f1", "mean_average_precision")}
 
     def _described(self, labels: Labels) -> str:
-        known = (~np.isnan(labels)).sum(axis=0)
-        share = np.divide((labels > 0.5).sum(axis=0), known, out=np.zeros(len(known)), where=known > 0)
+        count = (~np.isnan(labels)).sum(axis=0)
+        share = np.divide((labels > 0.5).sum(axis=0), count, out=np.zeros(len(count)), where=count > 0)
         words = [
-            f"{self.config.targets[place]} {share[place]:.1%}"
-            for place in np.argsort(-share, kind="stable")
-            if share[place]
+            f"{self.config.targets[label]} {share[label]:.1%}"
+            for label in np.argsort(-share, kind="stable")
+            if share[label]
         ]
         return (
             f"{share.sum():.3g} of {len(share)} labels a sample: {listed(words, 3)}" if words else "no positive label"
@@ -249,8 +250,8 @@ class Multilabel(Task):
     def warnings(self, part: str, labels: Labels) -> list[str]:
         never = [name for name, ever in zip(self.config.targets, self.learnable, strict=True) if not ever]
         seen = np.asarray((labels > 0.5).any(axis=0))
-        here = [name for name, there in zip(self.config.targets, seen, strict=True) if there]
-        strange = sorted(set(never) & set(here), key=never.index)
+        occurring = [name for name, occurs in zip(self.config.targets, seen, strict=True) if occurs]
+        strange = sorted(set(never) & set(occurring), key=never.index)
         if part == "train" and never:
             return [
                 f"{len(never)} of {len(self.config.targets)} labels are never 1 in training: {listed(never)}. macro_f1 and "
@@ -273,9 +274,9 @@ def average_precision(score: NDArray[Any], labels: NDArray[Any]) -> float:
         score: (rows,).
         labels: (rows,) 0 or 1, at least one 1; NaN where missing, which does not count.
     """
-    there = ~np.isnan(labels)
-    order = np.argsort(-score[there], kind="stable")
-    ranked, hits = score[there][order], np.cumsum(labels[there][order] > 0.5)
+    present = ~np.isnan(labels)
+    order = np.argsort(-score[present], kind="stable")
+    ranked, hits = score[present][order], np.cumsum(labels[present][order] > 0.5)
     last = np.append(ranked[1:] != ranked[:-1], True)  # equal scores are taken together
     precision = hits[last] / (np.flatnonzero(last) + 1)
     return float((precision * np.diff(hits[last], prepend=0)).sum() / hits[-1])

@@ -38,18 +38,18 @@ class Ordinal(Multiclass):
     def ordered(self) -> bool:
         return True
 
-    def _discovered(self, found: list[str], column: pl.Series, where: str) -> tuple[str, ...]:
-        found = list(super()._discovered(found, column, where))
+    def _discover_classes(self, words: list[str], column: pl.Series, where: str) -> tuple[str, ...]:
+        words = list(super()._discover_classes(words, column, where))
         try:
-            return tuple(sorted(found, key=float))
+            return tuple(sorted(words, key=float))
         except ValueError:
             raise DataError(
-                f"{where}: column `{column.name}` of task {self.name!r} holds words, {listed(found)}, whose order nobody "
+                f"{where}: column `{column.name}` of task {self.name!r} holds words, {listed(words)}, whose order nobody "
                 f"knows. List them under `classes` of [tasks.{self.name}], from the least to the greatest."
             ) from None
 
     def decide(self, prediction: NDArray[Any]) -> NDArray[np.int64]:
-        """(rows, K) probabilities -> (rows,) the median grade, a place in `classes`."""
+        """(rows, K) probabilities -> (rows,) the median grade, an index in `classes`."""
         beyond = 1.0 - np.cumsum(prediction[:, :-1], axis=1, dtype=np.float64)  # (rows, K - 1)
         return np.asarray((beyond > 0.5).sum(axis=1))
 
@@ -79,6 +79,6 @@ def quadratic_kappa(guess: NDArray[np.int64], truth: NDArray[Any]) -> float | No
     Args:
         guess, truth: (rows,) grades.
     """
-    given, true = guess.astype(np.float64), truth.astype(np.float64)
-    apart = given.var() + true.var() + (given.mean() - true.mean()) ** 2
-    return float(1.0 - np.square(given - true).mean() / apart) if apart > 0.0 else None
+    guessed, true = guess.astype(np.float64), truth.astype(np.float64)
+    disagreement = guessed.var() + true.var() + (guessed.mean() - true.mean()) ** 2
+    return float(1.0 - np.square(guessed - true).mean() / disagreement) if disagreement > 0.0 else None

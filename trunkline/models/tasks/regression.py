@@ -86,12 +86,12 @@ class Regression(Task):
         truth = torch.where(missing, self.mean, labels if cap is None else labels.clamp(max=cap))
         miss = torch.where(missing, 0.0, (truth - self.mean) / self.std - output[:, 0].float())  # truth minus output
         if self.config.loss in (None, "huber"):
-            each = F.huber_loss(miss, torch.zeros_like(miss), reduction="none")
+            losses = F.huber_loss(miss, torch.zeros_like(miss), reduction="none")
         elif self.config.loss == "mse":
-            each = miss.square()
+            losses = miss.square()
         else:
-            each = torch.maximum(self.config.quantile * miss, (self.config.quantile - 1.0) * miss)
-        return each.sum() / (~missing).sum().clamp(min=1)
+            losses = torch.maximum(self.config.quantile * miss, (self.config.quantile - 1.0) * miss)
+        return losses.sum() / (~missing).sum().clamp(min=1)
 
     def loss_numbers(self) -> dict[str, Tensor]:
         return {"mean": torch.tensor(self.mean), "std": torch.tensor(self.std)}

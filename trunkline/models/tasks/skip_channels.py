@@ -1,7 +1,7 @@
-"""What each target's own channels say of it, with the same weights for every target.
+"""Skip channels: each target's own channels reach its output directly, with the same weights for every target.
 
 A path past the network for what is nearly linear: the autoregressive highway of LSTNet (Lai et al. 2018,
-arXiv:1703.07015), its weights shared by all series. Where there are many labels and each has inputs of its own (how often
+arXiv:1703.07015), with weights that all series share. Where there are many labels and each has inputs of its own (how often
 an alarm rang, and how long ago), a network has to find out label by label which those are.
 """
 
@@ -15,68 +15,69 @@ NEWTON = 20  # steps at most; the problem is convex, and six or seven do
 STEP = 1e-6  # a step is halved no further than this
 
 
-class Highway(nn.Linear):
-    """A linear head, and the weights of the highway behind what it gives: the same for every sample.
+class SkipHead(nn.Linear):
+    """A linear head, and the weights of the skip channels behind its outputs: the same for every sample.
 
     Args:
-        own: J, channels that each target has of its own.
+        labels: K, targets.
+        skips: J, skip channels of each target.
 
     Shape:
         (batch, width) -> (batch, K + J).
     """
 
-    def __init__(self, width: int, labels: int, own: int) -> None:
+    def __init__(self, width: int, labels: int, skips: int) -> None:
         super().__init__(width, labels)
-        self.own = nn.Parameter(torch.zeros(own))
+        self.own = nn.Parameter(torch.zeros(skips))  # the name is part of stored and lent heads
 
     def forward(self, embedded: Tensor) -> Tensor:
         out = super().forward(embedded)
         return torch.cat([out, self.own.expand(len(out), -1)], dim=1)
 
-    def begin(self, weights: Tensor, level: Tensor) -> None:
-        """Start from the highway alone: `weights` (J,), and `level` (K,) of each target's log-odds beside it."""
+    def start_from(self, weights: Tensor, level: Tensor) -> None:
+        """Start from the skip channels alone: `weights` (J,), and `level` (K,) of each target's log-odds beside them."""
         with torch.no_grad():
             self.weight.zero_()
             self.bias.copy_(level)
             self.own.copy_(weights)
 
 
-def along(x: Tensor, place: Tensor) -> Tensor:
-    """The own channels of every target, at the newest row of a window: 0 where a value is missing.
+def select_channels(x: Tensor, indices: Tensor) -> Tensor:
+    """The skip channels of every target, at the newest row of a window: 0 where a value is missing.
 
     Args:
         x: (batch, channels, time) or (batch, columns).
-        place: (J, K) where channel j of target k stands among the inputs; negative where it is no input any more.
+        indices: (J, K) index of channel j of target k among the inputs; negative where it is no input any more.
 
     Returns:
         (batch, J, K), float32.
     """
     newest = (x[:, :, -1] if x.ndim == 3 else x).float()
-    found = newest[:, place.clamp(min=0).flatten()].view(len(x), *place.shape)
-    return torch.where(place < 0, 0.0, found.nan_to_num(0.0))
+    selected = newest[:, indices.clamp(min=0).flatten()].view(len(x), *indices.shape)
+    return torch.where(indices < 0, 0.0, selected.nan_to_num(0.0))
 
 
-def fit_tied(own: Tensor, truth: Tensor) -> tuple[Tensor, float]:
-    """Logistic regression of all targets' answers on their own channels, one for all: (J,) weights and a level.
+def fit_shared_weights(skips: Tensor, truth: Tensor) -> tuple[Tensor, float]:
+    """Logistic regression of all targets' answers on their skip channels, one for all: (J,) weights and a level.
 
     Newton's method with halved steps, in float64, so that it is the same on every machine to within rounding.
 
     Args:
-        own: (n, J, K), as `along` gives it.
-        truth: (n, K) of 0 and 1, NaN where nobody knows; at least one of them known.
+        skips: (n, J, K), as `select_channels` gives it.
+        truth: (n, K) of 0 and 1, NaN where missing; at least one is present.
     """
-    there = (~truth.isnan()).any(dim=1).nonzero()[:, 0]
-    count = min(len(there), max(1, CELLS // truth.shape[1]))
-    take = there[torch.linspace(0, len(there) - 1, count, dtype=torch.float64).long()]
-    own, truth = own[take], truth[take]
-    known = ~truth.isnan()
-    x = own.transpose(1, 2)[known].double()  # (cells, J)
+    labelled = (~truth.isnan()).any(dim=1).nonzero()[:, 0]
+    count = min(len(labelled), max(1, CELLS // truth.shape[1]))
+    take = labelled[torch.linspace(0, len(labelled) - 1, count, dtype=torch.float64).long()]
+    skips, truth = skips[take], truth[take]
+    present = ~truth.isnan()
+    x = skips.transpose(1, 2)[present].double()  # (cells, J)
     x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    y = truth[known].double()
+    y = truth[present].double()
     weights = torch.zeros(x.shape[1], dtype=torch.float64)
 
-    def cost(at: Tensor) -> float:
-        loss = F.binary_cross_entropy_with_logits(x @ at, y, reduction="sum") + 0.5 * PULL * at.square().sum()
+    def cost(point: Tensor) -> float:
+        loss = F.binary_cross_entropy_with_logits(x @ point, y, reduction="sum") + 0.5 * PULL * point.square().sum()
         return float(loss)
 
     before = cost(weights)

@@ -29,7 +29,7 @@ class Counts(NamedTuple):
 
 
 def choose_thresholds(
-    prediction: NDArray[Any], truth: Flags, there: Flags, *, near: float, macro: bool
+    prediction: NDArray[Any], truth: Flags, present: Flags, *, near: float, macro: bool
 ) -> NDArray[np.float32] | None:
     """(K,) thresholds: one for all labels, and another one for a label whose rows support it.
 
@@ -39,14 +39,14 @@ def choose_thresholds(
 
     Args:
         prediction: (rows, K) probabilities; rows in their order, because neighbours repeat each other.
-        truth, there: (rows, K) what is true, and which cells count.
+        truth, present: (rows, K) what is true, and which cells count.
         near: of equally good common thresholds the nearest to this.
         macro: choose for the mean of the labels' F1 instead of the F1 over all cells.
 
     Returns:
         None where no cell is true, or every probability is 0.
     """
-    common = best_cut(prediction[there], truth[there], near)
+    common = best_cut(prediction[present], truth[present], near)
     if common is None:
         return None
     cuts = sigmoid(logit(np.array(common)) + REACH).astype(np.float32)
@@ -55,49 +55,49 @@ def choose_thresholds(
         cuts[0] = np.nextafter(cuts[0], np.float32(0.0))
     half = len(prediction) // 2
     first, second = (
-        _count(prediction[rows], truth[rows], there[rows], cuts) for rows in (slice(half), slice(half, None))
+        _count(prediction[rows], truth[rows], present[rows], cuts) for rows in (slice(half), slice(half, None))
     )
-    alike = np.zeros(prediction.shape[1], dtype=np.int64)
-    apart = _worth(first, _own(second, macro), macro) + _worth(second, _own(first, macro), macro)
-    if apart > _worth(first, alike, macro) + _worth(second, alike, macro):
-        both = Counts(first.hits + second.hits, first.called + second.called, first.true + second.true)
-        return cuts[_own(both, macro)]
-    return cuts[alike]
+    common_cuts = np.zeros(prediction.shape[1], dtype=np.int64)
+    single = _f1(first, _best_cuts(second, macro), macro) + _f1(second, _best_cuts(first, macro), macro)
+    if single > _f1(first, common_cuts, macro) + _f1(second, common_cuts, macro):
+        total = Counts(first.hits + second.hits, first.called + second.called, first.true + second.true)
+        return cuts[_best_cuts(total, macro)]
+    return cuts[common_cuts]
 
 
-def _count(prediction: NDArray[Any], truth: Flags, there: Flags, cuts: NDArray[np.float32]) -> Counts:
+def _count(prediction: NDArray[Any], truth: Flags, present: Flags, cuts: NDArray[np.float32]) -> Counts:
     hits, called = [], []
-    truth = truth & there
+    truth = truth & present
     for cut in cuts:
-        above = (prediction > cut) & there
+        above = (prediction > cut) & present
         called.append(above.sum(axis=0))
         hits.append((above & truth).sum(axis=0))
     return Counts(np.stack(hits, axis=1), np.stack(called, axis=1), truth.sum(axis=0))
 
 
-def _own(counts: Counts, macro: bool) -> NDArray[np.int64]:
-    """(K,) the place of each label's best cut; 0, the common one, where it has too few positives."""
+def _best_cuts(counts: Counts, macro: bool) -> NDArray[np.int64]:
+    """(K,) the index of each label's best cut; 0, the common one, where it has too few positives."""
     belief = BELIEF / max(counts.true.sum(), 1)
     hits = counts.hits + belief * counts.hits.sum(axis=0)
     called = counts.called + belief * counts.called.sum(axis=0)
     supported = counts.true >= SUPPORT
-    place = np.zeros(len(hits), dtype=np.int64)
+    indices = np.zeros(len(hits), dtype=np.int64)
     if macro:
-        return np.where(supported, (hits / (called + counts.true[:, None] + BELIEF)).argmax(axis=1), place)
+        return np.where(supported, (hits / (called + counts.true[:, None] + BELIEF)).argmax(axis=1), indices)
     # the best ratio 2 hits / (called + true) over all labels together: with the ratio at hand each label alone maximises
     # hits - ratio / 2 * called, which gives a better ratio, until it stays (Dinkelbach 1967)
     for _ in range(20):
-        before, ratio = place, _worth(counts, place, macro=False)
-        place = np.where(supported, (hits - 0.5 * ratio * called).argmax(axis=1), 0)
-        if (place == before).all():
+        before, ratio = indices, _f1(counts, indices, macro=False)
+        indices = np.where(supported, (hits - 0.5 * ratio * called).argmax(axis=1), 0)
+        if (indices == before).all():
             break
-    return place
+    return indices
 
 
-def _worth(counts: Counts, place: NDArray[np.int64], macro: bool) -> float:
-    """The micro- or macro-F1 of calling each label at its place."""
-    rows = np.arange(len(place))
-    hits, either = counts.hits[rows, place], counts.called[rows, place] + counts.true
+def _f1(counts: Counts, indices: NDArray[np.int64], macro: bool) -> float:
+    """The micro- or macro-F1 of calling each label (K,) at its cut."""
+    labels = np.arange(len(indices))
+    hits, either = counts.hits[labels, indices], counts.called[labels, indices] + counts.true
     if not macro:
         return float(2.0 * hits.sum() / max(either.sum(), 1))
     return float((2.0 * hits[either > 0] / either[either > 0]).mean()) if either.any() else 0.0
