@@ -53,7 +53,8 @@ if importlib.util.find_spec("polars") is None:
 
 from trunkline.client.data import WindowSet  # noqa: E402
 from trunkline.client.training.device_dataset import DeviceDataset  # noqa: E402
-from trunkline.client.training.loop import task_losses, train_site  # noqa: E402
+from trunkline.client.training.loop import train_site  # noqa: E402
+from trunkline.client.training.single_model import task_losses  # noqa: E402
 from trunkline.config.tasks import TaskConfig  # noqa: E402
 from trunkline.models.tasks.regression import Regression  # noqa: E402
 from trunkline.models.trunk import TrunkModel, build_model  # noqa: E402

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from tests.client.small import learnable, model_for, resident, tasks_for
 from trunkline.client.training.augmentation import Augmenter
-from trunkline.client.training.loop import task_losses, train_site
+from trunkline.client.training.loop import train_site
+from trunkline.client.training.single_model import task_losses
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.tasks import Task, make_task
 from trunkline.protocol.plan import Augment, LocalPlan

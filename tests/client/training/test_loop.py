@@ -15,6 +15,7 @@ from trunkline.client.training import loop as training
 from trunkline.client.training.device_dataset import DeviceDataset
 from trunkline.client.training.loop import train_site
 from trunkline.client.training.sampling import Batches, chances
+from trunkline.client.training.single_model import SingleModel
 from trunkline.config.tasks import TaskConfig
 from trunkline.models.labels import known
 from trunkline.models.tasks import Task, make_task
@@ -194,14 +195,14 @@ def test_a_look_back_sees_the_same_batch_the_same_way_and_leaves_no_trace() -> N
     spec = TrunkSpec(backbone="mlp", width=32, norm="private", dropout=0.4)
     model, data = model_for(tasks, spec=spec), resident(labels)
     model.train()
-    x, codes = data.batch(torch.arange(50))
-    sample = training.Sample(x, x, ((1.0, {name: label[:50] for name, label in data.labels.items()}),))
-    again = training._Again(model, CPU)
-    first = training._forward(model, sample, codes, tasks)[1]
+    learner = SingleModel(model, data, tasks, LocalPlan(batch_size=50), seed=1)
+    batch = learner.next_batch()
+    replay = learner.replay()
+    first = learner.forward(batch)[1]
     buffers = [buffer.clone() for buffer in model.buffers()]
     generator = torch.get_rng_state()
-    with again:
-        second = training._forward(model, sample, codes, tasks)[1]
+    with replay:
+        second = learner.forward(batch)[1]
     assert [float(one.detach()) for one in first] == [float(one) for one in second]
     assert not any(one.requires_grad for one in second)
     assert all(torch.equal(one, other) for one, other in zip(buffers, model.buffers(), strict=True))

@@ -16,6 +16,7 @@ from trunkline.client.training import loop as training
 from trunkline.client.training.dual_cone import NonNegativeProjector
 from trunkline.client.training.loop import train_site
 from trunkline.client.training.loss_balancing import BALANCES, Conflicts, Famo, Uncertainty, gradients
+from trunkline.client.training.single_model import task_losses
 from trunkline.models.tasks import Task
 from trunkline.protocol.contract import conflict_name
 from trunkline.protocol.plan import LocalPlan
@@ -237,7 +238,7 @@ def test_every_method_learns_all_tasks(name: str) -> None:
 
     def losses() -> np.ndarray:
         outputs = training.outputs_of(model, data, tasks)
-        return np.array([float(one) for one in training.task_losses(outputs, data.labels, tasks)])
+        return np.array([float(one) for one in task_losses(outputs, data.labels, tasks)])
 
     before = losses()
     plan = LocalPlan(steps=100, batch_size=64, balance=name)  # type: ignore[arg-type]
@@ -305,11 +306,11 @@ def test_cosines_are_those_of_the_gradients_at_the_trunks_output() -> None:
     conflicts = Conflicts(("a", "b", "c"))
     conflicts.see(each, embedded)
     conflicts.see([each[0], each[1], 0.0 * each[2]], embedded)  # c has no label here, and the batch counts for a and b
-    found = conflicts.mean()
+    (found,) = conflicts.means()
     assert found == pytest.approx({"conflict.a.b": 1.0, "conflict.a.c": -1.0, "conflict.b.c": -1.0})
     silent = Conflicts(("a", "b"))
     silent.see([each[0], 0.0 * each[1]], embedded)
-    assert silent.mean() == {}
+    assert silent.means() == [{}]
 
 
 def test_looking_at_conflicts_changes_no_trained_byte(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import TrainRequest
 from trunkline.protocol.plan import LocalPlan, Phase, TrunkSpec
-from trunkline.simulations.vectorized.sites import VectorizedSites, kind_of
+from trunkline.simulations.vectorized.eligibility import kind_of
+from trunkline.simulations.vectorized.sites import VectorizedSites
 
 ALIKE = 1e-4  # of the largest change of a round: what float32 leaves of sums in another order, after four steps
 SITE = """
@@ -69,7 +70,7 @@ def run(folders: list[Path], state: Path, request: TrainRequest, rounds: int, to
         if together:
             vectorized = vectorized or VectorizedSites(sites, now)
             for stack in vectorized.answer([site.name for site in sites], now, arrays):
-                for at, (name, one) in enumerate(zip(stack.names, stack.told, strict=True)):
+                for at, (name, one) in enumerate(zip(stack.names, stack.results, strict=True)):
                     found[name] = ({key: rows[at] for key, rows in stack.changes.items()}, one.metrics, one.weight)
         else:
             for site in sites:

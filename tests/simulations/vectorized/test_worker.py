@@ -145,7 +145,7 @@ def test_a_diverging_site_costs_the_round_one_site(
     from trunkline.simulations.vectorized.sites import VectorizedSites
 
     def poisoned(
-        self: VectorizedSites, places: list[int], order: Any, arrays: Any, whole: Any = VectorizedSites._stack_of
+        self: VectorizedSites, places: list[int], order: Any, arrays: Any, whole: Any = VectorizedSites._answer_stack
     ) -> Any:
         stack = whole(self, places, order, arrays)
         if order.round == 2 and "plant-3" in stack.names:
@@ -153,7 +153,7 @@ def test_a_diverging_site_costs_the_round_one_site(
                 rows[stack.names.index("plant-3")] = np.nan
         return stack
 
-    monkeypatch.setattr(VectorizedSites, "_stack_of", poisoned)
+    monkeypatch.setattr(VectorizedSites, "_answer_stack", poisoned)
     report = simulate(parse_run(dict(RUN), "test"), folders, tmp_path, workers=0)
     (refusal,) = report["rounds"][1]["refused"]
     assert refusal["site"] == "plant-3" and "NaN" in refusal["cause"] and "round 2" in refusal["cause"]

@@ -27,7 +27,7 @@ from trunkline.protocol.opening_hours import DAYS
 from trunkline.protocol.plan import Conditions, LocalPlan, TrunkSpec
 from trunkline.server.reporting.report import read_report
 from trunkline.simulations.simulate import simulate
-from trunkline.simulations.vectorized.sites import kind_of
+from trunkline.simulations.vectorized.eligibility import kind_of
 from trunkline.simulations.world.clock import HOUR, SECOND, WEEK, Hours
 from trunkline.simulations.world.journal import JOURNAL
 from trunkline.simulations.world.network import WorldGrid

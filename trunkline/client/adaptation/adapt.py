@@ -32,7 +32,8 @@ from trunkline.client.data.statistics import label_scale, set_label_scale
 from trunkline.client.state.identity import Identity
 from trunkline.client.state.permissions import open_seal
 from trunkline.client.training.device_dataset import DeviceDataset, device
-from trunkline.client.training.loop import outputs_of, total_loss, train_site
+from trunkline.client.training.loop import outputs_of, train_site
+from trunkline.client.training.single_model import total_loss
 from trunkline.errors import DataError
 from trunkline.models.lora import add_low_rank, merge_low_rank
 from trunkline.models.tasks.task import Task

@@ -16,7 +16,8 @@ from trunkline.client.model_selection.gate import Tried, choose
 from trunkline.client.site import RowSubset, Site
 from trunkline.client.state.vault import predictions_place
 from trunkline.client.training.device_dataset import DeviceDataset
-from trunkline.client.training.loop import outputs_of, total_loss
+from trunkline.client.training.loop import outputs_of
+from trunkline.client.training.single_model import total_loss
 from trunkline.models.labels import known
 from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel

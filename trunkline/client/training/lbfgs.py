@@ -1,9 +1,9 @@
 """All training rows at once, by curvature: for sites of some hundred rows, where a batch is everything there is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def reseed(seed: int, where: torch.device) -> None:
@@ -14,7 +14,7 @@ def reseed(seed: int, where: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def fit_lbfgs(moving: list[nn.Parameter], loss_of: Callable[[], Tensor], iterations: int, seed: int) -> Tensor:
+def fit_lbfgs(moving: Sequence[Tensor], loss_of: Callable[[], Tensor], iterations: int, seed: int) -> Tensor:
     """L-BFGS with a strong Wolfe line search (Nocedal and Wright 2006, chapter 7), in place.
 
     Where AdamW needs a decaying rate and hundreds of steps to settle, this reaches float32's last digits of a small smooth
@@ -28,7 +28,7 @@ def fit_lbfgs(moving: list[nn.Parameter], loss_of: Callable[[], Tensor], iterati
         The loss before the first iteration, detached.
     """
     optimiser = torch.optim.LBFGS(
-        moving, max_iter=iterations, max_eval=4 * iterations, history_size=min(iterations, 20),
+        list(moving), max_iter=iterations, max_eval=4 * iterations, history_size=min(iterations, 20),
         tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe",
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ Site weights (`weight` in site.toml) hold under every method: they say how much 
 scale. A task without a label in a batch takes no part in that batch's step.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -41,7 +42,8 @@ class Balance:
         """Put the gradients of one step where an optimiser looks for them.
 
         Args:
-            losses: m scalars, the tasks' losses times their site weights; exactly 0 where a batch has no label.
+            losses: m scalars, or m times (sites,) in a stack: the tasks' losses times their site weights; exactly 0
+                where a batch has no label.
             pull: a scalar that is no task's, such as a proximal term; it is not balanced.
             embedded: (batch, width) what the trunk gave and the heads read.
         """
@@ -185,35 +187,53 @@ class Conflicts:
     """Cosines of the tasks' gradients at the trunk's output, averaged over a few batches: who helps whom.
 
     Below 0 a step for one task undoes another's. Nothing is drawn and no gradient is kept, so training is the same to the
-    bit whether somebody looks or not.
+    bit whether the cosines are collected or not.
     """
 
     def __init__(self, tasks: Iterable[str]) -> None:
         self.tasks = tuple(tasks)
-        self.cosines: list[Tensor] = []  # (m, m) each, NaN where a task has no gradient
+        self.cosines: list[Tensor] = []  # (m, m) or (sites, m, m) each, NaN where a task has no gradient
 
     def see(self, losses: Sequence[Tensor], embedded: Tensor) -> None:
-        """One batch: m losses, embedded (batch, width); before the backward pass frees their graph."""
-        rows = gradients(losses, embedded)
-        rows = rows / rows.norm(dim=1, keepdim=True)  # 0 / 0 is NaN: no direction
-        self.cosines.append(rows @ rows.T)
+        """One batch, before the backward pass frees its graph.
 
-    def mean(self) -> dict[str, float]:
-        """`conflict_name` of each pair -> mean cosine; a pair that never met in a batch is left out."""
+        Shape:
+            m scalars and (batch, width) of one model; m times (sites,) and (sites, batch, width) of a stack.
+        """
+        rows = gradients(losses, embedded)
+        rows = rows / rows.norm(dim=-1, keepdim=True)  # 0 / 0 is NaN: no direction
+        self.cosines.append(rows @ rows.mT)
+
+    def means(self, models: int = 1) -> list[dict[str, float]]:
+        """For each model: `conflict_name` of two tasks -> mean cosine; a pair that shares no batch is left out."""
         if not self.cosines:
-            return {}
-        mean = torch.stack(self.cosines).nanmean(dim=0).clamp(-1.0, 1.0).cpu().tolist()
-        found = {
-            conflict_name(one, other): mean[row][row + 1 + behind]
-            for row, one in enumerate(self.tasks)
-            for behind, other in enumerate(self.tasks[row + 1 :])
-        }
-        return {name: value for name, value in found.items() if value == value}
+            return [{} for _ in range(models)]
+        mean = torch.stack(self.cosines).nanmean(dim=0).clamp(-1.0, 1.0).cpu()
+        pairs = list(itertools.combinations(range(len(self.tasks)), 2))
+        names = [conflict_name(self.tasks[row], self.tasks[column]) for row, column in pairs]
+        return [
+            {
+                name: site[row][column]
+                for name, (row, column) in zip(names, pairs, strict=True)
+                if site[row][column] == site[row][column]
+            }
+            for site in mean.reshape(-1, len(self.tasks), len(self.tasks)).tolist()
+        ]
 
 
 def gradients(losses: Sequence[Tensor], embedded: Tensor) -> Tensor:
-    """m losses and the trunk's output (batch, width) they come from -> (m, batch x width), float32; the graph is kept."""
-    return torch.stack([torch.autograd.grad(loss, embedded, retain_graph=True)[0].float().flatten() for loss in losses])
+    """Each task's gradient at the trunk's output, float32; the graph is kept. A site's losses reach its own output only.
+
+    Shape:
+        m scalars, (batch, width) -> (m, batch x width); m times (sites,), (sites, batch, width) -> (sites, m, batch x width).
+    """
+    return torch.stack(
+        [
+            torch.autograd.grad(loss.sum(), embedded, retain_graph=True)[0].float().reshape(*loss.shape, -1)
+            for loss in losses
+        ],
+        dim=-2,
+    )
 
 
 def _backward(total: Tensor, pull: Tensor | None) -> None:

@@ -80,8 +80,8 @@ class VectorizedDriver:
         text, waiting = request.model_dump_json(), []
         for actor, contexts in self.workers.sites_by_worker():
             waiting.append((actor, actor.vectorized_begin.remote(text, contexts)))
-        found = [(actor, self._get(reference, actor, request)) for actor, reference in waiting]
-        self.actor_of = {node: actor for actor, nodes in found for node in nodes}
+        stacked = [(actor, self._get(reference, actor, request)) for actor, reference in waiting]
+        self.actor_of = {node: actor for actor, nodes in stacked for node in nodes}
 
     def flush(self) -> None:
         """Every site's state into its vault.
@@ -106,7 +106,7 @@ class VectorizedDriver:
                 self.losses[key] = self.losses.get(key, 0) + 1
             self.pass_of, self.actor_of, self.dirty = None, {}, False
             when = f"Round {request.round}: " if request else ""
-            who = self.workers.replace(actor) or "a worker"
+            worker = self.workers.replace(actor) or "a worker"
             raise StateLost(
-                f"{when}{who} died, most likely out of memory, with what its sites had learnt since."
+                f"{when}{worker} died, most likely out of memory, with what its sites had learnt since."
             ) from None

@@ -1,7 +1,7 @@
 """A round of many sites at once: each process trains its own in stacks and sends one sum.
 
 A message a site costs more than a small network's training, so in a simulation sites of equal kind (`sites.kind_of`) get
-one order together. Their updates are checked and added where they are, in the exact sum the server uses, and their state
+one request together. Their updates are checked and added where they are, in the exact sum the server uses, and their state
 stays in memory until a checkpoint asks for it. Sites that fit no stack are left out of it and get their own message.
 """
 
@@ -16,7 +16,8 @@ from trunkline.client.site import Site, open_site
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import TrainRequest
 from trunkline.server.rounds.admission import LARGEST_CHANGE
-from trunkline.simulations.vectorized.sites import Key, VectorizedSites, kind_of
+from trunkline.simulations.vectorized.eligibility import Kind, kind_of
+from trunkline.simulations.vectorized.sites import StackResult, VectorizedSites
 from trunkline.strategies.exact_sum import largest_of
 from trunkline.strategies.streaming import Streamed
 
@@ -30,8 +31,8 @@ class PartialRound:
 
     Args:
         total: the sum of their updates.
-        metrics: node -> what it tells of the round, for each site in `total`.
-        problems: node -> why its update is not in it.
+        metrics: node -> what it reports of the round, for each site in `total`.
+        problems: node -> why its update is not in `total`.
     """
 
     total: Streamed
@@ -53,18 +54,18 @@ class VectorizedWorker:
     def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
         self.nodes = dict(nodes)
         self.pass_of: tuple[str, int] | None = None
-        self.stacks: list[VectorizedSites] = []
-        self.stack_of: dict[int, tuple[VectorizedSites, str]] = {}
+        self.groups: list[VectorizedSites] = []
+        self.group_of: dict[int, tuple[VectorizedSites, str]] = {}  # node -> its group, and its name in it
 
     def begin(self, request: TrainRequest) -> list[int]:
-        """Load the stacks for a pass of a run from what the vaults hold before `request`; returns the nodes in a stack.
+        """Load the groups for a pass of a run from what the vaults hold before `request`; returns the nodes in a group.
 
         Raises:
             StorageError: a vault cannot be read.
         """
         self.flush()
-        self.pass_of, self.stacks, self.stack_of = (request.run, request.passed), [], {}
-        kinds: dict[Key, list[tuple[int, Site]]] = {}
+        self.pass_of, self.groups, self.group_of = (request.run, request.passed), [], {}
+        kinds: dict[Kind, list[tuple[int, Site]]] = {}
         for node, config in self.nodes.items():
             site = open_site(config)
             kind = kind_of(site, request)
@@ -75,58 +76,59 @@ class VectorizedWorker:
         for members in kinds.values():
             if len(members) < FEWEST:
                 continue
-            sites = VectorizedSites([site for _, site in members], request)
-            self.stacks.append(sites)
-            self.stack_of |= {node: (sites, site.name) for node, site in members}
+            group = VectorizedSites([site for _, site in members], request)
+            self.groups.append(group)
+            self.group_of |= {node: (group, site.name) for node, site in members}
         gc.collect()
         gc.freeze()  # hundreds of sites are here for good: no need to look through them again at every collection
-        return list(self.stack_of)
+        return list(self.group_of)
 
     def answer(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> PartialRound:
-        """One round of these nodes, all of them in a stack."""
-        total, metrics, problems = Streamed(), {}, {}
-        by_stack: dict[int, list[int]] = {}
-        for node in nodes:
-            by_stack.setdefault(id(self.stack_of[node][0]), []).append(node)
-        for sites in self.stacks:
-            own = {self.stack_of[node][1]: node for node in by_stack.get(id(sites), [])}
-            if not own:
-                continue
-            for stack in sites.answer(list(own), request, arrays.only(sites.lent)):
-                largest = {name: largest_of(rows) for name, rows in stack.changes.items()}
-                most = np.max(list(largest.values()), axis=0) if largest else np.zeros(len(stack.names))
-                good = []
-                for at, (name, one) in enumerate(zip(stack.names, stack.told, strict=True)):
-                    if problem := _objection(float(most[at]), one.metrics):
-                        problems[own[name]] = problem
-                    else:
-                        good.append(at)
-                        metrics[own[name]] = one.metrics
-                if not good:
-                    continue
-                changes = stack.changes
-                if len(good) < len(stack.names):
-                    changes, largest = ({name: rows[good] for name, rows in one.items()} for one in (changes, largest))
-                weights = np.array([stack.told[at].weight for at in good])
-                told = [stack.told[at].metrics for at in good]
-                total.add_stack(request.run, request.round, changes, weights, told, largest)
-        return PartialRound(total, metrics, problems)
+        """One round of these nodes, all of them in a group."""
+        round = PartialRound(Streamed())
+        for group in self.groups:
+            node_of = {self.group_of[node][1]: node for node in nodes if self.group_of[node][0] is group}
+            if node_of:
+                for stack in group.answer(list(node_of), request, arrays.only(group.lent)):
+                    _admit(stack, request, node_of, round)
+        return round
 
     def flush(self) -> None:
         """Every site's state into its vault."""
-        for sites in self.stacks:
-            sites.flush()
+        for group in self.groups:
+            group.flush()
+
+
+def _admit(stack: StackResult, request: TrainRequest, node_of: Mapping[str, int], round: PartialRound) -> None:
+    """Add the updates of a stack to `round`, but for those that the server would refuse."""
+    largest = {name: largest_of(rows) for name, rows in stack.changes.items()}
+    most = np.max(list(largest.values()), axis=0) if largest else np.zeros(len(stack.names))  # (sites,)
+    good = []
+    for row, (name, result) in enumerate(zip(stack.names, stack.results, strict=True)):
+        if problem := _objection(float(most[row]), result.metrics):
+            round.problems[node_of[name]] = problem
+        else:
+            good.append(row)
+            round.metrics[node_of[name]] = result.metrics
+    if not good:
+        return
+    changes = stack.changes
+    if len(good) < len(stack.names):
+        changes, largest = ({name: rows[good] for name, rows in arrays.items()} for arrays in (changes, largest))
+    weights = np.array([stack.results[row].weight for row in good])
+    metrics = [stack.results[row].metrics for row in good]
+    round.total.add_stack(request.run, request.round, changes, weights, metrics, largest)
 
 
 def _objection(largest: float, metrics: Mapping[str, float]) -> str:
-    """What `server.intake.admit` would say against an update, "" where nothing."""
+    """Why `server.rounds.admission.admit` would refuse an update; "" where it would not."""
     if not np.isfinite(largest):
         return "it holds NaN or infinity. Look at the site's learning rate and its `trunkline check`"
     if largest > LARGEST_CHANGE:
         return f"a lent array changes by {largest:.3g} in one round; allowed is {LARGEST_CHANGE:g}. Lower the learning rate"
-    for name, number in metrics.items():
-        if not np.isfinite(number):
-            return f"metric `{name}` is {number}. Look at the site's learning rate and its `trunkline check`"
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            return f"metric `{name}` is {value}. Look at the site's learning rate and its `trunkline check`"
     return ""
 
 
@@ -146,13 +148,13 @@ class InProcess:
             return
         if self.worker.pass_of != (request.run, request.passed):
             self.worker.begin(request)
-        mine = [node for node in nodes if node in self.worker.stack_of]
+        mine = [node for node in nodes if node in self.worker.group_of]
         for start in range(0, len(mine), 256):
             yield self.worker.answer(request, arrays, mine[start : start + 256])
 
     @property
     def holding(self) -> bool:
-        return bool(self.worker.stacks)
+        return bool(self.worker.groups)
 
     def flush(self) -> None:
         self.worker.flush()
