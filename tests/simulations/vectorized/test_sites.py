@@ -1,6 +1,5 @@
 """Sites trained as one stack: the same as each alone, but for rounding. Through the real rounds and vaults."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +109,6 @@ CASES = {
     "the transformer": (order_of(trunk=TrunkSpec(backbone="transformer", width=64)), "window = 6", ""),
     "nothing lent": (order_of(trunk=ROWS, lend=(), plan={"patience_rounds": 1}), "", ""),
 }  # fmt: skip
-
-
-@pytest.fixture
-def smooth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adam divides a gradient by its own size: of one that is nothing but rounding (the bias of an attention) it makes a
-    whole step. With a larger epsilon nothing is magnified, and rounding can be told from a mistake."""
-    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-2))
 
 
 @pytest.mark.parametrize("case", list(CASES))

@@ -13,7 +13,7 @@ HONOURED = frozenset(
     ("phases", "steps", "epochs", "batch_size", "learning_rate", "private_rate", "weight_decay", "clip_norm", "schedule",
      "keep", "patience_rounds",
      # of what a site does alone after the last round, from the state that its stack left in the vault
-     "finish_steps", "finish_parts", "finish_rate", "finetune_steps", "finetune_rate", "hold")
+     "finish_steps", "finish_parts", "finish_rate", "finetune_steps", "finetune_rate")
 )  # fmt: skip
 
 
