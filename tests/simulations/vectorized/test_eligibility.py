@@ -9,12 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.simulations.vectorized.test_sites import ROWS, order_of, run, write
-from trunkline.client.handlers import answer_evaluate
+from trunkline.client.handlers import answer_score
 from trunkline.client.site import open_site
 from trunkline.client.state.vault import Vault
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import RoundRequest
+from trunkline.protocol.messages import ScoreRequest, TrainRequest
 from trunkline.protocol.plan import Augment, LocalPlan, Phase
 from trunkline.simulations.vectorized.eligibility import HONOURED, kind_of, unsupported
 
@@ -34,7 +34,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 Outcome = dict[str, NDArray[np.float64]]
 
 
-def request_of(**plan: Any) -> RoundRequest:
+def request_of(**plan: Any) -> TrainRequest:
     return order_of(trunk=ROWS, baseline=True, rounds=ROUNDS, plan=plan)
 
 
@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write(root, place, window="", more="", rows=6) for place in range(2)]
 
 
-def outcome(folders: list[Path], state: Path, request: RoundRequest, *, together: bool) -> Outcome:
+def outcome(folders: list[Path], state: Path, request: TrainRequest, *, together: bool) -> Outcome:
     """All that some rounds come to: each update and metric, what the vaults hold, and every candidate's figure at the end."""
     results = run(folders, state, request, ROUNDS, together)
     arrays = dict(first_trunk(request.trunk, request.seed))
@@ -57,7 +57,7 @@ def outcome(folders: list[Path], state: Path, request: RoundRequest, *, together
         for site, (change, metrics, _) in by_site.items():
             values |= {f"{site}, round {round}: {key}": np.asarray(value, float) for key, value in change.items()}
             values |= {f"{site}, round {round}: {key}": np.array([value]) for key, value in metrics.items()}
-    last = request.model_copy(update={"round": ROUNDS + 1})
+    last = ScoreRequest(**{**request.model_dump(exclude={"kind"}), "round": ROUNDS + 1})
     for folder in folders:
         entry = Vault(state / folder.name, request.run).before(ROUNDS + 1)
         assert entry is not None
@@ -71,7 +71,7 @@ def outcome(folders: list[Path], state: Path, request: RoundRequest, *, together
                 f"{folder.name}, {name}: {key}": np.asarray(value, float) for key, value in arrays_of_state.items()
             }
         site = open_site({"site": str(folder), "state": str(state / folder.name)})
-        for row in answer_evaluate(site, last, Arrays(arrays)).rows:
+        for row in answer_score(site, last, Arrays(arrays)).rows:
             figures = {key: value for key, value in row.candidates.items() if value is not None}
             values |= {f"{folder.name}, {row.task} {key}": np.array([value]) for key, value in figures.items()}
     return values
