@@ -83,7 +83,24 @@ class StateLost(TrunklineError):
 
 
 class QuorumError(TrunklineError):
-    """A round ended below its quorum."""
+    """A round ended below its quorum.
+
+    Args:
+        text: what is missing, and what to do now that the run has stopped.
+        situation: what is missing, for a run that waits instead; by default `text`.
+    """
+
+    def __init__(self, text: str, situation: str = "") -> None:
+        super().__init__(text)
+        self.situation = situation or text
+
+    @classmethod
+    def stopped(cls, situation: str, round: int) -> "QuorumError":
+        """The error of a run whose last finished round is `round`."""
+        remedy = (
+            f"The run stopped after round {round} with its state on disk; mend the sites and run again with --resume."
+        )
+        return cls(f"{situation} {remedy}", situation)
 
 
 class DeploymentError(TrunklineError):

@@ -29,7 +29,7 @@ from trunkline.server.membership import authority
 from trunkline.server.operations import daemon as centre_daemon
 from trunkline.server.operations.run_store import RunLock
 from trunkline.server.releases import signing
-from trunkline.server.rounds.disk_wait import Room
+from trunkline.server.rounds.disk_wait import DiskWait
 
 pytestmark = pytest.mark.xdist_group("bad input")  # one worker: the run that all of these begin from is made once
 SMALL = {"trunk": {"width": 4}, "training": {"steps": 1, "batch_size": 16}, "strategy": {"name": "fedrep"}}
@@ -189,7 +189,7 @@ def test_what_is_anothers_is_not_waited_for_as_a_full_disk_is(tmp_path: Path) ->
         raise ForeignState("of another run")
 
     with pytest.raises(ForeignState):
-        Room(tmp_path, pytest.fail, seconds=60.0)(put)
+        DiskWait(tmp_path, pytest.fail, seconds=60.0)(put)
 
 
 # -- the clock

@@ -94,7 +94,7 @@ def run(sites: list[Path], out: Path, strategy: dict[str, Any], rounds: int, **t
         client_app, [{"site": str(folder), "state": str(out / "state" / folder.name)} for folder in sites]
     )
     # without the ServerApp around it, which would draw the report's page: a hundred sites' curves take longer than the run
-    report = run_rounds(grid, parse_run(table, "test"), out, resume=False, tell=lambda event: None)
+    report = run_rounds(grid, parse_run(table, "test"), out, resume=False, on_event=lambda event: None)
     return missed(report["sites"], sites)
 
 

@@ -209,17 +209,17 @@ def test_whatever_a_site_says_of_its_absence_it_is_asked_again(
     from types import SimpleNamespace
 
     told: list[dict[str, Any]] = []
-    own = presence.Presence(told.append)
+    own = presence.Availability(lambda event: told.append(event.to_json()))
     member: Any = SimpleNamespace(site="press", offer=SimpleNamespace(hours=None))
-    own.said(member, said)
+    own.note_absence(member, said)
     assert own.away(member) == MONDAY + again_in
-    own.said(member, said)
+    own.note_absence(member, said)
     assert len(told) == 1
     assert told[0]["text"].isprintable()
     clock.at = MONDAY + again_in
     assert own.away(member) is None
-    own.heard(member)
-    own.heard(member)
+    own.note_presence(member)
+    own.note_presence(member)
     assert len(told) == 2
 
 

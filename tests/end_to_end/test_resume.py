@@ -13,7 +13,7 @@ from trunkline.errors import ConfigError
 from trunkline.flower.records import open_records
 from trunkline.server.reporting.report import read_report
 from trunkline.server.rounds.checkpoint import Checkpoint
-from trunkline.server.rounds.update_journal import Journal
+from trunkline.server.rounds.update_journal import UpdateJournal
 
 pytestmark = pytest.mark.xdist_group("resume")  # one worker: the undisturbed runs are made once
 FEDREP = {"strategy": {"name": "fedrep"}}
@@ -172,7 +172,7 @@ def test_what_the_journal_holds_counts_only_as_the_answer_to_this_very_question(
     (kept,) = (tmp_path / "cut" / "journal" / plants[0].name).iterdir()
     data = bytearray(kept.read_bytes())
     if harm == "another question":  # the reply of the round before, put where this one's should be
-        journal = Journal(tmp_path / "cut")
+        journal = UpdateJournal(tmp_path / "cut")
         shelf = journal._shelf(plants[0].name)
         tensors, meta = shelf.get(2)
         shelf.put(2, tensors, {**meta, "question": "0" * 64})

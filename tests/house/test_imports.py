@@ -61,7 +61,7 @@ MAY: dict[str, tuple[str, ...]] = {
     "simulations/vectorized": (*VALUES, "config", "models", "strategies", "client/", "server/rounds"),
     "simulations/ray": (*VALUES, "flower", "client/app", "client/site", "server/rounds", "simulations/vectorized"),
     "simulations/in_process": (*VALUES, "flower", "simulations/ray", "simulations/vectorized"),
-    "simulations/central": (*VALUES, "config", "models", "client/", "server/reporting", "server/rounds"),
+    "simulations/central": (*VALUES, "config", "runtime", "models", "client/", "server/reporting", "server/rounds"),
     "simulations/newcomers": (*VALUES, "config", "release", "client/"),
     "simulations/search": (*VALUES, "config", "runtime", "strategies", "server/rounds"),
     "simulations/simulate": (*STATE, "config", "privacy", "release", "strategies", "client/", "server/", "simulations/"),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from trunkline.runtime.events import SitesGathering
 from trunkline.runtime.progress import Progress, tail
 
 NAMES = ("gather", "start", "round", "reply", "round_end", "evaluate", "end", "note")
@@ -84,6 +85,26 @@ def test_a_resumed_run_says_where_it_goes_on() -> None:
     lines = plain(run(6, resumed_at=4))
     assert any("resumed after round 4" in line for line in lines)
     assert [line.split(";")[0] for line in lines if line.startswith("round ")] == ["round 5 of 6", "round 6 of 6"]
+
+
+def test_a_run_that_waits_for_plants_names_them_and_repeats_it() -> None:
+    waits = SitesGathering(("mill-04", "press-01"), 4, ("kiln-02", "pump-03")).to_json()
+    text = (
+        "waiting for plants: 2 of 4 are here (mill-04, press-01); missing: kiln-02, pump-03. "
+        "The run starts when 4 are online."
+    )
+    nobody = {"event": "gather", "sites": [], "wanted": 2}  # as an older server writes it
+    assert plain(iter([nobody, waits, waits])) == [
+        "waiting for plants: 0 of 2 are here. The run starts when 2 are online.", text, text
+    ]  # fmt: skip
+    named = SitesGathering(("mill-04",), 1, ("kiln-02",)).to_json()
+    assert plain(iter([named]))[0].endswith("The run starts when the plants that run.toml names are online.")
+
+
+def test_of_an_event_of_an_unknown_kind_the_text_is_shown() -> None:
+    newer = [{"event": "rebalanced", "text": "2 sites moved", "site": 3}, {"event": "rebalanced", "text": 7}]
+    assert plain(iter(newer)) == ["2 sites moved"]
+    assert plain(iter([{"event": "error", "text": "no quorum"}, {"event": "late", "text": "x"}])) == []
 
 
 def test_words_from_elsewhere_are_neither_markup_nor_control() -> None:

@@ -16,6 +16,7 @@ from trunkline.client.state.vault import Vault
 from trunkline.client.training.device_dataset import DeviceDataset
 from trunkline.config.run import RunConfig, parse_run
 from trunkline.errors import ConfigError, DataError, QuorumError, StorageError
+from trunkline.runtime.events import Event, Note
 from trunkline.server.rounds.run import run_rounds
 from trunkline.simulations import search as searching
 from trunkline.simulations.search import FILE, WHO, Found, print_search, read_search, search
@@ -47,7 +48,7 @@ def made(pair: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     out = tmp_path_factory.mktemp("search")
     grid = WatchedGrid(pair, out)
     lines: list[str] = []
-    run = search(run_of(), grid, states_of(pair, out), out, lambda event: lines.append(event["text"]))
+    run = search(run_of(), grid, states_of(pair, out), out, lambda event: lines.append(event.to_json()["text"]))
     found = read_search(out)
     assert found is not None
     assert len(lines) == 3
@@ -95,8 +96,9 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_choice_and_repeats_no_tri
 ) -> None:
     told: list[str] = []
 
-    def interrupted(event: dict[str, Any]) -> None:
-        told.append(event["text"])
+    def interrupted(event: Event) -> None:
+        assert isinstance(event, Note)
+        told.append(event.text)
         if len(told) == 3:
             raise KeyboardInterrupt
 
@@ -133,7 +135,7 @@ def test_the_twin_takes_its_own_settings_and_changes_nothing_that_is_shared(pair
         report = {"baseline": True, "local": local}
         run = parse_run({**QUICK, "rounds": 2, "training": training, "trunk": trunk, "report": report}, "test")
         grid = WatchedGrid(pair, tmp_path / out)
-        run_rounds(grid, run, tmp_path / out, resume=False, tell=lambda event: None, score=False)
+        run_rounds(grid, run, tmp_path / out, resume=False, on_event=lambda event: None, score=False)
 
     trained("own", 0.005, 0.1, {"training.learning_rate": 0.0005, "trunk.dropout": 0.3})
     trained("as-twin", 0.0005, 0.3, {})
@@ -212,7 +214,7 @@ def test_a_trial_that_fails_or_diverges_is_a_bad_one_and_the_search_goes_on(
 
     pretend(monkeypatch, wild)
     lines: list[str] = []
-    run = search(run_of(trials=8), None, [], tmp_path, lambda event: lines.append(event["text"]))  # type: ignore[arg-type]
+    run = search(run_of(trials=8), None, [], tmp_path, lambda event: lines.append(event.to_json()["text"]))  # type: ignore[arg-type]
     assert run.training.learning_rate == 0.005
     found = read_search(tmp_path)
     assert found is not None

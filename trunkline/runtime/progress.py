@@ -1,13 +1,13 @@
 """How far a run is, for a person: the same display for a simulation in this process and a server that is watched.
 
-The round loop tells what happens as plain dictionaries with an "event"; a simulation calls `Progress` with them, and
-`trunkline server run` reads them with `tail` from the run's events.jsonl.
+The round loop reports the events of `trunkline.runtime.events`; `trunkline server run` reads their lines with `tail` from
+the run's events.jsonl.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -20,33 +20,36 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-Event = dict[str, Any]
+from trunkline.runtime.events import Event
+
+Line = Mapping[str, Any]  # an event as events.jsonl has it
 
 EVENTS = "events.jsonl"  # in a run's folder: one JSON object a line, what a progress display reads
 
 SPARKS = "▁▂▃▄▅▆▇█"
+QUIET = ("late", "done", "error")  # kinds that are not shown: the command reports the end of a run itself
 MANY_ROUNDS = 50  # above this a log file gets a line every tenth of the run instead of one a round
 
 
 class Progress:
     """Show events as they come: live on a terminal, one plain line a round elsewhere.
 
-    An event it does not know, or one with a key missing, is shown as far as it goes: a newer server may be watched by
-    an older command.
+    An event of an unknown kind, or with a key missing, is shown as far as it goes: a newer server may be watched by an
+    older command. Of an unknown kind that is its `text`.
 
     Args:
-        console: where to; `console.is_terminal` decides which of the two displays.
+        console: the output; `console.is_terminal` decides between the two displays.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._state: Event = {}  # the latest value of every key of every event
+        self._state: dict[str, Any] = {}  # the latest value of every key of every event
         self._losses: list[float] = []
         self._seconds: list[float] = []  # of the rounds seen, for the time that is left
         self._phase = "waiting"
         self._done = 0  # rounds that ended
         self._cohort: int | None = None  # sites asked each round
-        self._told: set[tuple[str, str]] = set()
+        self._shown: set[tuple[str, str]] = set()
         live = console.is_terminal and not console.is_dumb_terminal
         self._live = (
             Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True) if live else None
@@ -63,24 +66,28 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def __call__(self, event: Event) -> None:
-        """Take one event in."""
-        name = event.get("event")
-        handler = getattr(self, f"_on_{name}", None) if isinstance(name, str) else None
+    def __call__(self, event: Event | Line) -> None:
+        """Take in one event, or one line of events.jsonl."""
+        line = event.to_json() if isinstance(event, Event) else event
+        name = line.get("event")
+        if not isinstance(name, str) or name in QUIET:
+            return
+        handler = getattr(self, f"_on_{name}", None) if name else None
         if handler is None:
+            self._on_note(line, self._state)
             return
         before = dict(self._state)
-        self._state |= {key: value for key, value in event.items() if key != "event"}
-        handler(event, before)
+        self._state |= {key: value for key, value in line.items() if key != "event"}
+        handler(line, before)
 
     # --- one method an event -------------------------------------------------------------------------------------
 
-    def _on_gather(self, event: Event, before: Event) -> None:
+    def _on_gather(self, event: Line, before: Line) -> None:
         self._phase = "gather"
-        if not self._live and before.get("sites") != event.get("sites"):
-            self._say(self._gathering())
+        if not self._live:  # the run reports it at changes, and once a minute
+            self._print(self._gathering())
 
-    def _on_start(self, event: Event, before: Event) -> None:
+    def _on_start(self, event: Line, before: Line) -> None:
         self._phase = "round"
         self._done = _whole(event, "resumed_at") or 0
         self._state["round"] = self._done
@@ -94,83 +101,83 @@ class Progress:
             parts.append(f"trunk of {parameters:,} parameters")
         if self._done:
             parts.append(f"resumed after round {self._done}")
-        self._say(f"{event.get('run', 'run')}: {', '.join(parts)}", style="bold")
+        self._print(f"{event.get('run', 'run')}: {', '.join(parts)}", style="bold")
 
-    def _on_round(self, event: Event, before: Event) -> None:
+    def _on_round(self, event: Line, before: Line) -> None:
         self._phase = "round"
         self._state |= {"in": 0, "of": self._cohort}
 
-    def _on_reply(self, event: Event, before: Event) -> None:
+    def _on_reply(self, event: Line, before: Line) -> None:
         self._cohort = _whole(event, "of") or self._cohort  # a site that comes back raises it
         if event.get("refused"):
             self._refused(event.get("site", "a site"), event["refused"], event.get("round"))
 
-    def _on_round_end(self, event: Event, before: Event) -> None:
+    def _on_round_end(self, event: Line, before: Line) -> None:
         self._phase = "round"
         refused = event.get("refused")
-        for one in refused if isinstance(refused, list) else []:
-            if isinstance(one, dict):
-                self._refused(one.get("site", "a site"), one.get("cause", "no cause given"), event.get("round"))
+        for refusal in refused if isinstance(refused, list) else []:
+            if isinstance(refusal, dict):
+                self._refused(refusal.get("site", "a site"), refusal.get("cause", "no cause given"), event.get("round"))
         if (loss := _number(event, "validation_loss")) is not None:
             self._losses.append(loss)
         if (seconds := _number(event, "seconds")) is not None:
             self._seconds.append(seconds)
-        at, rounds = _whole(event, "round"), _whole(self._state, "rounds")
-        self._done = at if at is not None else self._done + 1
+        round, rounds = _whole(event, "round"), _whole(self._state, "rounds")
+        self._done = round if round is not None else self._done + 1
         every = max(rounds // 10, 1) if rounds and rounds > MANY_ROUNDS else 1
-        if not self._live and (at is None or at % every == 0 or at in (1, rounds)):
+        if not self._live and (round is None or round % every == 0 or round in (1, rounds)):
             sites = _count(event.get("sites"))
-            parts = [f"round {at if at is not None else '?'} of {rounds or '?'}"]
+            parts = [f"round {round if round is not None else '?'} of {rounds or '?'}"]
             parts += [f"{sites} of {self._cohort or '?'} sites"] if sites is not None else []
             if losses := self._losses_in_words():
                 parts.append("loss " + ", ".join(losses))
-            self._say("; ".join(parts + self._traffic_in_words()))
+            self._print("; ".join(parts + self._traffic_in_words()))
 
-    def _on_evaluate(self, event: Event, before: Event) -> None:
+    def _on_evaluate(self, event: Line, before: Line) -> None:
         self._phase = "evaluate"
         if not self._live and event.get("in") == event.get("of"):
-            self._say(f"scored on test data at {event.get('in', '?')} of {event.get('of', '?')} sites")
+            self._print(f"scored on test data at {event.get('in', '?')} of {event.get('of', '?')} sites")
 
-    def _on_end(self, event: Event, before: Event) -> None:
+    def _on_end(self, event: Line, before: Line) -> None:
         self._phase = "end"
         seconds = _number(event, "seconds")
         last = ", ".join(self._losses_in_words())
         took = f" in {_clock(seconds)}" if seconds is not None else ""
         rounds = _whole(before, "rounds") or "?"
-        self._say(f"{self._done} of {rounds} rounds done{took}" + (f"; loss {last}" if last else ""))
+        self._print(f"{self._done} of {rounds} rounds done{took}" + (f"; loss {last}" if last else ""))
 
-    def _on_note(self, event: Event, before: Event) -> None:
-        text = str(event.get("text", ""))
-        if text and ("", text) not in self._told:
-            self._told.add(("", text))
-            self._say(text, style="yellow")
+    def _on_note(self, event: Line, before: Line) -> None:
+        text = event.get("text")
+        if isinstance(text, str) and text and ("", text) not in self._shown:
+            self._shown.add(("", text))
+            self._print(text, style="yellow")
 
-    def _on_waiting(self, event: Event, before: Event) -> None:
+    def _on_waiting(self, event: Line, before: Line) -> None:
         self._on_note(event, before)
 
-    def _on_recovered(self, event: Event, before: Event) -> None:
+    def _on_recovered(self, event: Line, before: Line) -> None:
         self._on_note(event, before)
 
     # --- what is shown -------------------------------------------------------------------------------------------
 
-    def _refused(self, site: object, cause: object, at: object) -> None:
-        """Said once a site and cause: a site that is wrong every round must not fill the screen."""
-        if (str(site), str(cause)) in self._told:
+    def _refused(self, site: object, cause: object, round: object) -> None:
+        """Shown once for each site and cause: a site that is wrong every round must not fill the screen."""
+        if (str(site), str(cause)) in self._shown:
             return
-        self._told.add((str(site), str(cause)))
-        when = f" in round {at}" if at is not None else ""
-        self._say(f"refused {site}{when}: {cause}", style="red")
+        self._shown.add((str(site), str(cause)))
+        when = f" in round {round}" if round is not None else ""
+        self._print(f"refused {site}{when}: {cause}", style="red")
 
-    def _say(self, text: str, style: str = "") -> None:
+    def _print(self, text: str, style: str = "") -> None:
         """A line that stays; a log file gets it in one piece, a terminal wraps it."""
         self.console.print(Text(_clean(text), style=style), soft_wrap=not self._live)
 
     def _losses_in_words(self) -> list[str]:
-        """The losses of the last round that ended; what no event told is left out."""
+        """The losses of the last round that ended, as far as events have them."""
         words = [("train_loss", "train {:.4g}"), ("validation_loss", "validation {:.4g}")]
         words += [("local_validation_loss", "{:.4g} when trained alone")]
-        found = [(_number(self._state, key), text) for key, text in words]
-        return [text.format(value) for value, text in found if value is not None]
+        losses = [(_number(self._state, key), text) for key, text in words]
+        return [text.format(loss) for loss, text in losses if loss is not None]
 
     def _traffic_in_words(self) -> list[str]:
         state, words = self._state, []
@@ -182,9 +189,16 @@ class Progress:
         return words
 
     def _gathering(self) -> str:
-        sites = self._state.get("sites")
-        names = f": {', '.join(map(str, sites))}" if isinstance(sites, list | tuple) and sites else ""
-        return f"waiting for sites, {_count(sites) or 0} of {self._state.get('wanted', '?')} here{names}"
+        """The plants that are here and those that are missing, in words."""
+        sites, wanted = self._state.get("sites"), self._state.get("wanted", "?")
+        here = _count(sites) or 0
+        names = f" ({', '.join(map(str, sites))})" if isinstance(sites, list | tuple) and sites else ""
+        absent = self._state.get("missing")
+        missing = f"; missing: {', '.join(map(str, absent))}" if isinstance(absent, list | tuple) and absent else ""
+        start = f"The run starts when {wanted} are online."
+        if isinstance(wanted, int) and here >= wanted:
+            start = "The run starts when the plants that run.toml names are online."
+        return f"waiting for plants: {here} of {wanted} are here{names}{missing}. {start}"
 
     def _render(self) -> RenderableType:
         """The live part: a bar with the time left, then what the last round brought."""
@@ -200,24 +214,24 @@ class Progress:
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True, justify="right")
-        now = f"round {_whole(self._state, 'round') or 0} of {rounds or '?'}"
+        phase = f"round {_whole(self._state, 'round') or 0} of {rounds or '?'}"
         if self._phase == "evaluate":
-            now = "scoring on test data"
+            phase = "scoring on test data"
         line.add_row(
-            Text(now, style="bold"),
+            Text(phase, style="bold"),
             ProgressBar(rounds or 1, done, complete_style="cyan", finished_style="green"),
             Text(self._left(rounds - done)),
         )
-        rest = Table.grid(padding=(0, 2, 0, 0))
-        rest.add_column(style="dim", no_wrap=True)
+        details = Table.grid(padding=(0, 2, 0, 0))
+        details.add_column(style="dim", no_wrap=True)
         if answered is not None and asked is not None:
-            rest.add_row("sites", Text(f"{answered} of {asked} are in"))
+            details.add_row("sites", Text(f"{answered} of {asked} are in"))
         losses, traffic = self._losses_in_words(), self._traffic_in_words()
         if losses:
-            rest.add_row("loss", Text(f"{', '.join(losses)}  ") + Text(_sparks(self._losses), style="cyan"))
+            details.add_row("loss", Text(f"{', '.join(losses)}  ") + Text(_sparks(self._losses), style="cyan"))
         if traffic:
-            rest.add_row("round", Text(", ".join(traffic)))
-        return Group(line, rest)
+            details.add_row("round", Text(", ".join(traffic)))
+        return Group(line, details)
 
     def _left(self, rounds: float) -> str:
         """The time left: the later half of the rounds seen says it better than the first, slow one."""
@@ -245,40 +259,40 @@ def _sparks(values: list[float], width: int = 24) -> str:
     return "".join(SPARKS[round((value - low) / (high - low) * (len(SPARKS) - 1))] for value in shown)
 
 
-def _number(event: Event, key: str) -> float | None:
+def _number(event: Line, key: str) -> float | None:
     value = event.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def _whole(event: Event, key: str) -> int | None:
+def _whole(event: Line, key: str) -> int | None:
     value = _number(event, key)
     return int(value) if value is not None and abs(value) < 2**63 else None
 
 
 def _count(sites: object) -> int | None:
-    """How many: events name the sites, or only count them."""
+    """The number of sites: events name the sites, or only count them."""
     if isinstance(sites, list | tuple):
         return len(sites)
     return sites if isinstance(sites, int) else None
 
 
-def tail(path: Path, stop: Callable[[], bool], poll_s: float = 0.2, start: int = 0) -> Iterator[Event]:
+def tail(path: Path, stop: Callable[[], bool], poll_s: float = 0.2, start: int = 0) -> Iterator[dict[str, Any]]:
     """The events of a file that is still being written, each once, as soon as its line is complete.
 
-    Waits for a file that is not there yet and starts again with one that was written anew. After `stop` says so, what
-    is left is read and the iteration ends. A damaged line (the writer was killed in it) is passed over.
+    Waits for a file that is not there yet, and starts again with a file that was written anew. Once `stop` returns True,
+    the remaining lines are read and the iteration ends. A damaged line (the writer was killed in it) is passed over.
 
     Args:
         path: one JSON object a line.
         stop: asked before each look.
         poll_s: seconds between looks.
-        start: byte to begin at; what a resumed run wrote before it was stopped has been shown already.
+        start: byte to begin at; the lines that a resumed run wrote before it was stopped have been shown already.
     """
     position = start
     while True:
-        last = stop()  # asked before reading: what was written before it said so is never missed
+        last = stop()  # asked before reading: a line that was written before it returned True is never missed
         try:
             with path.open("rb") as file:
                 if file.seek(0, 2) < position:

@@ -1,4 +1,4 @@
-"""The ServerApp: the same at the centre of a deployment, over Ray and in the tests."""
+"""The ServerApp: the same in a deployment, over Ray and in the tests."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from trunkline.config.run import RunConfig, parse_run, read_run
 from trunkline.errors import ConfigError, StorageError, TrunklineError
 from trunkline.flower.replies import LINK_LOST
 from trunkline.release import RELEASE
+from trunkline.runtime.events import Event, Note, OnEvent, ReportWritten, RunFailed
 from trunkline.runtime.incidents import Incidents
 from trunkline.runtime.progress import EVENTS
 from trunkline.security.signatures import Sign
@@ -27,7 +28,7 @@ from trunkline.server.operations.run_store import RunLock, write_outcome
 from trunkline.server.operations.status import note_event
 from trunkline.server.releases.signing import find_signer
 from trunkline.server.reporting.report import write_report
-from trunkline.server.rounds.disk_wait import Lines, Room
+from trunkline.server.rounds.disk_wait import DiskWait, EventFile
 from trunkline.server.rounds.messaging import is_far
 from trunkline.server.rounds.run import run_rounds
 
@@ -43,62 +44,58 @@ def main(grid: Grid, context: Context) -> None:
         run-toml: the text of a run.toml (or the same as JSON), or the path of one on this machine; empty: all defaults.
         out: folder of the run; empty: a folder of the run's name below the home of the server's user.
         resume: 1 to go on from the newest checkpoint in `out`.
-        state: the centre's folder: where it is a federation, only who is enrolled there takes part, under the name it was invited
-            as, and what is released is signed; empty: neither.
+        state: the server's folder. Where it holds a federation, only sites that are enrolled there take part, each under the
+            name it was invited as, and the release is signed. Empty: neither.
     """
     config = context.run_config
     run = _run_of(str(config.get("run-toml", "")))
     out = Path(str(config.get("out") or Path.home() / ".trunkline" / "runs" / run.name))
     out.mkdir(parents=True, exist_ok=True)
     state = str(config.get("state", ""))
-    stamp = getattr(grid, "stamp", dict)  # a simulated world says when it was on its own clock
+    stamp = getattr(grid, "stamp", dict)  # a simulated world adds its own time
     far = is_far(grid)
     hold = RunLock(out, context.run_id) if far else None
-    events = Lines(out / EVENTS)
+    events = EventFile(out / EVENTS)
     incidents = Incidents(Path(state)) if far and state else None
 
-    def tell(event: Mapping[str, Any]) -> None:
-        told = stamp(event)
-        events.write(json.dumps({"at": time.time(), **told} if far else told))
+    def on_event(event: Event) -> None:
+        line = stamp(event.to_json())
+        events.write(json.dumps({"at": time.time(), **line} if far else line))
         if incidents is not None:
-            note_event(incidents, run.name, told)
+            note_event(incidents, run.name, line)
 
     def note(text: str) -> None:
-        tell({"event": "note", "text": text})
+        on_event(Note(text))
 
-    room = Room(out, note, run.cohort.outage_s if far else 0.0)
+    disk_wait = DiskWait(out, note, run.cohort.outage_s if far else 0.0)
 
-    def over(text: str = "") -> None:
-        """Leave word that the run has ended by itself; without it, it is taken up again."""
+    def write_end(text: str = "") -> None:
+        """Record that the run has ended by itself; a run without this record is taken up again."""
         if hold is not None:
-            room(lambda: write_outcome(out, context.run_id, text))
+            disk_wait(lambda: write_outcome(out, context.run_id, text))
 
     try:
         resume = bool(config.get("resume", 0))
         report = run_rounds(
-            grid, run, out, resume=resume, tell=tell, roster=_roster(state), sign=_signer(state, tell)
-        )  # fmt: skip
-        room(lambda: write_report(report, out))
+            grid, run, out, resume=resume, on_event=on_event, roster=_roster(state), sign=_signer(state, on_event)
+        )
+        disk_wait(lambda: write_report(report, out))
         _audit(state, "run finished", run, rounds=run.total_rounds, trunk=_digest_of(out / RELEASE))
-        tell({"event": "done", "out": str(out)})
-        over()
+        on_event(ReportWritten(str(out)))
+        write_end()
     except LINK_LOST as error:
         note(
             f"The SuperLink let go of this run ({type(error).__name__}); the daemon takes it up again from its last checkpoint."
         )
         raise
     except TrunklineError as error:
-        tell({"event": "error", "text": str(error)})
+        on_event(RunFailed(str(error)))
         _audit(state, "run stopped", run, because=str(error)[:500])
-        over(str(error))
+        write_end(str(error))
         raise
     except Exception as error:
-        tell(
-            {
-                "event": "error",
-                "text": f"{type(error).__name__}: {error}. This is a defect of Trunkline; the server's log has the traceback.",
-            }
-        )
+        text = f"{type(error).__name__}: {error}. This is a defect of Trunkline; the server's log has the traceback."
+        on_event(RunFailed(text))
         raise
     finally:
         events.close()
@@ -106,11 +103,11 @@ def main(grid: Grid, context: Context) -> None:
             hold.release()
 
 
-def _audit(state: str, what: str, run: RunConfig, **about: object) -> None:
-    """A line in the centre's log; that it cannot be written is told and does not undo a run that is over."""
+def _audit(state: str, entry: str, run: RunConfig, **about: object) -> None:
+    """Write a line to the server's audit log. A failure is logged; it does not undo a run that has ended."""
     try:
         if state:
-            audit.note(Path(state), what, run=run.name, **about)
+            audit.note(Path(state), entry, run=run.name, **about)
     except TrunklineError as error:
         logger.error("%s", error)
 
@@ -120,39 +117,39 @@ def _digest_of(file: Path) -> str:
 
 
 def _roster(state: str) -> Callable[[], Mapping[int, str]] | None:
-    """Who is enrolled at any moment, where somebody has to be."""
+    """Gives node -> site of all that are enrolled at the moment; None where no site has to be."""
     if not (state and is_federation(Path(state))):
         return None
     registry = Registry(Path(state))
-    known: dict[int, str] = {}
+    enrolled: dict[int, str] = {}
 
     def nodes() -> Mapping[int, str]:
-        """Who was enrolled when the register could last be read: that it cannot be just now lets nobody in and throws nobody out."""
+        """The sites of the last registry that could be read: an unreadable registry lets no site in and throws none out."""
         try:
-            found = registry.read().nodes()
+            nodes = registry.read().nodes()
         except StorageError as error:
             logger.error("%s", error)
-            return dict(known)
-        known.clear()
-        known.update(found)
-        return found
+            return dict(enrolled)
+        enrolled.clear()
+        enrolled.update(nodes)
+        return nodes
 
     return nodes
 
 
-def _signer(state: str, tell: Callable[[Mapping[str, Any]], None]) -> Sign | None:
-    """Looked for before the first round: a key that cannot be used should be known then, not after days of training."""
+def _signer(state: str, on_event: OnEvent) -> Sign | None:
+    """Found before the first round: a key that cannot be used should be reported then, not after days of training."""
     if not state:
         return None
     signer = find_signer(Path(state))
     if signer is None:
         text = (
-            f"{state} has no release.key, so what this run releases is not signed. A centre with a federation has one."
+            f"{state} has no release.key, so the release of this run is not signed. A server with a federation has one."
         )
-        tell({"event": "note", "text": text})
+        on_event(Note(text))
         return None
     if warning := signer.warning():
-        tell({"event": "note", "text": warning})
+        on_event(Note(warning))
     return signer.sign
 
 

@@ -1,7 +1,7 @@
 """The other bound: one model on everybody's rows, as if no factory minded. It exists to be compared with."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
 from trunkline.protocol.messages import ScoreRequest, TaskRow
+from trunkline.runtime.events import OnEvent, RoundEnded, RunStarted
 from trunkline.server.reporting.records import RoundRecord
 from trunkline.server.reporting.report import build_report
 
 
-def run_central(
-    folders: Sequence[Path], states: Sequence[Path], run: RunConfig, tell: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def run_central(folders: Sequence[Path], states: Sequence[Path], run: RunConfig, on_event: OnEvent) -> dict[str, Any]:
     """Train one model on the concatenated training windows, each scaled by its own site, and score it at every site.
 
     It takes as many steps in all as the sites of a federation take together.
@@ -53,16 +52,13 @@ def run_central(
     )
     size = sum(array.size for array in pooled[0].model(request).share(("trunk", "stem", "heads")).values())
     names = [site.name for site in sites]
-    tell(
-        {"event": "start", "run": run.name, "strategy": "central", "rounds": run.total_rounds, "sites": names,
-         "trunk_parameters": size, "resumed_at": None}
-    )  # fmt: skip
+    on_event(RunStarted(run.name, "central", run.total_rounds, tuple(names), size, resumed_at=None))
     records: list[RoundRecord] = []
     scoring = request.model_copy(update={"plan": run.training.model_copy(update={"finetune_steps": 0})})
     settled: list[dict[str, Decision] | None] = [None] * len(sites)
     for passed in (0, run.rounds)[: 2 if run.refit else 1]:
         now = scoring.model_copy(update={"passed": passed})
-        models = _one_pass(pooled, sites, run, now, records, tell)
+        models = _one_pass(pooled, sites, run, now, records, on_event)
         if run.refit and not passed:
             settled = [
                 decide_site(site, one, now, tasks={"federated": tasks}) for site, one in zip(sites, models, strict=True)
@@ -77,7 +73,7 @@ def run_central(
 
 def _one_pass(
     pooled: Sequence[Site], sites: Sequence[Site], run: RunConfig, request: ScoreRequest, records: list[RoundRecord],
-    tell: Callable[[dict[str, Any]], None],
+    on_event: OnEvent,
 ) -> list[dict[str, TrunkModel]]:  # fmt: skip
     """The models of each site after `run.rounds` rounds from the start on the rows of `order`: the pooled one, and its twin."""
     names = [site.name for site in sites]
@@ -112,10 +108,7 @@ def _one_pass(
                 round=round, sites=names, refused=[], seconds=seconds, bytes_up=0, bytes_down=0, train_loss=trained.loss,
             )
         )  # fmt: skip
-        tell(
-            {"event": "round_end", "round": round, "rounds": run.total_rounds, "sites": len(sites), "seconds": seconds,
-             "train_loss": trained.loss}
-        )  # fmt: skip
+        on_event(RoundEnded(round, run.total_rounds, sites=len(sites), seconds=seconds, train_loss=trained.loss))
     return [{"federated": model} | ({"local": twin} if twin is not None else {}) for twin in twins]
 
 

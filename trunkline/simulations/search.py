@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trunkline.config.renames import rename_overrides
 from trunkline.config.run import RunConfig, with_settings
 from trunkline.errors import ConfigError, DataError, StorageError, TrunklineError
 from trunkline.protocol.arrays import seed_of
+from trunkline.runtime.events import Note, OnEvent
 from trunkline.runtime.storage import write_atomic
 from trunkline.server.rounds.run import run_rounds
 from trunkline.strategies import build_strategy
@@ -102,7 +103,7 @@ class Found:
 
 
 def search(
-    run: RunConfig, grid: Grid, states: Sequence[Path], out: Path, tell: Callable[[dict[str, Any]], None],
+    run: RunConfig, grid: Grid, states: Sequence[Path], out: Path, on_event: OnEvent,
     *, resume: bool = False,
 ) -> RunConfig:  # fmt: skip
     """`run` with the settings that did best, and `report.local` with those of the baseline.
@@ -111,7 +112,7 @@ def search(
         grid: with every site of the federation on it.
         states: the sites' state folders; what a trial leaves in their vaults is removed again.
         out: folder of the run: search.json is kept there, trials write below `out`/search and leave nothing.
-        tell: takes one line a trial as a "note" event.
+        on_event: takes a Note for each trial.
         resume: go on with the trials in search.json; finished ones are not repeated.
 
     Raises:
@@ -137,7 +138,7 @@ def search(
                 raise DataError(
                     "[search]: no site has a labelled validation row to choose by. Drop [search], or give validation labels."
                 )
-            tell({"event": "note", "text": _line(found, run, trial)})
+            on_event(Note(_line(found, run, trial)))
         write_atomic(out / FILE, json.dumps({"format": FORMAT, **asdict(found)}, indent=1).encode(), mode=0o644)
     best = {who: found.best(who).settings[who] for who in found.spaces}
     local = {"report.local": {**run.report.local, **best["local"]}} if best.get("local") else {}
@@ -283,7 +284,7 @@ def _try(
     _forget(states, folder, key)  # of a trial that was stopped half-way
     try:
         folder.mkdir(parents=True)
-        ended = run_rounds(grid, plan, folder, resume=False, tell=lambda event: None, key=key, score=False)
+        ended = run_rounds(grid, plan, folder, resume=False, on_event=lambda event: None, key=key, score=False)
         losses = {who: _losses(ended["rounds"], CURVES[who], plan.training.keep) for who in settings}
     except TrunklineError as error:
         if number == 0:

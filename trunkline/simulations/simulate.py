@@ -13,6 +13,7 @@ from trunkline.config.world import WorldConfig
 from trunkline.errors import ConfigError
 from trunkline.privacy.guards import guards_of
 from trunkline.release import RELEASE
+from trunkline.runtime.events import Event
 from trunkline.runtime.progress import EVENTS
 from trunkline.server.reporting.report import read_report, write_report
 from trunkline.strategies import build_strategy
@@ -112,8 +113,8 @@ def _grid(
     return RayGrid(folders, states, workers=workers, address=address)
 
 
-def _write(write: Callable[[str], Any], event: dict[str, Any]) -> None:
-    write(json.dumps(event) + "\n")
+def _write(write: Callable[[str], Any], event: Event) -> None:
+    write(json.dumps(event.to_json()) + "\n")
 
 
 def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":

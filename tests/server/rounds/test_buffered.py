@@ -24,7 +24,7 @@ from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import Update
 from trunkline.protocol.plan import LocalPlan
 from trunkline.server.reporting.report import read_report
-from trunkline.server.rounds.buffered import damped, damping, refuse
+from trunkline.server.rounds.buffered import check_bufferable, damped, damping
 from trunkline.simulations.world.network import WorldGrid
 from trunkline.strategies import STRATEGIES, State, build_strategy
 
@@ -346,9 +346,9 @@ def test_only_strategies_that_take_a_weighted_mean_of_what_comes_are_buffered(na
     strategy = build_strategy(name, {}, LocalPlan())
     if name in ("clustered", "conflict_averse", "local", "median", "multikrum", "trimmed_mean"):
         with pytest.raises(ConfigError, match=rf"name = '{name}'.*mode = 'rounds'.*fedadam.*fedper"):
-            refuse(strategy, name)
+            check_bufferable(strategy, name)
     else:
-        refuse(strategy, name)
+        check_bufferable(strategy, name)
 
 
 def test_a_run_with_such_a_strategy_stops_before_anybody_is_asked(benches: list[Path], tmp_path: Path) -> None:

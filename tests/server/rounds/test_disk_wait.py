@@ -10,7 +10,7 @@ import pytest
 from trunkline.errors import StorageError
 from trunkline.runtime.storage import write_atomic
 from trunkline.server.rounds import disk_wait as room
-from trunkline.server.rounds.disk_wait import Lines, Room
+from trunkline.server.rounds.disk_wait import DiskWait, EventFile
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_what_finds_no_room_is_done_once_there_is_some_and_both_are_told_once(
             filler.unlink()
 
     monkeypatch.setattr(room.time, "sleep", nap)
-    Room(disk, said.append, 60.0)(lambda: write_atomic(disk / "state", b"x" * 100_000))
+    DiskWait(disk, said.append, 60.0)(lambda: write_atomic(disk / "state", b"x" * 100_000))
     assert (disk / "state").stat().st_size == 100_000
     assert len(naps) == 3
     assert "The run stands still" in said[0] and "No space left" in said[0] and "0.0 of 1 MB are free" in said[0]
@@ -58,11 +58,11 @@ def test_what_finds_no_room_is_done_once_there_is_some_and_both_are_told_once(
 def test_where_nobody_waits_a_full_disk_ends_it_at_once(disk: Path) -> None:
     fill(disk)
     with pytest.raises(StorageError, match="No space left"):
-        Room(disk, lambda text: None, 0.0)(lambda: write_atomic(disk / "state", b"x" * 100_000))
+        DiskWait(disk, lambda text: None, 0.0)(lambda: write_atomic(disk / "state", b"x" * 100_000))
 
 
 def test_lines_wait_in_memory_for_a_full_disk_and_come_in_order(disk: Path) -> None:
-    lines = Lines(disk / "events.jsonl")
+    lines = EventFile(disk / "events.jsonl")
     lines.write("first")
     filler = fill(disk)
     for number in range(600):  # more than the page that the file has left
@@ -77,7 +77,7 @@ def test_lines_wait_in_memory_for_a_full_disk_and_come_in_order(disk: Path) -> N
 
 def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"event": "round"}\n{"event": "ro')
-    lines = Lines(tmp_path / "events.jsonl")
+    lines = EventFile(tmp_path / "events.jsonl")
     lines.write('{"event": "start"}')
     lines.close()
     assert (tmp_path / "events.jsonl").read_text().splitlines()[-1] == '{"event": "start"}'

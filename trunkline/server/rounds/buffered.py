@@ -1,52 +1,52 @@
-"""Buffered rounds: a step as soon as K updates are in, whoever they are from, and nobody waits for anybody.
+"""Buffered rounds: the run makes a step as soon as K updates are in, from any sites, and no site waits for another.
 
 Buffered asynchronous aggregation (FedBuff; Nguyen et al. 2022, arXiv:2106.06639): every site that is free gets the newest
-trunk at once. What it sends back may be the change to a trunk some steps old; it counts the less, the older that trunk is.
+trunk at once. Its update may be the change to a trunk some steps old; the older that trunk, the less the update counts.
 
-One order a site and trunk: who has answered for the newest one is idle until the next step, which is at most K - 1
-updates away. So a repeated question is the same question, (run, round, site) names one update, and a site's vault sees
-rounds that only go up, with gaps where the site was busy: stem and heads go on from the last round it trained.
+A site gets one request for each trunk: a site that has answered for the newest trunk is idle until the next step, which is
+at most K - 1 updates away. So a repeated question is the same question, and (run, round, site) names one update. A site's
+vault sees rounds that only go up, with gaps where the site was busy: stem and heads go on from the last round it trained.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 
-from trunkline.errors import ConfigError, ContractError, QuorumError, Refused
+from trunkline.errors import ConfigError, QuorumError, Refused
 from trunkline.flower.errors import AWAY, error_site
 from trunkline.flower.grid import LocalGrid
-from trunkline.flower.records import open_records, pack
+from trunkline.flower.records import pack
 from trunkline.flower.replies import PUSH_LOST, Replies
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import TrainRequest, Update
 from trunkline.protocol.plan import LocalPlan
-from trunkline.server.reporting.records import Refusal, RoundRecord
-from trunkline.server.rounds.admission import admit
+from trunkline.runtime.events import BufferedRoundEnded, RoundStarted
 from trunkline.server.rounds.cohort import Member
-from trunkline.server.rounds.messaging import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, is_far, now, pause
+from trunkline.server.rounds.context import RunContext
+from trunkline.server.rounds.messaging import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, Answer, is_far, now, pause
 from trunkline.server.rounds.requests import address, contents
+from trunkline.server.rounds.tally import Tally
+from trunkline.server.rounds.update_journal import Content
 from trunkline.strategies import STRATEGIES, State, Strategy
-
-if TYPE_CHECKING:
-    from trunkline.server.rounds.run import _Run
 
 KEPT = 8  # trunks in memory, the newest among them: a site at work on an older one is given the newest when it is asked again
 
 
 def damping(staleness: int, power: float) -> float:
-    """What an update counts that is the change to a trunk `staleness` steps old: (1 + staleness) ** -power."""
+    """The share that an update counts whose trunk is `staleness` steps old: (1 + staleness) ** -power."""
     return float((1.0 + staleness) ** -power)
 
 
 def damped(update: Update, staleness: int, power: float) -> Update:
     """`update` shortened by its staleness.
 
-    The change is shortened, not its weight: a mean over stale updates only would give each its full share again, and the
-    step would be as long as one over fresh updates. Each number is rounded once, alone, so the sum stays exact in any order.
+    The change is shortened, not its weight. With smaller weights, a mean over stale updates alone would give each its full
+    share again, and the step would be as long as one over fresh updates. Each number is rounded once, by itself, so the sum
+    stays exact in any order.
     """
     if (share := damping(staleness, power)) == 1.0:
         return update
@@ -54,29 +54,33 @@ def damped(update: Update, staleness: int, power: float) -> Update:
     return replace(update, delta=Arrays(shorter))
 
 
-def refuse(strategy: Strategy, name: str) -> None:
-    """Raises ConfigError where a strategy needs more of a step than a weighted mean of whatever has come."""
-    if strategy.summable and strategy.lends(("trunk",)):
+def check_bufferable(strategy: Strategy, name: str) -> None:
+    """Raises ConfigError where a strategy needs more of a step than a weighted mean of the updates that have come."""
+    if _is_bufferable(strategy):
         return
-    able = [one for one, kind in sorted(STRATEGIES.items()) if not kind.pooled and _able(kind(training=LocalPlan()))]
-    why = (
+    able = [
+        other
+        for other, kind in sorted(STRATEGIES.items())
+        if not kind.pooled and _is_bufferable(kind(training=LocalPlan()))
+    ]
+    cause = (
         "compares the sites of a round with each other, each once and on one trunk"
         if strategy.lends(("trunk",))
         else "lends nothing"
     )
     raise ConfigError(
-        f"[strategy] name = {name!r} {why}; [cohort] mode = 'buffered' takes updates as they come, of several trunks and perhaps "
+        f"[strategy] name = {name!r} {cause}; [cohort] mode = 'buffered' takes updates as they come, of several trunks and perhaps "
         f"two of one site. Set mode = 'rounds', or one of the strategies {', '.join(able)}."
     )
 
 
-def _able(strategy: Strategy) -> bool:
+def _is_bufferable(strategy: Strategy) -> bool:
     return strategy.summable and bool(strategy.lends(("trunk",)))
 
 
 @dataclass
-class _Open:
-    """A question that a site has not answered: its newest, whatever became of those before."""
+class _Question:
+    """The newest question that a site has not answered."""
 
     node: int
     round: int
@@ -86,58 +90,52 @@ class _Open:
 
 
 @dataclass
-class _Step:
+class _Step(Tally):
     """What a step has brought so far."""
 
     staleness: dict[str, list[int]] = field(default_factory=dict)  # site -> of each of its updates
-    refused: list[Refusal] = field(default_factory=list)
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-    updates: int = 0
 
 
-class Buffered:
+class BufferedRounds:
     """The steps of a run with `[cohort] mode = "buffered"`.
 
     Args:
-        run: whose cohort, strategy, orders and events they are.
-
-    Raises:
-        ConfigError: the strategy cannot be used so.
+        context: the run; its strategy is one that `check_bufferable` accepts.
     """
 
-    def __init__(self, run: "_Run") -> None:
-        refuse(run.strategy, run.run.strategy.name)
-        self.run = run
-        self.cohort = run.run.cohort
-        self.at = -1  # steps behind the state that the next step goes on from; -1: nobody knows
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        self.settings = context.settings
+        self.silent: set[str] = set()  # no site is waited for by name
+        self.state_round = -1  # steps behind the state that the next step goes on from; -1: unknown
         self._forget()
 
     def _forget(self) -> None:
-        """Nothing is under way: at the start, and where the run goes on from a checkpoint.
+        """Forget the questions under way: at the start, and where the run goes on from a checkpoint.
 
-        What was at work then is asked anew, with the newest trunk. What counted before is in the records, and does not again.
+        Sites that were at work then are asked anew, with the newest trunk. Updates that counted before are in the records,
+        and do not count again.
         """
-        self.open: dict[str, _Open] = {}
-        self.sent: dict[str, tuple[str, TrainRequest]] = {}  # id of a message -> the site it went to and what it asked
-        self.came: deque[Message] = deque()  # replies that were fetched together with the last one of a step
-        self.heard: dict[str, int] = {}  # site -> the newest round it has answered for
-        for one in self.run.records:
-            for site, stale in one.staleness.items():
-                self.heard[site] = max([self.heard.get(site, 0), *(one.round - steps for steps in stale)])
-        self.served = dict(self.heard)  # site -> the newest round it was asked for
+        self.open: dict[str, _Question] = {}
+        self.sent: dict[str, tuple[str, TrainRequest]] = {}  # id of a message -> its site and request
+        self.fetched: deque[Message] = deque()  # replies that were fetched together with the last one of a step
+        self.answered: dict[str, int] = {}  # site -> the newest round it has answered for
+        for record in self.context.records:
+            for site, stale in record.staleness.items():
+                self.answered[site] = max([self.answered.get(site, 0), *(record.round - steps for steps in stale)])
+        self.served = dict(self.answered)  # site -> the newest round it was asked for
         self.trunks: dict[int, Arrays] = {}  # steps behind it -> a trunk that may have to be sent again
-        self.again = 0  # replies to questions that were answered before
-        grid = self.run.grid
+        self.repeated = 0  # replies to questions that were answered before
+        grid = self.context.grid
         self.replies = Replies(grid) if is_far(grid) else None
 
     @property
     def size(self) -> int:
         """Updates of a step: `[cohort] buffer`, or half of the sites that were there at the start."""
-        if self.run.records:  # a resumed run goes on as it began
-            return self.run.records[-1].buffer
-        return min(self.cohort.buffer or -(-len(self.run.cohort.members) // 2), len(self.run.cohort.members))
+        if self.context.records:  # a resumed run goes on as it began
+            return self.context.records[-1].buffer
+        members = len(self.context.cohort.members)
+        return min(self.settings.buffer or -(-members // 2), members)
 
     def step(self, state: State) -> State:
         """Wait for the next K updates, and step.
@@ -145,230 +143,212 @@ class Buffered:
         Raises:
             QuorumError: none came within `deadline_s`. The state is on disk; `resume` goes on.
         """
-        run, started, number = self.run, time.monotonic(), state.round + 1
-        if state.round != self.at:
+        context, started, round = self.context, time.monotonic(), state.round + 1
+        if state.round != self.state_round:
             self._forget()
-        self.at, size = -1, self.size
-        run.cohort.greet(deadline_s=min(10.0, self.cohort.deadline_s))
-        run.presence.there(run.cohort.members)  # who is away by its hours is told
-        run.tell({"event": "round", "round": number, "rounds": run.run.total_rounds})
-        step = _Step()
-        after, mean = run.strategy.advance(state, self._updates(state, size, step))
-        self.at = after.round
-        run.records.append(
-            RoundRecord(
-                round=number, sites=sorted(step.staleness), refused=sorted(step.refused, key=lambda one: one.site),
-                seconds=time.monotonic() - started, bytes_up=step.bytes_up, bytes_down=step.bytes_down,
-                train_loss=mean.metrics.get("train_loss"), metrics={site: step.metrics[site] for site in sorted(step.metrics)},
-                buffer=size, staleness={site: sorted(step.staleness[site]) for site in sorted(step.staleness)},
+        self.state_round, size = -1, self.size
+        context.greet()
+        context.availability.available(context.cohort.members)  # absences by the hours are reported
+        context.on_event(RoundStarted(round, context.config.total_rounds))
+        step = _Step(round, size, context.on_event)
+        after, mean = context.strategy.advance(state, self._updates(state, step))
+        self.state_round = after.round
+        staleness = {site: sorted(step.staleness[site]) for site in sorted(step.staleness)}
+        record = replace(step.record(time.monotonic() - started, mean), buffer=size, staleness=staleness)
+        context.records.append(record)
+        ages = [age for stale in step.staleness.values() for age in stale]
+        context.on_event(
+            BufferedRoundEnded(
+                round, context.config.total_rounds, sites=len(step.staleness), seconds=time.monotonic() - started,
+                train_loss=record.train_loss, validation_loss=mean.metrics.get("validation_loss"),
+                local_validation_loss=mean.metrics.get("local_validation_loss"), bytes_up=step.bytes_up,
+                bytes_down=step.bytes_down, refused=len(step.refused), updates=len(ages),
+                staleness_mean=sum(ages) / len(ages), staleness_max=max(ages), repeated=self.repeated,
             )
-        )  # fmt: skip
-        stale = [one for own in step.staleness.values() for one in own]
-        run.tell(
-            {"event": "round_end", "round": number, "rounds": run.run.total_rounds, "sites": len(step.staleness),
-             "seconds": time.monotonic() - started, "train_loss": mean.metrics.get("train_loss"),
-             "validation_loss": mean.metrics.get("validation_loss"),
-             "local_validation_loss": mean.metrics.get("local_validation_loss"), "bytes_up": step.bytes_up,
-             "bytes_down": step.bytes_down, "refused": len(step.refused), "updates": len(stale),
-             "staleness_mean": sum(stale) / len(stale), "staleness_max": max(stale), "repeated": self.again}
         )  # fmt: skip
         return after
 
-    def _updates(self, state: State, size: int, step: _Step) -> Iterator[Update]:
-        """The next `size` updates as they come; fewer where nobody else is at work, or `deadline_s` has passed."""
-        run, grid, number = self.run, self.run.grid, state.round + 1
+    def _updates(self, state: State, step: _Step) -> Iterator[Update]:
+        """The next updates as they come; fewer than a step has where no other site is at work, or `deadline_s` has passed."""
+        context, grid, size = self.context, self.context.grid, step.expected
         self._serve(state)
         local = grid if isinstance(grid, LocalGrid) else None
-        enough = max(1, int(-(-size * self.cohort.quorum // 1)))
-        end, look_at, poll = now(grid) + self.cohort.deadline_s, 0.0, POLL_FIRST_S
+        enough = max(1, int(-(-size * self.settings.quorum // 1)))
+        end, look_at, poll = now(grid) + self.settings.deadline_s, 0.0, POLL_FIRST_S
         due: deque[str] = deque()
         while step.updates < size:
-            at = now(grid)
-            if at >= look_at:
-                look_at = at + min(POLL_MOST_S, self.cohort.resend_s)
+            moment = now(grid)
+            if moment >= look_at:
+                look_at = moment + min(POLL_MOST_S, self.settings.resend_s)
                 online = set(grid.get_node_ids())
-                due = deque(self._due(number, online, at))
+                due = deque(self._due(step.round, online, moment))
             while due and (local is None or local.room()):
-                self._ask(due.popleft(), number, step)
-            heard = bool(self.came) or self._fetch()
-            while self.came and step.updates < size:
-                update = self._admitted(self.came.popleft(), state, size, step)
+                self._ask(due.popleft(), step)
+            heard = bool(self.fetched) or self._fetch()
+            while self.fetched and step.updates < size:
+                update = self._admitted(self.fetched.popleft(), state, step)
                 if update is not None:
                     yield update
                     del update  # it may hold a trunk
             if heard:
                 poll = POLL_FIRST_S
                 if local is not None:  # there a message waits for a worker, not for a plant
-                    end = now(grid) + self.cohort.deadline_s
-                look_at = 0.0  # who has just answered may be free
+                    end = now(grid) + self.settings.deadline_s
+                look_at = 0.0  # a site that has just answered may be free
                 continue
-            members = run.cohort.members
-            at_work = any(one.node in online and not self._away(members[site]) for site, one in self.open.items())
-            if step.updates >= enough and not due and not at_work:
-                break  # whoever is there has answered for this trunk
-            if not step.updates and members and all(self._away(member) for member in members.values()):
-                run.presence.wait(members, grid)
-                end, look_at = now(grid) + self.cohort.deadline_s, 0.0
+            members = context.cohort.members
+            working = any(
+                question.node in online and not context.availability.is_away(members[site])
+                for site, question in self.open.items()
+            )
+            if step.updates >= enough and not due and not working:
+                break  # every site that is online has answered for this trunk
+            if not step.updates and members and all(map(context.availability.is_away, members.values())):
+                context.availability.wait(members, grid)
+                end, look_at = now(grid) + self.settings.deadline_s, 0.0
                 continue
             if now(grid) >= end:
                 if step.updates:
                     break
-                self.at = state.round  # begun again, the step goes on with what is under way
-                raise QuorumError(self._nobody(number, step))
+                self.state_round = state.round  # begun again, the step goes on with the questions under way
+                raise self._silence(step)
             poll = min(poll * 2, POLL_MOST_S)
             if local is None or not local.waits:
-                at = now(grid)
-                later = [one.again_at for one in self.open.values() if one.again_at > at]
-                pause(grid, poll, min([end, *later]) - at)
+                moment = now(grid)
+                later = [question.again_at for question in self.open.values() if question.again_at > moment]
+                pause(grid, poll, min([end, *later]) - moment)
 
-    def _away(self, member: Member) -> bool:
-        """Whether a site is closed or paused, as far as it has said."""
-        return self.run.presence.away(member) is not None
+    def _silence(self, step: _Step) -> QuorumError:
+        causes = step.causes() or "No site was online, or none has answered."
+        situation = f"Round {step.round}: no update came within {self.settings.deadline_s:g} s. {causes}"
+        return QuorumError.stopped(situation, step.round - 1)
 
-    def _nobody(self, number: int, step: _Step) -> str:
-        causes = (
-            " ".join(f"{one.site}: {one.cause}" for one in step.refused) or "No site was online, or none has answered."
-        )
-        return (
-            f"Round {number}: no update came within {self.cohort.deadline_s:g} s. {causes} The run stopped after round "
-            f"{number - 1} with its state on disk; mend the sites and run again with --resume."
-        )
-
-    # --- out --------------------------------------------------------------------------------------------------------
+    # --- questions ------------------------------------------------------------------------------------------------
 
     def _serve(self, state: State) -> None:
-        """From now on this is the newest trunk. Older ones stay while a site is at work on them, and only so many."""
+        """Make this the newest trunk. Older ones stay while a site is at work on them, up to `KEPT`."""
         self.trunks[state.round] = state.trunk
-        under_way = {one.round - 1 for one in self.open.values()} | {state.round}
-        for old in sorted(self.trunks)[:-KEPT] + [one for one in self.trunks if one not in under_way]:
+        under_way = {question.round - 1 for question in self.open.values()} | {state.round}
+        for old in sorted(self.trunks)[:-KEPT] + [done for done in self.trunks if done not in under_way]:
             self.trunks.pop(old, None)
-        members = {one.node: one for one in self.run.cohort.members.values()}
-        self.newest = self._orders(state.round, members)
+        members = {member.node: member for member in self.context.cohort.members.values()}
+        self.newest = self._contents(state.round, members)
         self.packed: tuple[Any, Any] = (None, None)
-        # what is older than a site's last answer is not listened for: it would only be counted
-        self.sent = {key: one for key, one in self.sent.items() if one[1].round >= self.heard.get(one[0], 0)}
+        # replies to questions older than a site's last answer are not fetched: they would only be counted as repeated
+        self.sent = {
+            message_id: (site, request)
+            for message_id, (site, request) in self.sent.items()
+            if request.round >= self.answered.get(site, 0)
+        }
 
-    def _orders(
+    def _contents(
         self, done: int, by_node: dict[int, Member]
     ) -> tuple[dict[int, TrainRequest], dict[int, Callable[[], RecordDict]]]:
+        """The requests for the trunk of round `done`, and the makers of their messages."""
         trunk = self.trunks[done]  # held alone: a State has an optimiser's moments beside it
-        requests = address(self.run.requests.train(done + 1), by_node)
+        requests = address(self.context.requests.train(done + 1), by_node)
         return requests, contents(requests, lambda site: trunk, by_node)
 
-    def _due(self, number: int, online: set[int], at: float) -> list[str]:
-        """The sites to ask now, who has waited longest first: those that are free, and those that should have answered."""
+    def _due(self, round: int, online: set[int], moment: float) -> list[str]:
+        """The sites to ask now: those that are free, the longest unasked first, then those that should have answered."""
         free, late = [], []
-        for site, member in sorted(self.run.cohort.members.items()):
-            one = self.open.get(site)
-            if self.run.cohort.gone(member.node):
-                if one is not None:
+        for site, member in sorted(self.context.cohort.members.items()):
+            question = self.open.get(site)
+            if self.context.cohort.gone(member.node):
+                if question is not None:
                     del self.open[site]
                 continue
-            if one is not None and (one.node != member.node or one.node not in online):
-                one.left, one.again_at = True, at  # also when it restarted under a new id: what it had of us is lost
-            if member.node not in online or self._away(member):
+            if question is not None and (question.node != member.node or question.node not in online):
+                # also where it restarted under a new id: it has lost its messages
+                question.left, question.again_at = True, moment
+            if member.node not in online or self.context.availability.is_away(member):
                 continue
-            if one is None:
-                if self.served.get(site, 0) < number:
+            if question is None:
+                if self.served.get(site, 0) < round:
                     free.append(site)
-            elif at >= one.again_at:
+            elif moment >= question.again_at:
                 late.append(site)
         return sorted(free, key=lambda site: (self.served.get(site, 0), site)) + late
 
-    def _ask(self, site: str, number: int, step: _Step) -> None:
-        """Send a site the newest trunk; or again what it is at work on, so that it does not train twice."""
-        member, one = self.run.cohort.members[site], self.open.get(site)
-        same = one is not None and not one.left and one.round - 1 in self.trunks
-        number = one.round if one is not None and same else number
-        if number - 1 == max(self.trunks) and member.node in self.newest[1]:
-            orders, requests = self.newest
+    def _ask(self, site: str, step: _Step) -> None:
+        """Send a site the newest trunk; or again the trunk that it is at work on, so that it does not train twice."""
+        member, question = self.context.cohort.members[site], self.open.get(site)
+        same = question is not None and not question.left and question.round - 1 in self.trunks
+        round = question.round if question is not None and same else step.round
+        if round - 1 == max(self.trunks) and member.node in self.newest[1]:
+            requests, makers = self.newest
         else:
-            orders, requests = self._orders(number - 1, {member.node: member})
-        content = requests[member.node]()
+            requests, makers = self._contents(round - 1, {member.node: member})
+        content = makers[member.node]()
         if self.replies is not None:
             if self.packed[0] is not content:  # most sites are asked the same
                 self.packed = content, pack(content)
             content = self.packed[1]
-        message = Message(content, dst_node_id=member.node, message_type="train", ttl=DEFAULT_TTL, group_id=str(number))
+        message = Message(content, dst_node_id=member.node, message_type="train", ttl=DEFAULT_TTL, group_id=str(round))
         # a site at work is not given one trunk after the other to queue up: the silence that is put up with goes on doubling
-        tries = one.tries + 1 if one is not None and not one.left else 1
-        again_at = now(self.run.grid) + self.cohort.resend_s * 2.0 ** min(tries - 1, 30)
-        self.open[site] = _Open(member.node, number, again_at, tries)
-        self.served[site] = number
+        tries = question.tries + 1 if question is not None and not question.left else 1
+        again_at = now(self.context.grid) + self.settings.resend_s * 2.0 ** min(tries - 1, 30)
+        self.open[site] = _Question(member.node, round, again_at, tries)
+        self.served[site] = round
         try:
-            pushed = list(self.run.grid.push_messages([message]))
+            pushed = list(self.context.grid.push_messages([message]))
         except PUSH_LOST:  # the site has not seen it: it is sent again in a moment
-            self.open[site].again_at = now(self.run.grid) + min(1.0, self.cohort.resend_s)
+            self.open[site].again_at = now(self.context.grid) + min(1.0, self.settings.resend_s)
             return
         for message_id in pushed:
             if message_id:
-                self.sent[message_id] = (site, orders[member.node])
-        step.bytes_down += self.trunks[number - 1].only(member.lends).nbytes
+                self.sent[message_id] = (site, requests[member.node])
+        step.bytes_down += self.trunks[round - 1].only(member.lends).nbytes
 
-    # --- in ---------------------------------------------------------------------------------------------------------
+    # --- replies --------------------------------------------------------------------------------------------------
 
     def _fetch(self) -> bool:
-        """Take in some of the replies that are there, never more than a few: each may hold a trunk."""
+        """Fetch some of the replies that have come, never more than a few: each may hold a trunk."""
         if self.replies is not None:
             for message in self.replies.pull(list(self.sent), BATCH):
-                self.came.append(message)
-                if len(self.came) >= BATCH:
+                self.fetched.append(message)
+                if len(self.fetched) >= BATCH:
                     break
         else:
-            self.came.extend(self.run.grid.pull_messages(self.sent.keys()))
-        return bool(self.came)
+            self.fetched.extend(self.context.grid.pull_messages(self.sent.keys()))
+        return bool(self.fetched)
 
-    def _admitted(self, message: Message, state: State, size: int, step: _Step) -> Update | None:
-        """The update of a reply, damped; None where it is none, and then it is said why. Each (site, round) counts once."""
-        asked = self.sent.pop(message.metadata.reply_to_message_id, None)
-        if asked is None:
+    def _admitted(self, message: Message, state: State, step: _Step) -> Update | None:
+        """The update of a reply, damped; None where there is none. Each (site, round) counts once."""
+        sent = self.sent.pop(message.metadata.reply_to_message_id, None)
+        if sent is None:
             return None
-        site, request = asked
+        site, request = sent
         error = error_site(message)
-        one = self.open.get(site)
+        question = self.open.get(site)
         if error is not None and error[1] in LOST:
-            if one is not None and one.round == request.round:
-                one.left, one.again_at = True, now(self.run.grid) + min(1.0, self.cohort.resend_s)
+            if question is not None and question.round == request.round:
+                question.left, question.again_at = True, now(self.context.grid) + min(1.0, self.settings.resend_s)
             return None
-        member = self.run.cohort.members[site]
+        member = self.context.cohort.members[site]
         if error is not None and error[1] == AWAY:
-            self.run.presence.said(member, error[2])
-            if one is not None and one.round == request.round:  # when it is back it is given the newest trunk
+            self.context.availability.note_absence(member, error[2])
+            if question is not None and question.round == request.round:  # back again, it is given the newest trunk
                 del self.open[site]
-                self.served[site] = self.heard.get(site, 0)
+                self.served[site] = self.answered.get(site, 0)
             return None
-        self.run.presence.heard(member)
-        if request.round <= self.heard.get(site, 0):
-            self.again += 1  # it was asked twice, or given a newer trunk meanwhile: the first answer counted
+        self.context.availability.note_presence(member)
+        if request.round <= self.answered.get(site, 0):
+            self.repeated += 1  # it was asked twice, or given a newer trunk meanwhile: the first answer counted
             return None
-        self.heard[site] = request.round
-        if one is not None and one.round <= request.round:
+        self.answered[site] = request.round
+        if question is not None and question.round <= request.round:
             del self.open[site]
-        cause, update = None, None
-        try:
-            if error is not None:
-                raise Refused(f"{site}, round {request.round}: no update. {error[2].removeprefix(f'{site}: ')}")
-            arrays, header, metrics = open_records(message.content)
-            update = admit(site, member.contract, request, Arrays(arrays), header, metrics)
-            staleness = state.round - (request.round - 1)
-            if staleness > self.cohort.staleness_limit:
-                update = None
+        staleness = state.round - (request.round - 1)
+
+        def damp(update: Update, content: Content) -> Update:
+            if staleness > self.settings.staleness_limit:
                 raise Refused(
                     f"{site}, round {request.round}: update set aside. It is the change to a trunk {staleness} steps old; [cohort] "
-                    f"staleness_limit is {self.cohort.staleness_limit}. Raise the limit or `buffer`, or give the site less to do"
+                    f"staleness_limit is {self.settings.staleness_limit}. Raise the limit or `buffer`, or give the site less to do"
                 )
-        except ContractError as refusal:
-            cause = str(refusal)
-            if not isinstance(refusal, Refused):
-                cause = f"{site}, round {request.round}: reply set aside. {cause}."
-            step.refused.append(Refusal(site=site, cause=cause))
-        else:
-            step.updates += 1
             step.staleness.setdefault(site, []).append(staleness)
-            step.bytes_up += update.delta.nbytes
-            step.metrics[site] = dict(update.metrics)
-            update = damped(update, staleness, self.cohort.staleness_power)
-        self.run.tell(
-            {"event": "reply", "round": state.round + 1, "site": site, "refused": cause, "in": step.updates, "of": size}
-        )
-        return update
+            return damped(update, staleness, self.settings.staleness_power)
+
+        content, failure = (message.content, "") if error is None else (None, error[2])
+        return step.admit(member, request, Answer(member.node, content, failure), damp)

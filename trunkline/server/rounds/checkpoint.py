@@ -17,17 +17,17 @@ class Checkpoint:
 
     Args:
         out: folder of the run.
-        tell: called with a sentence when a damaged checkpoint is passed over.
+        note: takes a sentence when a damaged checkpoint is passed over.
     """
 
-    def __init__(self, out: Path, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.shelf = Shelf(out / "checkpoint", keep=3, tell=tell, kind="checkpoint")
+    def __init__(self, out: Path, note: Callable[[str], None] = lambda text: None) -> None:
+        self.shelf = Shelf(out / "checkpoint", keep=3, tell=note, kind="checkpoint")
 
-    def save(self, state: State, meta: dict[str, Any], beside: Mapping[str, NDArray[Any]] = {}) -> None:
+    def save(self, state: State, meta: dict[str, Any], extra: Mapping[str, NDArray[Any]] = {}) -> None:
         """Keep a round of the run whose key is `meta["key"]`.
 
         Args:
-            beside: further arrays, by names of their own; `load` puts them into the meta as "beside".
+            extra: further arrays, by their names; `load` puts them into the meta as "beside".
 
         Raises:
             StorageError: it cannot be written (a full disk, say); the checkpoint before it stays.
@@ -37,7 +37,7 @@ class Checkpoint:
         tensors = {f"trunk/{name}": array for name, array in state.trunk.items()}
         for moment, arrays in state.moments.items():
             tensors |= {f"moment/{moment}/{name}": array for name, array in arrays.items()}
-        tensors |= {f"beside/{name}": array for name, array in beside.items()}
+        tensors |= {f"beside/{name}": array for name, array in extra.items()}
         # names in order: safetensors sorts, and share() has an order of its own that digests depend on
         names = {
             "trunk": list(state.trunk),
@@ -53,13 +53,13 @@ class Checkpoint:
         """
         if len(runs := self.shelf.owners()) > 1:
             raise ForeignState(
-                f"{self.shelf.folder}: holds checkpoints of {len(runs)} runs ({', '.join(map(repr, sorted(runs)))}), so nobody can say "
-                "which to go on with. Nothing was changed. Move those of the others away."
+                f"{self.shelf.folder}: holds checkpoints of {len(runs)} runs ({', '.join(map(repr, sorted(runs)))}), so the one "
+                "to go on with is unknown. Nothing was changed. Move those of the others away."
             )
-        found = self.shelf.newest()
-        if found is None:
+        newest = self.shelf.newest()
+        if newest is None:
             return None
-        round, tensors, meta = found
+        round, tensors, meta = newest
         names: Any = meta["names"]
         trunk = Arrays({name: tensors[f"trunk/{name}"] for name in names["trunk"]})
         moments = {
@@ -67,5 +67,5 @@ class Checkpoint:
             for moment, order in names["moments"].items()
         }
         notes: Any = meta.get("notes", {})
-        beside = {name.removeprefix("beside/"): array for name, array in tensors.items() if name.startswith("beside/")}
-        return State(trunk, moments, round, notes), {**meta, "beside": beside}
+        extra = {name.removeprefix("beside/"): array for name, array in tensors.items() if name.startswith("beside/")}
+        return State(trunk, moments, round, notes), {**meta, "beside": extra}

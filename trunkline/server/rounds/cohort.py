@@ -1,4 +1,4 @@
-"""Who takes part: offers from sites, the contract made of them, and the name behind each node."""
+"""The sites that take part: their offers, the contract made of each offer, and the name behind each node."""
 
 import math
 import re
@@ -22,15 +22,17 @@ from trunkline.protocol.contract import Contract, metric_names
 from trunkline.protocol.header import UPDATE
 from trunkline.protocol.messages import Offer, OfferRequest
 from trunkline.protocol.plan import SITE_NAME
+from trunkline.runtime.events import Note, OnEvent, SitesGathering, Waiting
 from trunkline.server.releases.release import check_statistics
 from trunkline.server.rounds.admission import read_header
-from trunkline.server.rounds.messaging import Answer, ask, now, pause
+from trunkline.server.rounds.messaging import Answer, ask, is_far, now, pause
 
 GREET_S = 0.5  # pause between looks for new nodes while the cohort gathers
 GREET_MOST_S = 120.0  # longest one look waits for answers: a site reads its data before its first
 GREET_AGAIN_S = 30.0  # longest one look waits for answers when a run is taken up again
 CONSENT_S = 5.0  # pause between questions to a site whose plant has not decided yet
 SILENT_S = 60.0  # pause before a node is greeted again that did not answer
+REPORT_S = 60.0  # between two reports of the same while the cohort gathers
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Cohort:
     Args:
         greeting: the request of round 0.
         trunk: the lent trunk's arrays (empty when the trunk stays home); every member has to have exactly these.
-        tell: takes progress events.
-        roster: Flower's node id -> site, of all that are enrolled now; None where nobody has to be (a simulation).
+        on_event: takes the events of the gathering.
+        roster: gives Flower's node id -> site of all that are enrolled now; None where no site has to be (a simulation).
     """
 
     def __init__(
@@ -71,52 +73,58 @@ class Cohort:
         config: CohortConfig,
         greeting: OfferRequest,
         trunk: Arrays,
-        tell: Callable[[dict[str, Any]], None],
+        on_event: OnEvent,
         roster: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self.roster = roster
         self.grid = grid
         self.config = config
         self.greeting = greeting
-        self.tell = tell
+        self.on_event = on_event
         self.trunk = specs_of(trunk)
         self.members: dict[str, Member] = {}
         self.specs: dict[str, ArraySpec] = {spec.name: spec for spec in self.trunk}
         self._greeted: set[int] = set()
         self._pending: dict[int, float] = {}  # node whose plant has not decided -> when it is asked again
         self._left_out: dict[str, str] = {}
+        self._gathering: SitesGathering | None = None  # the last report
+        self._reported_at = 0.0
 
     def gather(self) -> None:
         """Wait until min_sites, and every site named in run.toml, have made their offer.
 
         Raises:
-            QuorumError: they did not within `gather_s`; the text says who came and who is missing.
+            QuorumError: they did not within `gather_s`; the text names the sites that came and those that are missing.
         """
         end = now(self.grid) + self.config.gather_s
-        told: tuple[int, ...] = ()
         while True:
             self.greet(deadline_s=min(GREET_MOST_S, max(0.0, end - now(self.grid))))
             missing = [site for site in self.config.sites if site not in self.members]
             if len(self.members) >= self.config.min_sites and not missing:
                 return
             if now(self.grid) >= end or (getattr(self.grid, "complete", False) and not self._pending):
-                came = ", ".join(sorted(self.members)) or "none"
-                lacking = f"; missing by name: {', '.join(missing)}" if missing else ""
-                why = " ".join(self._left_out.values())
+                joined = ", ".join(sorted(self.members)) or "none"
+                named = f"; missing by name: {', '.join(missing)}" if missing else ""
+                causes = "".join(f"{cause} " for cause in self._left_out.values())
                 raise QuorumError(
-                    f"{len(self.members)} of {self.config.min_sites} sites have joined ({came}{lacking}). {why + ' ' if why else ''}"
+                    f"{len(self.members)} of {self.config.min_sites} sites have joined ({joined}{named}). {causes}"
                     "Start or mend the missing sites, or lower [cohort] min_sites, and run again."
                 )
-            if told != (greeted := tuple(sorted(self._greeted))):
-                told = greeted
-                self.tell(
-                    {
-                        "event": "gather",
-                        "sites": sorted(self.members),
-                        "wanted": max(self.config.min_sites, len(self.config.sites)),
-                    }
-                )
+            self._report_gathering()
             pause(self.grid, GREET_S, end - now(self.grid))
+
+    def _report_gathering(self) -> None:
+        """Report who is here and who is missing: at every change, and where plants may still come, once a minute."""
+        enrolled = self.roster().values() if self.roster is not None else ()
+        missing = {*self.config.sites, *enrolled} - self.members.keys()
+        event = SitesGathering(
+            sites=tuple(sorted(self.members)), wanted=max(self.config.min_sites, len(self.config.sites)),
+            missing=tuple(sorted(missing)),
+        )  # fmt: skip
+        moment = now(self.grid)
+        if event != self._gathering or (is_far(self.grid) and moment >= self._reported_at + REPORT_S):
+            self._gathering, self._reported_at = event, moment
+            self.on_event(event)
 
     def keep(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """The members as plain values, and their arrays by `SITE/first/NAME` and `SITE/once/NAME`: for a checkpoint."""
@@ -132,50 +140,47 @@ class Cohort:
         arrays = {
             f"{site}/{part}/{name}": array
             for site, member in self.members.items()
-            for part, of in (("first", member.first), ("once", member.once))
-            for name, array in of.items()
+            for part, tensors in (("first", member.first), ("once", member.once))
+            for name, array in tensors.items()
         }
         return about, arrays
 
     def restore(self, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Members as `keep` gave them: a site that is away when a run is taken up again is a member still."""
-        for site, kept in about.items():
-            offer = Offer.model_validate(kept["offer"])
-            self.members[site] = Member(
-                site,
-                int(kept["node"]),
-                offer,
-                _contract(offer),
-                *(Arrays({name: arrays[f"{site}/{part}/{name}"] for name in kept[part]}) for part in ("first", "once")),
+        for site, stored in about.items():
+            offer = Offer.model_validate(stored["offer"])
+            first, once = (
+                Arrays({name: arrays[f"{site}/{part}/{name}"] for name in stored[part]}) for part in ("first", "once")
             )
+            self.members[site] = Member(site, int(stored["node"]), offer, _contract(offer), first, once)
             for spec in offer.arrays:
                 self.specs.setdefault(spec.name, spec)
 
     def gather_again(self) -> None:
-        """Wait until enough of the restored members have been heard of; the others are waited for in their rounds.
+        """Wait until enough of the restored members have answered; the others are waited for in their rounds.
 
         Raises:
-            QuorumError: they were not within `outage_s`.
+            QuorumError: they have not within `outage_s`.
         """
-        known = len(self.members)
-        needed = max(1, math.ceil(known * self.config.quorum))
+        total = len(self.members)
+        needed = max(1, math.ceil(total * self.config.quorum))
         end = now(self.grid) + self.config.outage_s
-        told = False
+        reported = False
         while True:
             self.greet(deadline_s=min(GREET_AGAIN_S, max(0.0, end - now(self.grid))))
             back = [site for site, member in self.members.items() if member.node in self._greeted]
             if len(back) >= needed:
                 return
-            away = ", ".join(sorted(set(self.members) - set(back)))
+            missing = ", ".join(sorted(set(self.members) - set(back)))
             if now(self.grid) >= end or getattr(self.grid, "complete", False):
                 raise QuorumError(
-                    f"{len(back)} of {known} sites are back, {needed} are needed (quorum {self.config.quorum:g}); missing: {away}. "
+                    f"{len(back)} of {total} sites are back, {needed} are needed (quorum {self.config.quorum:g}); missing: {missing}. "
                     "Start or mend them and run again with --resume."
                 )
-            if not told:
-                told = True
-                text = f"Taken up again with {len(back)} of {known} sites, {needed} are needed; missing: {away}. It goes on when they are back."
-                self.tell({"event": "waiting", "text": text})
+            if not reported:
+                reported = True
+                text = f"Taken up again with {len(back)} of {total} sites, {needed} are needed; missing: {missing}. It goes on when they are back."
+                self.on_event(Waiting(text))
             pause(self.grid, GREET_S, end - now(self.grid))
 
     def greet(self, deadline_s: float) -> None:
@@ -184,13 +189,13 @@ class Cohort:
         A site whose plant leaves the decision to a person is asked again every few seconds, here and at later rounds.
         """
         roster = self.roster() if self.roster is not None else None
-        at = now(self.grid)
+        moment = now(self.grid)
         new = [
             node
             for node in self.grid.get_node_ids()
             if node not in self._greeted
-            and self._pending.get(node, at) <= at
-            and (roster is None or node in roster)  # who just enrolled is in it in a moment
+            and self._pending.get(node, moment) <= moment
+            and (roster is None or node in roster)  # a site that has just enrolled is in it in a moment
         ]
         if not new:
             return
@@ -207,15 +212,17 @@ class Cohort:
             self._greeted.add(answer.node)
             self._pending.pop(answer.node, None)
             if answer.content is None:
-                who, why = _told_by(answer) if answer.code == DECLINED else (f"node {answer.node}", answer.failure)
-                if UPDATE.format("site") in why:  # it cannot know to which version
-                    why += f" This server's Trunkline is {trunkline.__version__}."
-                self._leave_out(who, why)
+                site, cause = (
+                    _refusal_of(answer) if answer.code == DECLINED else (f"node {answer.node}", answer.failure)
+                )
+                if UPDATE.format("site") in cause:  # it cannot know to which version
+                    cause += f" This server's Trunkline is {trunkline.__version__}."
+                self._leave_out(site, cause)
                 continue
             try:
-                came, header, _ = open_records(answer.content)
+                first, header, _ = open_records(answer.content)
                 offer = read_header(Offer, header, f"node {answer.node}", 0)
-                offers[answer.node] = (offer, Arrays(came))
+                offers[answer.node] = (offer, Arrays(first))
             except ContractError as error:
                 self._leave_out(f"node {answer.node}", str(error))
         self._agree_on_shapes(offers)
@@ -231,7 +238,7 @@ class Cohort:
                 self._leave_out(offer.site, str(error))
 
     def gone(self, node: int) -> str:
-        """Why a node is not to be waited for any more; empty while it is enrolled, or where nobody has to be."""
+        """Why a node is not to be waited for any more; empty while it is enrolled, or where no site has to be."""
         if self.roster is None or node in self.roster():
             return ""
         return "Its certificate was revoked, or its site enrolled again with another."
@@ -239,19 +246,19 @@ class Cohort:
     def _lends(self, name: str) -> bool:
         """Whether the run itself names the module an array belongs to: what a site offers never widens what may travel.
 
-        The trunk's own arrays are known exactly, because the centre has built one; of stems and heads it knows the module.
+        The trunk's arrays are known exactly, because the server has built one; of stems and heads it knows the module.
         """
         if name in {spec.name for spec in self.trunk}:
             return True
-        part, _, rest = name.partition(".")
+        part, _, path = name.partition(".")
         if part == "head":
-            return "heads" in self.greeting.lend or f"head.{rest.partition('.')[0]}" in self.greeting.lend
+            return "heads" in self.greeting.lend or f"head.{path.partition('.')[0]}" in self.greeting.lend
         return part == "stem" and "stem" in self.greeting.lend
 
     def _agree_on_shapes(self, offers: dict[int, tuple[Offer, Arrays]]) -> None:
-        """A lent stem or head has the shape most sites offer; who differs cannot be averaged with them and is told so."""
+        """A lent stem or head has the shape that most sites offer; a site with another shape is left out, with the reason."""
         votes: dict[str, Counter[ArraySpec]] = {}
-        for offer, _ in sorted(offers.values(), key=lambda one: one[0].site):
+        for offer, _ in sorted(offers.values(), key=lambda offer_arrays: offer_arrays[0].site):
             for spec in filter(lambda spec: self._lends(spec.name), offer.arrays):
                 votes.setdefault(spec.name, Counter())[spec] += 1
         for name, vote in votes.items():
@@ -262,8 +269,8 @@ class Cohort:
             raise Refused(
                 f"it offered itself for run {offer.run!r}; this is {self.greeting.run!r}. Restart its daemon."
             )
-        known = self.members.get(offer.site)
-        if known is not None and known.node != node and known.node in set(self.grid.get_node_ids()):
+        member = self.members.get(offer.site)
+        if member is not None and member.node != node and member.node in set(self.grid.get_node_ids()):
             raise Refused(
                 f"another node that is online already calls itself {offer.site!r}. Give each site.toml its own `name`."
             )
@@ -297,29 +304,24 @@ class Cohort:
             raise Refused(f"it offers `{foreign[0]}` beside the round's arrays; only statistics may travel so.")
         check_statistics(offer, once)
         if "scaler" in self.greeting.lend and not once:
-            self.tell(
-                {
-                    "event": "note",
-                    "text": f"{offer.site} lends no scaler statistics: its policy in site.toml does not name them.",
-                }
-            )
+            self.on_event(Note(f"{offer.site} lends no scaler statistics: its policy in site.toml does not name them."))
         self._left_out.pop(offer.site, None)
         first = arrays.only({name: None for name in arrays if name not in once})
         self.members[offer.site] = Member(offer.site, node, offer, contract, first, once)
 
     def _wait_for(self, answer: Answer) -> None:
-        who, why = _told_by(answer)
+        site, cause = _refusal_of(answer)
         if answer.node not in self._pending:
-            self._left_out[who] = f"{who} waits for its plant's consent: {why}"
-            self.tell({"event": "note", "text": self._left_out[who]})
+            self._left_out[site] = f"{site} waits for its plant's consent: {cause}"
+            self.on_event(Note(self._left_out[site]))
         self._pending[answer.node] = now(self.grid) + CONSENT_S
 
-    def _leave_out(self, who: str, why: str) -> None:
-        self._left_out[who] = f"{who} does not take part: {why}"
-        self.tell({"event": "note", "text": self._left_out[who]})
+    def _leave_out(self, site: str, cause: str) -> None:
+        self._left_out[site] = f"{site} does not take part: {cause}"
+        self.on_event(Note(self._left_out[site]))
 
     def first_arrays(self, trunk: Arrays) -> Arrays:
-        """What round 1 starts from: the server's trunk, and lent stems and heads as the first site by name built them."""
+        """The arrays that round 1 starts from: the server's trunk, and lent stems and heads as the first site by name built them."""
         arrays = dict(trunk)
         for site in sorted(self.members):
             for name, array in self.members[site].first.items():
@@ -333,7 +335,7 @@ def _contract(offer: Offer) -> Contract:
     return Contract(arrays=offer.arrays, metrics=metrics)
 
 
-def _told_by(answer: Answer) -> tuple[str, str]:
-    """Site and reason of a refusal by a plant, whose text is `SITE: why`; a name that is none is not taken over."""
-    site, _, why = answer.failure.partition(": ")
-    return (site, why) if why and re.fullmatch(SITE_NAME, site) else (f"node {answer.node}", answer.failure)
+def _refusal_of(answer: Answer) -> tuple[str, str]:
+    """Site and reason of a refusal by a plant, whose text is `SITE: reason`; a name that no site may have is not taken over."""
+    site, _, cause = answer.failure.partition(": ")
+    return (site, cause) if cause and re.fullmatch(SITE_NAME, site) else (f"node {answer.node}", answer.failure)

@@ -1,4 +1,4 @@
-"""What the centre does when its disk is full: it waits, says so once, and goes on when there is room again."""
+"""What the server does when its disk is full: it waits, reports it once, and goes on when there is room again."""
 
 import shutil
 import time
@@ -8,63 +8,63 @@ from typing import IO, Any, TypeVar
 
 from trunkline.errors import ForeignState, StorageError
 
-AGAIN_S = 2.0  # between attempts to write
+WRITE_RETRY_S = 2.0  # between attempts to write
 BACKLOG = 10_000  # events kept in memory while they cannot be written
 Result = TypeVar("Result")
 
 
-class Room:
-    """Call it with something that writes; it is tried again until it succeeds.
+class DiskWait:
+    """Call it with a function that writes; the function is tried again until it succeeds.
 
     Args:
-        folder: where it is written, for the words.
-        tell: takes a sentence when the waiting begins and when it is over.
+        folder: the folder that is written, for the words.
+        note: takes a sentence when the waiting begins and when it is over.
         seconds: how long to wait for room; 0: not at all.
     """
 
-    def __init__(self, folder: Path, tell: Callable[[str], None], seconds: float) -> None:
+    def __init__(self, folder: Path, note: Callable[[str], None], seconds: float) -> None:
         self.folder = folder
-        self.tell = tell
+        self.note = note
         self.seconds = seconds
 
-    def __call__(self, do: Callable[[], Result]) -> Result:
+    def __call__(self, write: Callable[[], Result]) -> Result:
         """Raises StorageError when there was no room for `seconds`; ForeignState at once."""
         began = time.monotonic()
-        told = False
+        reported = False
         while True:
             try:
-                result = do()
+                result = write()
             except StorageError as error:
-                # what is another's does not become ours by waiting
+                # files of another run do not become ours by waiting
                 if isinstance(error, ForeignState) or time.monotonic() - began >= self.seconds:
                     raise
-                if not told:
-                    told = True
-                    self.tell(
-                        f"The run stands still: {error} {free(self.folder)} It is tried again every {AGAIN_S:g} s."
+                if not reported:
+                    reported = True
+                    self.note(
+                        f"The run stands still: {error} {free(self.folder)} It is tried again every {WRITE_RETRY_S:g} s."
                     )
-                time.sleep(AGAIN_S)
+                time.sleep(WRITE_RETRY_S)
             else:
-                if told:
-                    self.tell(
+                if reported:
+                    self.note(
                         f"The run goes on: {self.folder} can be written again, after {time.monotonic() - began:.0f} s."
                     )
                 return result
 
 
 def free(folder: Path) -> str:
-    """How much room there is, as a sentence; empty where nobody knows."""
+    """How much room there is, as a sentence; empty where the system does not say."""
     try:
-        found = shutil.disk_usage(folder)
+        usage = shutil.disk_usage(folder)
     except OSError:
         return ""
-    return f"{found.free / 1e6:,.1f} of {found.total / 1e6:,.0f} MB are free there."
+    return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.0f} MB are free there."
 
 
-class Lines:
-    """Appends lines to a file that somebody watches; on a full disk they wait in memory, in order.
+class EventFile:
+    """Appends lines to the file of a run's events; on a full disk they wait in memory, in order.
 
-    A line that a kill cut short is ended first, so that the next one is a line of its own.
+    A line that a kill cut short is ended first, so that the next line stands alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,7 +87,7 @@ class Lines:
                     return
                 del self._waiting[0]
         except OSError:
-            pass  # nothing of a run depends on what is told about it
+            pass  # nothing of a run depends on its events
 
     def _cut_short(self) -> bool:
         with self.path.open("rb") as file:

@@ -46,6 +46,17 @@ def is_far(grid: Grid) -> bool:
     return not isinstance(grid, LocalGrid) and getattr(grid, "clock", None) is None
 
 
+def holds_state(grid: Grid) -> bool:
+    """Whether sites keep their state in memory between rounds."""
+    return bool(getattr(grid, "holding", False))
+
+
+def flush_stacks(grid: Grid) -> None:
+    """Have sites that a grid keeps in memory between rounds write their state to their vaults."""
+    if holds_state(grid):
+        grid.flush()  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What came of one request: the content of a reply, or the reason why there is none."""
