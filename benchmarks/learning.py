@@ -220,12 +220,16 @@ def opponents(sites: list[Path], states: Path, trees: bool) -> list[dict[str, An
 def features(windows: Any) -> Any:
     """(n, features): statistics of each window, or the row with its codes."""
     import numpy as np
+    import torch
 
+    from trunkline.client.training.device_dataset import DeviceDataset
+
+    data = DeviceDataset.of(windows, torch.device("cpu"))
     if windows.window is None:
-        return np.concatenate([windows.batch(slice(None)), windows.codes(slice(None))], axis=1)
+        return np.concatenate([tensor.numpy() for tensor in data.batch(torch.arange(len(windows)))], axis=1)
     blocks = []
-    for start in range(0, len(windows), 4096):
-        x = windows.batch(slice(start, start + 4096)).astype(np.float64)  # (b, channels, time)
+    for index in torch.arange(len(windows)).split(4096):
+        x = data.batch(index)[0].numpy().astype(np.float64)  # (b, channels, time)
         time_axis = np.linspace(-1.0, 1.0, x.shape[2])
         slope = (np.nan_to_num(x) * time_axis).mean(axis=2)
         tail = x[:, :, -max(1, x.shape[2] // 6) :].mean(axis=2)

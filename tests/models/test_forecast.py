@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.windows import batch_of
 from trunkline.client.data import SiteData, open_data
 from trunkline.config.site import read_site
 from trunkline.config.tasks import TaskConfig
@@ -247,8 +248,8 @@ def test_nothing_that_is_still_to_come_changes_what_a_forecast_sees(tmp_path: Pa
     after = mill(tmp_path / "two", data=clean, change=np.tile(np.arange(50) > now, 2)).test
     seen = np.flatnonzero(before.order <= now)
     assert len(seen) > 10
-    assert before.batch(seen).tobytes() == after.batch(seen).tobytes()
-    assert before.batch(slice(None)).tobytes() != after.batch(slice(None)).tobytes()  # the change is one
+    assert batch_of(before, seen).tobytes() == batch_of(after, seen).tobytes()
+    assert batch_of(before).tobytes() != batch_of(after).tobytes()  # the change is one
     assert not np.array_equal(before.labels["load"][seen], after.labels["load"][seen], equal_nan=True)
 
 

@@ -1,14 +1,17 @@
 """A new plant: what it may start from, how it chooses, and that it never loses by it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import nn
 
 from tests.client.adaptation.wearing import RUN, machines, plant, write_plant
+from tests.client.data.sites import fleet, write_site
 from tests.loopback import federate
 from trunkline.client.adaptation import adapt as adapt_module
 from trunkline.client.adaptation import evidence
@@ -20,8 +23,9 @@ from trunkline.client.data.site_data import open_data, open_newcomer
 from trunkline.client.training.device_dataset import DeviceDataset, device
 from trunkline.client.training.loop import outputs_of
 from trunkline.errors import DataError, StorageError, TrustError
-from trunkline.models.trunk import TrunkModel
+from trunkline.models.trunk import TrunkModel, first_trunk
 from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.plan import TrunkSpec
 from trunkline.release import RELEASE, Card, PooledScale, read_release
 
 pytestmark = pytest.mark.xdist_group("adapt")  # one worker: the release is trained once
@@ -104,7 +108,6 @@ def test_one_machine_is_enough_and_the_test_rows_are_those_of_a_member(
 
 
 def test_no_label_at_all_is_named(tmp_path: Path, read: tuple[Arrays, Card]) -> None:
-    import polars as pl
 
     arrays, card = read
     train = machines(3, 9).with_columns(rul=pl.lit(None), failing=pl.lit(None))
@@ -166,7 +169,6 @@ def test_ridge_is_the_minimum_that_a_slow_descent_finds(pull: float) -> None:
 
 def test_what_is_not_labelled_and_what_is_tested_change_nothing(tmp_path: Path, read: tuple[Arrays, Card]) -> None:
     """The same model, to the bit, whatever the labels of other groups and of test rows are."""
-    import polars as pl
 
     arrays, card = read
     train, test = machines(6, 9), machines(3, 10, name="t")
@@ -275,7 +277,7 @@ def test_the_card_and_the_model_are_written_and_the_model_predicts_alike(tmp_pat
     assert "src=" not in page
     stored = read_model(tmp_path / "out" / MODEL)
     test = adapted.site.test
-    predicted = stored.predict(test.batch(slice(None)))
+    predicted = stored.predict(test)
     output = outputs_of(adapted.model, DeviceDataset.of(test, device()), adapted.workshop.tasks)
     np.testing.assert_allclose(
         predicted["rul"], adapted.workshop.tasks["rul"].predict(output["rul"]), rtol=1e-4, atol=1e-3
@@ -288,10 +290,40 @@ def test_the_card_and_the_model_are_written_and_the_model_predicts_alike(tmp_pat
         read_model(release)
 
 
+def test_a_stored_model_gives_the_figures_of_the_evidence_at_a_site_with_categorical_columns(tmp_path: Path) -> None:
+    """Codes are inputs like any other, and a task that settles on its model predicts as it did when it was judged."""
+    frame = fleet(14, rows=8).with_columns(recipe=pl.Series([("A", "B", "C")[row % 3] for row in range(14 * 8)]))
+    shift = pl.col("recipe").replace_strict({"A": 0.0, "B": 40.0, "C": -25.0})
+    frame = frame.with_columns(rul=pl.col("rul") + shift)  # only the recipe tells the level
+    tasks = {
+        "rul": {"kind": "regression", "target": "rul"},
+        "failing": {"kind": "binary", "target": "failing"},
+        "odd": {"kind": "anomaly", "target": "failing"},
+    }
+    folder = write_site(
+        tmp_path / "n", frame[: 10 * 8], tasks, window=None, categorical=["recipe"], test_files="test.csv"
+    )
+    frame[10 * 8 :].write_csv(folder / "test.csv")
+    spec = TrunkSpec(backbone="mlp", width=16)
+    card = Card(run="r", key="r", rounds=1, seed=1, strategy="fedavg", trunk=spec, lend=("trunk",), window=None,
+                sites=("a", "b"), tasks=(), channels=None, versions=("0",))  # fmt: skip
+    adapted = adapt_data(open_newcomer(folder, None, ()), first_trunk(spec, 1), card)
+    found = evidence.collect(adapted, curve=False)
+    evidence.write(adapted, found, tmp_path / "out")
+    stored = read_model(tmp_path / "out" / MODEL)
+    test = adapted.site.test
+    predicted = stored.predict(test)
+    figures = {row["task"]: row["figures"]["adapted"] for row in found["tasks"]}
+    assert figures.keys() == tasks.keys()
+    for name, task in stored.tasks.items():
+        assert task.score(predicted[name], test.labels[name]) == pytest.approx(figures[name], rel=1e-5)
+    shuffled = replace(test, categorical=(test.categorical + 1) % 4)
+    assert not np.allclose(stored.predict(shuffled)["rul"], predicted["rul"])  # another recipe, another prediction
+
+
 def test_the_group_least_like_the_labelled_ones_is_to_be_labelled_next(
     tmp_path: Path, read: tuple[Arrays, Card]
 ) -> None:
-    import polars as pl
 
     arrays, card = read
     train = machines(6, 9)
@@ -312,7 +344,6 @@ def test_the_group_least_like_the_labelled_ones_is_to_be_labelled_next(
 def test_without_labelled_test_rows_the_evidence_comes_from_groups_held_out(
     tmp_path: Path, read: tuple[Arrays, Card]
 ) -> None:
-    import polars as pl
 
     arrays, card = read
     test = machines(2, 8, name="t").with_columns(rul=pl.lit(None, pl.Float64), failing=pl.lit(None, pl.Int64))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.client.data.sites import fleet, write_site
+from tests.windows import batch_of
 from trunkline.client.data import WindowSet, open_data
 from trunkline.client.data.windows import ends_of, segments
 
@@ -49,18 +50,18 @@ def by_hand(lengths: list[int], values: np.ndarray, window: int, stride: int) ->
 def test_windows_equal_the_slow_obvious_ones(lengths: list[int], window: int, stride: int, channels: int) -> None:
     samples = window_set(lengths, window, stride, channels)
     expected = by_hand(lengths, samples.values, window, stride)
-    batch = samples.batch(slice(None))
+    batch = batch_of(samples)
     assert batch.shape == (len(expected), channels, window)
     assert batch.flags.c_contiguous
     assert batch.dtype == np.float32
     assert batch.tolist() == expected
     shuffled = np.random.default_rng(0).permutation(len(samples))
-    assert np.array_equal(samples.batch(shuffled), batch[shuffled])
+    assert np.array_equal(batch_of(samples, shuffled), batch[shuffled])
 
 
 def test_rows_are_samples_without_a_window() -> None:
     samples = window_set([5, 3], None)
-    assert np.array_equal(samples.batch(np.array([7, 0])), samples.values[[7, 0]])
+    assert np.array_equal(batch_of(samples, np.array([7, 0])), samples.values[[7, 0]])
     assert np.array_equal(samples.codes(np.array([7, 0])), samples.categorical[[7, 0]])
 
 
@@ -74,7 +75,7 @@ def test_spread_takes_as_many_as_asked_evenly_and_always_the_same(lengths: list[
     assert np.all(np.diff(some.ends) > 0)
     # evenly: no stretch without a sample is more than about twice the fair share
     assert np.diff(np.concatenate([[-1], some.ends, [len(samples.values)]])).max() <= 2 * (sum(lengths) / len(some)) + 1
-    assert np.array_equal(some.batch(slice(None)), samples.batch(some.ends))
+    assert np.array_equal(batch_of(some), batch_of(samples, some.ends))
 
 
 def test_a_subset_keeps_labels_groups_and_order_together() -> None:
@@ -134,7 +135,7 @@ def test_no_measurement_is_in_the_windows_of_two_parts(
     )
     site = open_data(folder, folder / "state")
     parts = {"train": site.train, "validation": site.validation, "test": site.test}
-    seen = {name: set(part.batch(slice(None)).ravel().tolist()) for name, part in parts.items()}
+    seen = {name: set(batch_of(part).ravel().tolist()) for name, part in parts.items()}
     assert all(seen.values())
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
@@ -156,7 +157,7 @@ def test_one_to_two_hundred_channels(tmp_path: Path) -> None:
         names = [f"c{place}" for place in range(channels)]
         folder = write_site(tmp_path / str(channels), fleet(5, channels), channels=names, window=130)
         site = open_data(folder, folder / "state")
-        assert site.train.batch(np.arange(4)).shape == (4, channels, 130)
+        assert batch_of(site.train, np.arange(4)).shape == (4, channels, 130)
         assert site.channels == tuple(names)
 
 

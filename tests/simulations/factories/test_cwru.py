@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
+from tests.windows import batch_of
 from trunkline.client.data import open_data
 from trunkline.config.site import read_site
 from trunkline.errors import ConfigError, DataError
@@ -80,7 +81,7 @@ def test_a_sample_is_the_spectra_of_its_stretch_in_its_part(bearings: Path, tmp_
             for place in (0, len(starts) - 1):
                 start = starts[place]
                 expected = (slow_spectra(readings[record][start : start + STRETCH]) - mean) / std
-                assert np.allclose(samples.batch(own[[place]])[0].T, expected, atol=2e-3)
+                assert np.allclose(batch_of(samples, own[[place]])[0].T, expected, atol=2e-3)
             words = [data.tasks[task].classes[int(samples.labels[task][own[0]])] for task in ("damage", "size")]  # type: ignore[attr-defined]
             assert record == f"{words[0]}{int(words[1]):03d}_2hp"
 

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.windows import batch_of
 from trunkline.client.check import check_site
 from trunkline.client.data import SiteData, open_data
 from trunkline.config.site import read_site
@@ -199,7 +200,7 @@ def test_nearest_neighbour_shows_what_the_split_by_cycle_hides(real_data: Path, 
 
     def told(site: Path, state: Path) -> float:
         data = open_data(site, state)
-        train, test = (part.batch(np.arange(len(part))) for part in (data.train, data.test))
+        train, test = (batch_of(part, np.arange(len(part))) for part in (data.train, data.test))
         x, z = (part[:, :13].mean(axis=2) for part in (train, test))  # the mean level of each signal
         nearest = np.square(z[:, None] - x[None]).sum(axis=2).argmin(axis=1)
         return float((data.train.labels["valve"][nearest] == data.test.labels["valve"]).mean())

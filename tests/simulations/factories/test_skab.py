@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.windows import batch_of
 from trunkline.client.check import check_site
 from trunkline.client.data import open_data
 from trunkline.config.site import read_site
@@ -71,7 +72,7 @@ def test_windows_stay_within_their_part_of_their_experiment(testbed: Path, tmp_p
                 seen = part.order[part.groups == code]
                 assert seen.tolist() == own[first : first + len(seen)]
                 # the first window is its first row again and again: nothing of the part before reaches into it
-                window = part.batch(np.flatnonzero(part.groups == code)[:1])[0]
+                window = batch_of(part, np.flatnonzero(part.groups == code)[:1])[0]
                 assert (window == window[:, :1]).all()
         assert {name[-4:] for name in np.array(data.test.group_names)[np.unique(data.test.groups)]} == {"tail"}
 

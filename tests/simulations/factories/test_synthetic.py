@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.windows import batch_of
 from trunkline.client.data import SiteData, WindowSet, open_data
 from trunkline.config.site import read_site
 from trunkline.errors import ConfigError
@@ -33,7 +34,7 @@ def groups(part: WindowSet) -> set[str]:
 
 def features(part: WindowSet) -> Matrix:
     """(n, 4 * channels + 1): last value, mean, spread and slope of every channel over the window, and a constant."""
-    windows = np.nan_to_num(part.batch(np.arange(len(part)))).astype(np.float64)  # (n, channels, window)
+    windows = np.nan_to_num(batch_of(part, np.arange(len(part)))).astype(np.float64)  # (n, channels, window)
     clock = np.linspace(-1, 1, windows.shape[2])
     columns = [windows[:, :, -1], windows.mean(axis=2), windows.std(axis=2), windows @ clock]
     return np.hstack([*columns, np.ones((len(part), 1))])

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.windows import batch_of
 from trunkline.client.data import open_data
 from trunkline.config.site import read_site
 from trunkline.errors import ConfigError, DataError
@@ -85,7 +86,7 @@ def test_no_window_crosses_from_one_run_or_part_into_another(process: Path, tmp_
     for part in (data.train, data.validation, data.test):
         starts = np.flatnonzero(np.diff(part.groups, prepend=-1))
         for start in starts:
-            window = part.batch(np.array([start]))[0]
+            window = batch_of(part, np.array([start]))[0]
             assert (window == window[:, :1]).all()  # before a run's first row there is only that row
 
 

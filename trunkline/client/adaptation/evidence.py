@@ -73,13 +73,13 @@ def collect(adapted: Adapted, *, curve: bool = True) -> Evidence:
     }
 
 
-def judged(task: Task, model: TrunkModel, workshop: CandidateBuilder, outputs: Tensor) -> tuple[Task, NDArray[Any]]:
-    """A copy of `task`, settled for `model` where its kind wants that, and its predictions for `outputs`."""
-    own = copy.copy(task)
-    if own.fits_outputs:
-        train = outputs_of(model, workshop.resident, {own.name: own})[own.name]
-        own.fit_outputs(train, workshop.samples.labels[own.name])
-    return own, own.predict(outputs)
+def settled(task: Task, model: TrunkModel, workshop: CandidateBuilder) -> Task:
+    """A copy of `task` that has seen what `model` gives for the training samples, where its kind wants that."""
+    task = copy.copy(task)
+    if task.fits_outputs:
+        train = outputs_of(model, workshop.resident, {task.name: task})[task.name]
+        task.fit_outputs(train, workshop.samples.labels[task.name])
+    return task
 
 
 def _gains(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, Any]]:
@@ -100,8 +100,8 @@ def _gains(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, An
             on = "held-out groups"
         scored = {}
         for who, output in found.items():
-            own, prediction = judged(task, models[who], workshop, output)
-            scored[who] = Scored(own, prediction)
+            calibrated = settled(task, models[who], workshop)
+            scored[who] = Scored(calibrated, calibrated.predict(output))
         seed = seed_of(workshop.seed, "evidence", name)
         gains = {
             who: {
@@ -164,8 +164,8 @@ def _curve(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, An
         for task in workshop.tasks.values():
             values = {}
             for who, model in made.items():
-                own, prediction = judged(task, model, workshop, outputs[who][task.name])
-                values[who] = own.score(prediction, scored.labels[task.name])
+                calibrated = settled(task, model, workshop)
+                values[who] = calibrated.score(calibrated.predict(outputs[who][task.name]), scored.labels[task.name])
             point["tasks"][task.name] = values
         points.append(point)
     return points
@@ -218,8 +218,9 @@ def write(adapted: Adapted, evidence: Evidence, out: Path) -> None:
         write_private(out / name, text.encode(), *seal_of(out / name), mode=0o644)
     site, workshop = adapted.site, adapted.workshop
     about = {key: evidence[key] for key in ("site", "choice", "release")}
+    tasks = {name: settled(task, adapted.model, workshop) for name, task in workshop.tasks.items()}
     write_model(
-        out / MODEL, adapted.model, adapted.card.trunk, workshop.tasks, site.scaler, site.config.data.window,
+        out / MODEL, adapted.model, adapted.card.trunk, tasks, site.scaler, site.config.data.window,
         site.category_names, adapted.card.seed, about,
     )  # fmt: skip
 

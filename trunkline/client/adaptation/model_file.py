@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trunkline.client.data import Scaler
+from trunkline.client.data import Scaler, WindowSet
+from trunkline.client.training.device_dataset import DeviceDataset
+from trunkline.client.training.loop import outputs_of
 from trunkline.config.renames import current
 from trunkline.config.tasks import TaskConfig
 from trunkline.errors import StorageError, TrunklineError
@@ -33,7 +35,7 @@ class StoredModel:
     Args:
         scaler: raw rows -> what `model` reads.
         window: rows a window, or None for single rows.
-        card: everything else that was said of it, as plain values.
+        card: everything else that the file says of the model, as plain values.
     """
 
     model: TrunkModel
@@ -42,15 +44,19 @@ class StoredModel:
     window: int | None
     card: dict[str, Any]
 
-    @torch.inference_mode()
-    def predict(self, windows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """Scaled windows (n, channels, window), or rows (n, channels) -> task -> predictions as its kind gives them."""
-        self.model.eval()
-        x = torch.from_numpy(np.ascontiguousarray(windows))
-        outputs = self.model(x)
-        return {
-            name: task.predict(task.combine_with_inputs(outputs[name].float(), x)) for name, task in self.tasks.items()
-        }
+    def predict(self, samples: WindowSet) -> dict[str, NDArray[np.float32]]:
+        """What each task predicts for the samples, by the forward pass that evaluation makes.
+
+        Args:
+            samples: n windows or rows of the site, scaled as its training rows, with their categorical codes; such as
+                `open_data(folder).test`.
+
+        Returns:
+            task -> (n,) or (n, k), as its kind gives predictions.
+        """
+        data = DeviceDataset.of(samples, torch.device("cpu"))
+        outputs = outputs_of(self.model, data, self.tasks)
+        return {name: task.predict(outputs[name]) for name, task in self.tasks.items()}
 
 
 def write_model(
@@ -59,6 +65,9 @@ def write_model(
 ) -> None:  # fmt: skip
     """Put a model at `path`; it belongs to the site, and nothing sends it anywhere. Below a sealed state it is encrypted.
 
+    Args:
+        tasks: settled for this model, where their kinds want that (`Task.fits_outputs`).
+
     Raises:
         StorageError: the file cannot be written. TrustError: the state is sealed and its key is not here.
     """
@@ -66,7 +75,7 @@ def write_model(
         "format": FORMAT,
         "trunk": spec.model_dump(),
         "window": window,
-        "categories": [list(one) for one in categories],
+        "categories": [list(names) for names in categories],
         "scaler": scaler.to_dict(),
         "seed": seed,
         "tasks": {name: {"config": task.config.model_dump(mode="json", exclude_unset=True), "state": task.state()} for name, task in tasks.items()},
@@ -95,9 +104,9 @@ def read_model(path: Path) -> StoredModel:
                 f"{path}: format {card['format']}; this Trunkline reads {FORMAT}. Update the older of the two."
             )
         tasks = {}
-        for name, one in card["tasks"].items():
-            tasks[name] = make_task(name, TaskConfig.model_validate(current(TaskConfig, one["config"])))
-            tasks[name].load_state(one["state"])
+        for name, entry in card["tasks"].items():
+            tasks[name] = make_task(name, TaskConfig.model_validate(current(TaskConfig, entry["config"])))
+            tasks[name].load_state(entry["state"])
         scaler = Scaler.from_dict(card["scaler"])
         model = build_model(
             TrunkSpec.model_validate(card["trunk"]), window=card["window"], channels=len(scaler.channels),

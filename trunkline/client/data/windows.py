@@ -41,15 +41,6 @@ class WindowSet:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def batch(self, index: Index) -> NDArray[np.float32]:
-        """The samples at `index`: (b, channels, window), or (b, channels) for rows; C-contiguous."""
-        ends = self.ends[index]
-        if self.window is None:
-            return self.values[ends]
-        rows = ends[:, None] + np.arange(1 - self.window, 1)
-        np.maximum(rows, self.first[index][:, None], out=rows)
-        return np.ascontiguousarray(self.values[rows].swapaxes(1, 2))  # (b, window, channels) -> (b, channels, window)
-
     def codes(self, index: Index) -> Rows:
         """The categorical codes of the samples at `index`: (b, k)."""
         return self.categorical[self.ends[index]]
