@@ -25,7 +25,7 @@ from trunkline.protocol.contract import TaskCard
 from trunkline.protocol.frozen import Frozen
 from trunkline.protocol.plan import TrunkSpec
 from trunkline.runtime.storage import Sealing, write_private
-from trunkline.security.signatures import Sign, Signature, Verdict, digest_of, judge, nobody_signed
+from trunkline.security.signatures import Sign, Signature, Verdict, digest_arrays, unsigned_verdict, verify_signature
 
 FORMAT = 2  # 1 had no lineage and could not be signed
 READS = (1, FORMAT)
@@ -188,7 +188,7 @@ def write_release(path: Path, arrays: Arrays, card: Card, sign: Sign | None = No
         TrustError: it cannot be signed; an older file stays.
     """
     text = card.model_copy(update={"format": FORMAT}).model_dump_json()
-    signature = sign(_sha256(text), digest_of(arrays)) if sign is not None else None
+    signature = sign(_sha256(text), digest_arrays(arrays)) if sign is not None else None
     about = _About(card={"format": FORMAT}, text=text, names=tuple(arrays), signature=signature)
     # one key of metadata: the order of several would depend on their hashes
     write_tensors(path, arrays, {KEY: about.model_dump_json(exclude_none=True)})
@@ -281,11 +281,11 @@ def open_release(path: Path, authority: x509.Certificate | None = None) -> Relea
             raise StorageError(f"{path}: damaged: its arrays are not the ones its card lists. Copy it again.")
         arrays = Arrays({name: tensors[name] for name in names})
         if about.signature is not None:
-            verdict = judge(str(path), about.signature, hashed, digest_of(arrays), authority)
+            verdict = verify_signature(str(path), about.signature, hashed, digest_arrays(arrays), authority)
         elif file_format == 1:
-            verdict = nobody_signed(str(path), "it is of format 1, which nobody could sign yet")
+            verdict = unsigned_verdict(str(path), "it is of format 1, which nobody could sign yet")
         else:
-            verdict = nobody_signed(str(path))
+            verdict = unsigned_verdict(str(path))
         card = _card(about.text, file_format, verdict)
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

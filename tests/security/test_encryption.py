@@ -18,15 +18,15 @@ from trunkline.security.encryption import (
     SETTINGS,
     Seal,
     find_seal,
+    find_seal_of,
     is_sealed,
     key_name,
     make_seal,
     read_keys,
-    remember,
-    seal_of,
-    sealed_by,
+    sealing_key_name,
     stored_keys,
     write_keys,
+    write_settings,
 )
 
 A, B = b"a" * 32, b"b" * 32
@@ -51,7 +51,7 @@ def ring(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], str]:
 def test_what_is_closed_opens_to_the_same_bytes_and_costs_53_more(data: bytes, about: str) -> None:
     closed = SEAL.close(data, about)
     assert is_sealed(closed)
-    assert sealed_by(closed) == SEAL.name == key_name(A)
+    assert sealing_key_name(closed) == SEAL.name == key_name(A)
     assert len(closed) == len(data) + OVERHEAD
     assert SEAL.open(closed, about, "x") == data
 
@@ -116,7 +116,7 @@ def test_a_newer_key_seals_and_the_older_still_opens() -> None:
 def test_a_folder_without_a_seal_has_none(tmp_path: Path) -> None:
     assert find_seal(tmp_path) is None
     assert find_seal(tmp_path / "absent") is None
-    assert seal_of(tmp_path / "a" / "b") == (None, "")
+    assert find_seal_of(tmp_path / "a" / "b") == (None, "")
 
 
 def test_the_default_key_lies_outside_the_state_and_is_found_again(
@@ -237,7 +237,7 @@ def test_a_damaged_seal_toml_is_not_taken_for_no_seal(tmp_path: Path, text: str)
 def test_an_older_key_may_be_remembered_while_a_newer_one_already_seals(tmp_path: Path) -> None:
     source = f"file:{tmp_path / 'key'}"
     write_keys(source, (B, A))
-    remember(tmp_path / "state", Seal((B, A), source), key_name(A))
+    write_settings(tmp_path / "state", Seal((B, A), source), key_name(A))
     seal = find_seal(tmp_path / "state")
     assert seal is not None
     assert seal.name == key_name(B)
@@ -337,9 +337,11 @@ def test_a_version_put_under_another_round_run_or_name_does_not_open(tmp_path: P
 
 
 def test_a_process_that_seals_nothing_gets_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trunkline.security.encryption import make_seal, without_key
+    from trunkline.security.encryption import environment_without_key, make_seal
 
     monkeypatch.setenv("PLANT_KEY", base64.b64encode(bytes(range(32))).decode())
-    assert without_key({"PLANT_KEY": "k", "A": "b"}, tmp_path) == {"PLANT_KEY": "k", "A": "b"}, "nothing is sealed here"
+    assert environment_without_key({"PLANT_KEY": "k", "A": "b"}, tmp_path) == {"PLANT_KEY": "k", "A": "b"}, (
+        "nothing is sealed here"
+    )
     make_seal(tmp_path, "env:PLANT_KEY")
-    assert without_key({"PLANT_KEY": "k", "A": "b"}, tmp_path) == {"A": "b"}
+    assert environment_without_key({"PLANT_KEY": "k", "A": "b"}, tmp_path) == {"A": "b"}

@@ -35,7 +35,7 @@ def client_join(
     from trunkline.errors import ConfigError
     from trunkline.security.encryption import find_seal
     from trunkline.security.enrolment import Code
-    from trunkline.security.keys import fingerprint, spoken
+    from trunkline.security.keys import fingerprint, group_digits
 
     folder = (state or state_of(site_dir)).resolve()
     parsed = Code.parse(code)
@@ -54,7 +54,7 @@ def client_join(
     typer.echo(
         f"{joined.membership.site} has joined {joined.membership.federation!r}, until {joined.certificate.not_valid_after_utc:%Y-%m-%d}."
     )
-    typer.echo(f"Fingerprint of its authority: {spoken(fingerprint(joined.authority))}")
+    typer.echo(f"Fingerprint of its authority: {group_digits(fingerprint(joined.authority))}")
     if (seal := find_seal(folder)) is not None:
         typer.echo(
             f"Private state is sealed with {seal.source}. Keep a copy of that elsewhere: without it nothing opens."

@@ -37,13 +37,13 @@ def server_init(
     An existing federation is never overwritten.
     """
     from trunkline.security.encryption import find_seal
-    from trunkline.security.keys import fingerprint, spoken
+    from trunkline.security.keys import fingerprint, group_digits
     from trunkline.server.membership import authority
 
     certificate = authority.init(state.resolve(), name, tuple(host or ()), key, site_days, server_days)
     seal = find_seal(state.resolve())
     typer.echo(f"Federation {name!r} in {state}.")
-    typer.echo(f"Fingerprint of its authority: {spoken(fingerprint(certificate))}")
+    typer.echo(f"Fingerprint of its authority: {group_digits(fingerprint(certificate))}")
     if seal is not None:
         typer.echo(f"Its keys are sealed with {seal.source}. Keep a copy of that elsewhere: without it nothing opens.")
     typer.echo(f"Next: trunkline server start --state {state}, and trunkline server invite SITE --state {state}")
@@ -64,7 +64,7 @@ def server_invite(
     An earlier unused code for the same site becomes invalid.
     """
     from trunkline.runtime.lock import listening_port
-    from trunkline.security.keys import fingerprint, spoken
+    from trunkline.security.keys import fingerprint, group_digits
     from trunkline.server.gateway.routes import PORT
     from trunkline.server.membership.authority import Authority
 
@@ -74,7 +74,7 @@ def server_invite(
     typer.echo(f"Code for {site}, good once, until {invitation.expires}:\n\n    {code}\n")
     port = port or listening_port(state.resolve()) or PORT
     typer.echo(f"At the plant: trunkline client join SITE_DIR {host}:{port} --code CODE")
-    typer.echo(f"Both should see the authority's fingerprint: {spoken(fingerprint(opened.certificate))}")
+    typer.echo(f"Both should see the authority's fingerprint: {group_digits(fingerprint(opened.certificate))}")
 
 
 @server.command("admit")
@@ -133,12 +133,12 @@ def server_rotate(state: ServerState = Path("trunkline-server")) -> None:
 
     The next connection uses them. A running server also rotates by itself before the certificate expires.
     """
-    from trunkline.security.keys import fingerprint, spoken
+    from trunkline.security.keys import fingerprint, group_digits
     from trunkline.server.membership.authority import Authority
 
     certificate = Authority.open(state.resolve()).rotate_server("asked for by the operator")
     typer.echo(
-        f"New server certificate, valid until {certificate.not_valid_after_utc:%Y-%m-%d}: {spoken(fingerprint(certificate))}"
+        f"New server certificate, valid until {certificate.not_valid_after_utc:%Y-%m-%d}: {group_digits(fingerprint(certificate))}"
     )
 
 

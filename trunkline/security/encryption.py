@@ -36,7 +36,7 @@ def key_name(key: bytes) -> str:
     return _name(key).hex()
 
 
-def sealed_by(data: bytes) -> str:
+def sealing_key_name(data: bytes) -> str:
     """The name of the key that sealed `data`; of other data nothing that means anything."""
     return data[len(MAGIC) : len(MAGIC) + NAME].hex()
 
@@ -75,7 +75,7 @@ class Seal:
             TrustError: not sealed, or sealed with a key that is not here: no damage, so no reason to pass it over.
             StorageError: altered, or sealed as something else. `where` is named.
         """
-        key = next((one for one in self.keys if is_sealed(data) and key_name(one) == sealed_by(data)), None)
+        key = next((one for one in self.keys if is_sealed(data) and key_name(one) == sealing_key_name(data)), None)
         if key is not None:
             found = _decrypted(key, data, about)
         elif any(_decrypted(one, data, about) is not None for one in self.keys):
@@ -88,7 +88,7 @@ class Seal:
         else:
             known = ", ".join(key_name(one) for one in self.keys)
             raise TrustError(
-                f"{where}: sealed with key {sealed_by(data)}; {self.source} holds {known}. Nothing was changed. Give the key it "
+                f"{where}: sealed with key {sealing_key_name(data)}; {self.source} holds {known}. Nothing was changed. Give the key it "
                 "was sealed with."
             )
         if found is None:
@@ -112,7 +112,7 @@ def _decrypted(key: bytes, data: bytes, about: str) -> bytes | None:
         return None
 
 
-def without_key(environment: Mapping[str, str], state: Path) -> dict[str, str]:
+def environment_without_key(environment: Mapping[str, str], state: Path) -> dict[str, str]:
     """An environment for a process that seals nothing: where the key comes from the environment, it is not in this one."""
     found = find_seal(state)
     kind, _, name = found.source.partition(":") if found is not None else ("", "", "")
@@ -156,7 +156,7 @@ def make_seal(state: Path, source: str | None = None) -> Seal:
         TrustError: as `find_seal`; or another source is named than the one in use.
     """
     found = find_seal(state)
-    source = absolute(source, state) if source is not None else None
+    source = absolute_source(source, state) if source is not None else None
     if found is not None:
         if source is not None and source != found.source:
             raise TrustError(
@@ -167,11 +167,11 @@ def make_seal(state: Path, source: str | None = None) -> Seal:
     if source.startswith(("file:", "keyring:")) and not stored_keys(source):
         write_keys(source, (secrets.token_bytes(32),))
     seal = Seal(read_keys(source), source)
-    remember(state, seal)
+    write_settings(state, seal)
     return seal
 
 
-def seal_of(path: Path) -> tuple[Seal | None, str]:
+def find_seal_of(path: Path) -> tuple[Seal | None, str]:
     """The seal of the state folder that `path` lies in, and what `path` is sealed as there; outside of any, None.
 
     Raises:
@@ -184,7 +184,7 @@ def seal_of(path: Path) -> tuple[Seal | None, str]:
     return None, ""
 
 
-def remember(state: Path, seal: Seal, key: str | None = None) -> None:
+def write_settings(state: Path, seal: Seal, key: str | None = None) -> None:
     """Say in the state folder which key seals it from now on; `key`: the name of an older one of `seal` until all is done."""
     about = "# where the key to this folder comes from, and its name; the key itself is not here"
     # a JSON string is a TOML string, whatever quotes a path has
@@ -194,7 +194,7 @@ def remember(state: Path, seal: Seal, key: str | None = None) -> None:
     write_atomic(state / SETTINGS, text.encode())
 
 
-def absolute(source: str, state: Path) -> str:
+def absolute_source(source: str, state: Path) -> str:
     """The same source wherever a command or a daemon is started from."""
     kind, _, rest = source.partition(":")
     if kind != "file":

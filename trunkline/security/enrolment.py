@@ -33,7 +33,7 @@ SECRET, PREFIX = 16, 16  # bytes of a code: what only both ends know, and of the
 LIMIT = 65_536  # bytes of any of these bodies
 
 
-class Known(Frozen):
+class AuthorityInfo(Frozen):
     """Down, to an invitation or a certificate: whose federation it is, and whom it was made for. Not to be trusted as it comes."""
 
     authority: str

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from trunkline.errors import StorageError, TamperError, TrustError
 from trunkline.runtime.storage import write_atomic
 from trunkline.security.encryption import Seal
-from trunkline.security.keys import now, sign, signed
+from trunkline.security.keys import is_signed, now, sign
 
 START = "0" * 64  # what the first line calls the hash of the line before it
 
@@ -145,7 +145,7 @@ class Chain:
             raise TamperError(f"{place}: is not a line of a chain any more.")
         if _hash(n, at, prior, text) != found:
             raise TamperError(f"{place}: was altered (its hash does not match).")
-        if not signed(public, self.purpose, bytes.fromhex(found), by):
+        if not is_signed(public, self.purpose, bytes.fromhex(found), by):
             raise TamperError(f"{place}: was not written by the holder of the key (its signature does not match).")
         return n, at, prior, text, found
 
@@ -175,7 +175,7 @@ class Chain:
             number, found, by = (head[key] for key in ("n", "hash", "signature"))
             whole = json.dumps({"n": number, "hash": found, "signature": by}).encode() == data
             whole = whole and type(number) is int and by == bytes.fromhex(by).hex()
-            if whole and signed(public, self.purpose + " head", f"{number} {found}".encode(), by):
+            if whole and is_signed(public, self.purpose + " head", f"{number} {found}".encode(), by):
                 return number, str(found)
         except FileNotFoundError:
             return None

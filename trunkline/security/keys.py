@@ -89,7 +89,7 @@ def fingerprint(certificate: x509.Certificate) -> str:
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
-def spoken(digits: str) -> str:
+def group_digits(digits: str) -> str:
     """Hexadecimal digits in groups of four, for two people on the telephone."""
     return " ".join(digits[at : at + 4] for at in range(0, len(digits), 4)).upper()
 
@@ -117,7 +117,7 @@ def read_certificate(path: Path) -> x509.Certificate:
     return _load(path, lambda data: load_certificate(data, str(path)))  # type: ignore[no-any-return]
 
 
-def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     """Whether `authority`'s key signed `certificate`; says nothing of dates or use."""
     try:
         certificate.verify_directly_issued_by(authority)
@@ -126,14 +126,14 @@ def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> boo
     return True
 
 
-def left(certificate: x509.Certificate) -> timedelta:
+def time_left(certificate: x509.Certificate) -> timedelta:
     """How long it is still valid; negative after its end."""
     return certificate.not_valid_after_utc - now()
 
 
-def due(certificate: x509.Certificate) -> bool:
+def needs_renewal(certificate: x509.Certificate) -> bool:
     """Whether it should be renewed: less than a third of its life is left."""
-    return left(certificate) < (certificate.not_valid_after_utc - certificate.not_valid_before_utc) / 3
+    return time_left(certificate) < (certificate.not_valid_after_utc - certificate.not_valid_before_utc) / 3
 
 
 def check_clock(*here: x509.Certificate) -> None:
@@ -164,10 +164,10 @@ def expiry_warning(certificate: x509.Certificate, whose: str, remedy: str) -> st
             f"{whose} is valid from {_day(certificate.not_valid_before_utc)} on, and the clock here says {_day(now())}: "
             "set the clock (NTP)."
         )
-    if left(certificate) < timedelta(0):
+    if time_left(certificate) < timedelta(0):
         return f"{whose} has expired on {_day(certificate.not_valid_after_utc)}. {remedy}"
-    if due(certificate):
-        hours = left(certificate) / timedelta(hours=1)
+    if needs_renewal(certificate):
+        hours = time_left(certificate) / timedelta(hours=1)
         when = f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.1f} hours"
         return f"{whose} expires in {when}, on {_day(certificate.not_valid_after_utc)}. {remedy}"
     return ""
@@ -201,7 +201,7 @@ def sign(key: Ed25519PrivateKey, purpose: str, data: bytes) -> str:
     return key.sign(_bound(purpose, data)).hex()
 
 
-def signed(public: Ed25519PublicKey, purpose: str, data: bytes, signature: str) -> bool:
+def is_signed(public: Ed25519PublicKey, purpose: str, data: bytes, signature: str) -> bool:
     """Whether `signature` is of `data`, by the key behind `public`, for `purpose`."""
     try:
         public.verify(bytes.fromhex(signature), _bound(purpose, data))

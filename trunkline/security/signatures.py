@@ -25,11 +25,11 @@ from trunkline.security.keys import (
     certificate_pem,
     common_name,
     fingerprint,
-    issued_by,
+    group_digits,
+    is_issued_by,
+    is_signed,
     load_certificate,
     sign,
-    signed,
-    spoken,
 )
 
 RELEASES = "trunkline release"  # common name of a certificate that releases are signed with
@@ -69,7 +69,7 @@ def _statement(card: str, arrays: str, signed_at: str) -> bytes:
     return hashlib.sha256(json.dumps([card, arrays, signed_at]).encode()).digest()
 
 
-def digest_of(arrays: Arrays) -> str:
+def digest_arrays(arrays: Arrays) -> str:
     """sha256 over the names in order, and names, dtypes, shapes and bytes."""
     return hashlib.sha256(json.dumps([list(arrays), arrays.digest()]).encode()).hexdigest()
 
@@ -124,13 +124,15 @@ class Verdict:
             )
 
 
-def nobody_signed(where: str, why: str = "nobody signed it") -> Verdict:
+def unsigned_verdict(where: str, why: str = "nobody signed it") -> Verdict:
     """On a file that carries no signature."""
     text = f"{where}: {why}, so anybody may have made or altered it."
     return Verdict(text, TrustError(text))
 
 
-def judge(where: str, signature: Signature, card: str, arrays: str, authority: x509.Certificate | None) -> Verdict:
+def verify_signature(
+    where: str, signature: Signature, card: str, arrays: str, authority: x509.Certificate | None
+) -> Verdict:
     """What a signature is worth.
 
     Args:
@@ -154,7 +156,7 @@ def judge(where: str, signature: Signature, card: str, arrays: str, authority: x
     federation = common_name(authority)
     until = _day(certificate.not_valid_after_utc)
     text = (
-        f"{where}: as the centre of {federation!r} signed it on {_day(at)}, with certificate {spoken(claim.signer[:16])} "
+        f"{where}: as the centre of {federation!r} signed it on {_day(at)}, with certificate {group_digits(claim.signer[:16])} "
         f"(valid until {until})."
     )
     return replace(claim, text=text, federation=federation)
@@ -184,7 +186,7 @@ def _open(where: str, signature: Signature) -> tuple[x509.Certificate, Ed25519Pu
 
 
 def _check_hashes(where: str, signature: Signature, public: Ed25519PublicKey | None, card: str, arrays: str) -> None:
-    if public is not None and not signed(public, PURPOSE, signature.statement, signature.value):
+    if public is not None and not is_signed(public, PURPOSE, signature.statement, signature.value):
         raise TamperError(
             f"{where}: its signature was not made with the key of its certificate: one of the two was altered. "
             "Do not use it; fetch the file from the centre again."
@@ -209,7 +211,7 @@ def check_certificate(where: str, certificate: x509.Certificate, authority: x509
     """Raise TrustError unless `authority` issued this certificate, for releases, and it was valid `at` that moment."""
     ours, theirs = common_name(authority), certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     issuer = str(theirs[0].value) if theirs else ""
-    if not issued_by(certificate, authority):
+    if not is_issued_by(certificate, authority):
         other = f"another authority that calls itself {ours!r} too" if issuer == ours else f"{issuer!r}"
         raise TrustError(f"{where}: signed by another federation: its certificate is of {other}, expected {ours!r}.")
     try:

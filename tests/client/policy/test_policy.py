@@ -25,7 +25,7 @@ from trunkline.models.trunk import first_trunk
 from trunkline.protocol.contract import metric_names
 from trunkline.protocol.messages import ScoreRequest
 from trunkline.protocol.plan import About, Conditions, GuardSettings, LocalPlan, TrunkSpec
-from trunkline.security.encryption import is_sealed, make_seal, sealed_by
+from trunkline.security.encryption import is_sealed, make_seal, sealing_key_name
 from trunkline.server.reporting.report import read_report
 
 SPEC = TrunkSpec(width=16)
@@ -419,7 +419,7 @@ def test_a_contract_goes_with_the_state_when_it_is_sealed_and_when_its_key_chang
     assert contracts.known(plant.state, "quick-1").verdict == "accepted"
     told: list[str] = []
     second = rekey(plant.state, forget=True, tell=told.append)
-    assert second.name != first.name and sealed_by(path.read_bytes()) == second.name, told
+    assert second.name != first.name and sealing_key_name(path.read_bytes()) == second.name, told
     assert contracts.known(plant.state, "quick-1").verdict == "accepted"
     assert not any("Left as it is" in text for text in told), told
 
@@ -456,7 +456,7 @@ def test_the_operator_is_said_by_the_run_file_or_is_the_account(plants: list[Pat
     for name, said in (("a", {"operator": "Hannes at the institute"}), ("b", {})):
         grid = federate(plants[:1], tmp_path / name, rounds=1, **said)
         told = json.loads(open_records(grid.down[0][2])[1])["about"]["operator"]
-        assert told == said.get("operator", f"{consent.account()}@{socket.gethostname()}"[:120])
+        assert told == said.get("operator", f"{consent.account_name()}@{socket.gethostname()}"[:120])
     with pytest.raises(ConfigError, match="`operator`"):
         parse_run({"operator": "a\x1b[31m"}, "run.toml")
 

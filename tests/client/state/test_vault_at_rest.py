@@ -43,8 +43,8 @@ from trunkline.security.encryption import (
     key_name,
     make_seal,
     read_keys,
-    remember,
     write_keys,
+    write_settings,
 )
 from trunkline.security.hash_chain import Chain
 from trunkline.server.reporting.report import read_report
@@ -211,7 +211,7 @@ def test_a_wrong_key_is_named_and_nothing_is_trained_or_written(
     moved = state.rename(tmp_path / "moved")  # a site is read once a process
     with pytest.raises(TrustError, match=rf"holds key {wrong.name}.*Nothing was changed"):
         opened(plants, moved)
-    remember(moved, Seal(wrong.keys, key_of(tmp_path)))  # even where seal.toml was made to fit it
+    write_settings(moved, Seal(wrong.keys, key_of(tmp_path)))  # even where seal.toml was made to fit it
     with pytest.raises(TrustError, match=r"split\.json: sealed with key"):
         opened(plants, moved)
     assert {name: data for name, data in files(moved).items() if name != SETTINGS} == {

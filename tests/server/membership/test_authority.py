@@ -22,10 +22,10 @@ from trunkline.errors import StorageError, TamperError, TrustError
 from trunkline.runtime.storage import write_atomic
 from trunkline.security.enrolment import AUTHORITY_PATH, HELLO_PATH, JOIN_PATH, RENEW_PATH, Admission, Code, JoinRequest
 from trunkline.security.keys import (
-    due,
-    issued_by,
+    is_issued_by,
     key_id,
     load_certificate,
+    needs_renewal,
     new_signing_key,
     new_site_key,
     read_certificate,
@@ -122,7 +122,7 @@ def test_the_authority_signs_and_what_it_signs_may_not(centre: Authority) -> Non
     server = read_certificate(centre.state / "server.crt")
     usage = {ExtendedKeyUsageOID.CLIENT_AUTH: site, ExtendedKeyUsageOID.SERVER_AUTH: server}
     for kind, certificate in usage.items():
-        assert issued_by(certificate, centre.certificate)
+        assert is_issued_by(certificate, centre.certificate)
         found = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         assert list(found) == [kind], "a site cannot pass for the server, nor the server for a site"
         assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -251,7 +251,7 @@ def test_what_ends_soon_is_said_ahead_of_time(centre: Authority, monkeypatch: py
     monkeypatch.setattr(trunkline.security.keys, "now", lambda: real() + timedelta(days=170))
     (server,) = authority.warnings(centre.state)
     assert server.startswith("the server's certificate expires in 10 days") and "trunkline server rotate" in server
-    assert due(read_certificate(centre.state / "server.crt"))
+    assert needs_renewal(read_certificate(centre.state / "server.crt"))
     monkeypatch.setattr(trunkline.security.keys, "now", lambda: real() + timedelta(days=366))
     assert any("press-07's certificate has expired" in one for one in authority.warnings(centre.state))
 

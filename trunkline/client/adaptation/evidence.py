@@ -32,7 +32,7 @@ from trunkline.models.tasks.task import Task
 from trunkline.models.trunk import TrunkModel
 from trunkline.protocol.arrays import seed_of
 from trunkline.runtime.storage import read_private, write_private
-from trunkline.security.encryption import seal_of
+from trunkline.security.encryption import find_seal_of
 
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200)  # labelled groups of the learning curve
 NEXT = 5  # groups named to be labelled next
@@ -215,7 +215,7 @@ def write(adapted: Adapted, evidence: Evidence, out: Path) -> None:
         StorageError: the folder cannot be written. TrustError: the state is sealed and its key is not here.
     """
     for name, text in ((EVIDENCE, json.dumps(evidence, indent=1, allow_nan=False) + "\n"), (PAGE, page(evidence))):
-        write_private(out / name, text.encode(), *seal_of(out / name), mode=0o644)
+        write_private(out / name, text.encode(), *find_seal_of(out / name), mode=0o644)
     site, workshop = adapted.site, adapted.workshop
     about = {key: evidence[key] for key in ("site", "choice", "release")}
     tasks = {name: settled(task, adapted.model, workshop) for name, task in workshop.tasks.items()}
@@ -233,7 +233,7 @@ def read(folder: Path) -> Evidence:
     """
     path = folder / EVIDENCE
     try:
-        found: Evidence = json.loads(read_private(path, *seal_of(path)))
+        found: Evidence = json.loads(read_private(path, *find_seal_of(path)))
     except FileNotFoundError:
         raise StorageError(f"{path}: no such file. `trunkline adapt` writes it; --from names another folder.") from None
     except (OSError, ValueError) as error:
@@ -243,7 +243,7 @@ def read(folder: Path) -> Evidence:
 
 def sealed(folder: Path) -> bool:
     """Whether what `write` puts there is encrypted."""
-    return seal_of(folder / PAGE)[0] is not None
+    return find_seal_of(folder / PAGE)[0] is not None
 
 
 def render(evidence: Evidence, console: Console) -> None:

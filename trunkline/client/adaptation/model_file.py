@@ -21,7 +21,7 @@ from trunkline.models.trunk import TrunkModel, build_model
 from trunkline.protocol.plan import TrunkSpec
 from trunkline.release import read_tensors, write_tensors
 from trunkline.runtime.storage import read_private
-from trunkline.security.encryption import seal_of
+from trunkline.security.encryption import find_seal_of
 
 FORMAT = 1
 MODEL = "model.safetensors"
@@ -81,7 +81,7 @@ def write_model(
         "tasks": {name: {"config": task.config.model_dump(mode="json", exclude_unset=True), "state": task.state()} for name, task in tasks.items()},
         **about,
     }  # fmt: skip
-    write_tensors(path, model.private(()), {KEY: json.dumps(card)}, *seal_of(path))
+    write_tensors(path, model.private(()), {KEY: json.dumps(card)}, *find_seal_of(path))
 
 
 def read_model(path: Path) -> StoredModel:
@@ -91,7 +91,7 @@ def read_model(path: Path) -> StoredModel:
         StorageError: the file is absent, damaged, of another format, or another kind of file.
         TrustError: it is encrypted and its key is not here, or it is plain and should not be.
     """
-    seal, about = seal_of(path)
+    seal, about = find_seal_of(path)
     try:
         content = read_private(path, seal, about)
     except OSError:

@@ -12,7 +12,7 @@ from trunkline.client.state.identity import Identity
 from trunkline.errors import ConfigError, TrustError
 from trunkline.protocol.plan import TrunkSpec
 from trunkline.release import Card, Figure, Lineage
-from trunkline.security.keys import read_certificate, spoken
+from trunkline.security.keys import group_digits, read_certificate
 from trunkline.security.signatures import Verdict
 
 MOST = 40  # sites listed one by one
@@ -89,7 +89,7 @@ def _facts(card: Card, verdict: Verdict) -> list[tuple[str, str]]:
         claimed = "" if verdict.right else " (its own words)"
         facts += [
             ("signed", f"{verdict.signed_at} for {verdict.federation or 'nobody'}{claimed}"),
-            ("certificate", spoken(verdict.signer)),
+            ("certificate", group_digits(verdict.signer)),
         ]
     else:
         facts.append(("signed", "no"))

@@ -23,7 +23,7 @@ from trunkline.flower.control import environment
 from trunkline.runtime.child import Child
 from trunkline.runtime.programs import is_loopback, make_secret, print_line
 from trunkline.runtime.supervisor import Supervisor
-from trunkline.security.encryption import without_key
+from trunkline.security.encryption import environment_without_key
 from trunkline.security.keys import check_clock, read_certificate
 
 LOCAL = "127.0.0.1:9140"  # where a centre on this machine listens unless told otherwise
@@ -156,7 +156,7 @@ def children_of(
     ]
     env = environment(state)
     return [
-        Child("supernode", node, without_key(env, state), state / "logs" / "supernode.log"),
+        Child("supernode", node, environment_without_key(env, state), state / "logs" / "supernode.log"),
         Child("executor", worker, env, state / "logs" / "executor.log"),
     ]
 

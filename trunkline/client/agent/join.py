@@ -39,11 +39,11 @@ from trunkline.security.enrolment import (
     JOIN_PATH,
     RENEW_PATH,
     Admission,
+    AuthorityInfo,
     Code,
     Hello,
     JoinFile,
     JoinRequest,
-    Known,
     RenewRequest,
 )
 from trunkline.security.keys import (
@@ -51,7 +51,7 @@ from trunkline.security.keys import (
     check_clock,
     common_name,
     fingerprint,
-    issued_by,
+    is_issued_by,
     key_id,
     key_pem,
     load_certificate,
@@ -117,7 +117,7 @@ def join(site_dir: Path, state: Path, server: str, code: Code, key: str | None =
         first.check_hostname, first.verify_mode = False, ssl.CERT_NONE
         first.minimum_version = ssl.TLSVersion.TLSv1_3
         first.load_cert_chain(certificate, secret)
-        known = _get(server, AUTHORITY_PATH, first, Known)
+        known = _get(server, AUTHORITY_PATH, first, AuthorityInfo)
         authority = load_certificate(known.authority.encode(), server)
         if not code.names(authority):
             raise TrustError(
@@ -252,7 +252,7 @@ def _check(certificate: x509.Certificate, authority: x509.Certificate, key: Any,
         raise TrustError(
             "the centre's certificate is for another key than the one made here. Nothing was changed; join again."
         )
-    if not issued_by(certificate, authority) or common_name(certificate) != site:
+    if not is_issued_by(certificate, authority) or common_name(certificate) != site:
         raise TrustError(
             f"the centre's certificate is not {site}'s, or not by its authority. Nothing was changed; join again."
         )

@@ -15,7 +15,7 @@ from trunkline.client.agent.join import hello, renew
 from trunkline.client.state.identity import Identity
 from trunkline.errors import TrunklineError
 from trunkline.runtime.incidents import Incidents
-from trunkline.security.keys import due, expiry_warning, read_certificate, skew_warning
+from trunkline.security.keys import expiry_warning, needs_renewal, read_certificate, skew_warning
 
 ASK_S = 60.0  # between two looks while all is well
 AGAIN_S = 10.0  # and while it is not
@@ -104,7 +104,7 @@ class MembershipMonitor:
             well = True
             link = f"the centre at {self.server} knows this site as {said.site}"
             warnings["clock"] = skew_warning(theirs)
-            if due(certificate):
+            if needs_renewal(certificate):
                 certificate = renew(self.state, self.server)
                 if self.incidents is not None:
                     until = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M UTC}"

@@ -23,7 +23,7 @@ from trunkline.client.state.vault import Vault, predictions_place
 from trunkline.errors import StorageError, TrustError
 from trunkline.runtime.lock import Lock
 from trunkline.runtime.storage import SET_ASIDE, is_sealed, read_private, write_atomic, write_private
-from trunkline.security.encryption import OVERHEAD, SETTINGS, Seal, find_seal, key_name, make_seal, sealed_by
+from trunkline.security.encryption import OVERHEAD, SETTINGS, Seal, find_seal, key_name, make_seal, sealing_key_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,7 @@ def kept(state: Path) -> Iterator[Kept]:
         except OSError as error:
             raise StorageError(f"{path}: cannot be read ({error.strerror}).") from None
         if is_sealed(head):
-            yield Kept(path, place, sealed_by(head), size)
+            yield Kept(path, place, sealing_key_name(head), size)
         elif re.fullmatch("|".join(PRIVATE), place):
             yield Kept(path, place, "", size)
 
@@ -98,7 +98,7 @@ def _key_of_line(line: bytes) -> str:
         data = base64.b64decode(json.loads(line)["text"], validate=True)
     except (ValueError, KeyError, TypeError, binascii.Error):
         return ""
-    return sealed_by(data) if is_sealed(data) else ""
+    return sealing_key_name(data) if is_sealed(data) else ""
 
 
 def seal_state(state: Path, source: str | None = None, tasks: Sequence[str] = (), tell: Tell = silent) -> Seal:

@@ -17,13 +17,13 @@ from trunkline.runtime.lock import Lock
 from trunkline.runtime.storage import write_atomic
 from trunkline.security.encryption import (
     Seal,
-    absolute,
+    absolute_source,
     default_source,
     key_name,
     read_keys,
-    remember,
     stored_keys,
     write_keys,
+    write_settings,
 )
 
 
@@ -45,10 +45,10 @@ def rekey(state: Path, to: str | None = None, *, forget: bool = False, tell: Tel
         seal = open_seal(state, tell)
         if seal is None:
             raise TrustError(f"{state}: is not sealed. `trunkline client vault seal SITE_DIR` seals it.")
-        target = absolute(to, state) if to is not None else seal.source
+        target = absolute_source(to, state) if to is not None else seal.source
         new = _moved(state, seal, target) if target != seal.source else _turned(state, seal, tell)
         count = sum(_seal_again(one, new, tell) for one in kept(state) if one.key and one.key != new.name)
-        remember(state, new)
+        write_settings(state, new)
         tell(f"{count} files sealed again, with key {new.name} from {new.source}.")
         if target != seal.source:
             tell(
@@ -71,7 +71,7 @@ def _moved(state: Path, seal: Seal, target: str) -> Seal:
     keys = there or (secrets.token_bytes(32),)
     keys = (*keys, *(key for key in seal.keys if key not in keys))
     new = _stored(target, keys) if keys != there else Seal(keys, target)
-    remember(state, new, status(state).key)
+    write_settings(state, new, status(state).key)
     return new
 
 

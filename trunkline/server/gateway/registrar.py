@@ -39,12 +39,12 @@ from trunkline.security.enrolment import (
     JOIN_PATH,
     LIMIT,
     RENEW_PATH,
+    AuthorityInfo,
     Hello,
     JoinRequest,
-    Known,
     RenewRequest,
 )
-from trunkline.security.keys import certificate_pem, due, key_id, now, read_certificate
+from trunkline.security.keys import certificate_pem, key_id, needs_renewal, now, read_certificate
 from trunkline.server.gateway.routes import CERTIFICATE, CERTIFICATE_PEM, PEER, socket_path
 from trunkline.server.membership import audit_log as audit
 from trunkline.server.membership.authority import Authority
@@ -72,7 +72,7 @@ def build_app(authority: Authority, address: str, ca: bytes) -> Starlette:
             raise TrustError(explain_denial(None))
         site = entry.site if entry is not None else invitation.site if invitation is not None else ""
         pem = certificate_pem(authority.certificate).decode()
-        return _json(Known(authority=pem, federation=authority.federation.name, site=site))
+        return _json(AuthorityInfo(authority=pem, federation=authority.federation.name, site=site))
 
     def join(request: Request, body: bytes) -> Response:
         admitted = authority.admit(
@@ -222,7 +222,7 @@ async def _keep_in_step(authority: Authority, address: str, ca: bytes) -> AsyncI
                 if since_due >= DUE_S:
                     since_due = 0.0
                     forget_unknown(authority, address, ca)
-                    if due(read_certificate(authority.state / "server.crt")):
+                    if needs_renewal(read_certificate(authority.state / "server.crt")):
                         authority.rotate_server("it was due")
                         logger.info("the server has a new certificate")
                 last_error = ""

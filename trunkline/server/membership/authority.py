@@ -29,6 +29,7 @@ from trunkline.security.keys import (
     check_clock,
     expiry_warning,
     fingerprint,
+    is_signed,
     key_id,
     key_pem,
     load_key,
@@ -37,7 +38,6 @@ from trunkline.security.keys import (
     new_site_key,
     now,
     read_certificate,
-    signed,
     spki,
 )
 from trunkline.server.membership import audit_log as audit
@@ -268,7 +268,7 @@ class Authority:
         if invitation is None:
             raise TrustError(f"{file}: answers no invitation of this federation. `trunkline server sites` lists them.")
         public: Any = x509.load_pem_x509_certificate(invitation.certificate.encode()).public_key()
-        if not signed(public, "join", request.asked.model_dump_json().encode(), request.signature):
+        if not is_signed(public, "join", request.asked.model_dump_json().encode(), request.signature):
             raise TrustError(
                 f"{file}: was altered, or not made with {invitation.site}'s code. Ask the site for it again."
             )

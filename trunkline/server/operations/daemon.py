@@ -23,7 +23,7 @@ from trunkline.runtime.child import Child
 from trunkline.runtime.lock import read_status
 from trunkline.runtime.programs import accepts_connections, find_program, is_loopback, make_secret, print_line
 from trunkline.runtime.supervisor import Supervisor
-from trunkline.security.encryption import without_key
+from trunkline.security.encryption import environment_without_key
 from trunkline.security.keys import check_clock
 from trunkline.server.gateway.routes import PORT, socket_path
 from trunkline.server.membership import audit_log as audit
@@ -141,7 +141,7 @@ def _gated(state: Path, local: str, outside: str) -> list[Child]:
         Child(
             "gateway",
             [*gateway, "--listen", outside, "--upstream", local],
-            without_key(env, state),
+            environment_without_key(env, state),
             logs / "gateway.log",
             needs=local,
         ),
@@ -160,7 +160,7 @@ def _flower(state: Path, local: str, flags: list[str], dial: list[str]) -> list[
     env = environment(state)
     ours = {**env, "PATH": os.pathsep.join((str(app_guard.install(state)), env["PATH"]))}
     return [
-        Child("superlink", link, without_key(env, state), state / "logs" / "superlink.log"),
+        Child("superlink", link, environment_without_key(env, state), state / "logs" / "superlink.log"),
         Child("superexec", starter, ours, state / "logs" / "superexec.log", needs=local),
     ]
 

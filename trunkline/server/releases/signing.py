@@ -41,7 +41,7 @@ class Signer:
         """The signature of a release, with the present time.
 
         Args:
-            card: sha256 of the text of its card. arrays: `signatures.digest_of` its arrays.
+            card: sha256 of the text of its card. arrays: `signatures.digest_arrays` its arrays.
 
         Raises:
             TrustError: the certificate has expired; every verification would fail.
