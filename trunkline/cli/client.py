@@ -50,7 +50,7 @@ def client_join(
     elif server:
         joined = joining.join(site_dir, folder, server, parsed, key)
     else:
-        raise ConfigError("HOST:PORT of the centre is missing: trunkline client join SITE_DIR HOST:PORT --code CODE.")
+        raise ConfigError("HOST:PORT of the server is missing: trunkline client join SITE_DIR HOST:PORT --code CODE.")
     typer.echo(
         f"{joined.membership.site} has joined {joined.membership.federation!r}, until {joined.certificate.not_valid_after_utc:%Y-%m-%d}."
     )

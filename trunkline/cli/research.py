@@ -80,7 +80,7 @@ def simulate(
     It reads real site folders and runs the deployed apps, in this process or on Ray.
     """
     run = read_run(run_toml, seed, strategy, settings)
-    with message_at_interrupt("stopped. Everything up to the last finished round is on disk; go on with --resume."):
+    with message_at_interrupt("stopped. Everything up to the last finished round is on disk; continue with --resume."):
         result = api.simulate(run, sites, out, workers=workers, address=address, resume=resume, overwrite=overwrite)
     if run.search.trials:
         from rich.console import Console

@@ -124,7 +124,7 @@ def server_revoke(
     from trunkline.server.membership import authority
 
     entry = authority.revoke(state.resolve(), site, reason)
-    typer.echo(f"{site} is revoked since {entry.revoked}: its next request is refused. Everybody else goes on.")
+    typer.echo(f"{site} is revoked since {entry.revoked}: its next request is refused. The other sites continue.")
 
 
 @server.command("rotate")
@@ -257,7 +257,7 @@ def server_run(
     typer.echo(f"Run {entry.key}; its folder is {folder}.")
     if entry.state == "wanted":
         typer.echo(f"It is not submitted yet and begins by itself. {entry.note}".strip())
-    with message_at_interrupt("no longer watching. The run goes on; `trunkline server status` shows it."):
+    with message_at_interrupt("no longer watching. The run continues; `trunkline server status` shows it."):
         run_with_progress(folder, lambda: daemon.wait(state, entry.key, folder))
     show_report(read_report(folder), folder)
 
