@@ -17,7 +17,7 @@ from trunkline.errors import StorageError
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import Update
 from trunkline.server.rounds.checkpoint import Checkpoint
-from trunkline.strategies import State, build_strategy
+from trunkline.strategies import StrategyState, build_strategy
 
 CLOCK = ("seconds",)  # keys of report.json that are readings of a clock
 
@@ -88,7 +88,7 @@ def _miscounted(world: World, out: Path, run: RunConfig, key: str, record: Mappi
     except StorageError:
         return ""  # one of the files was damaged by the drill, or is older than what is kept
     strategy = build_strategy(run.strategy.name, run.strategy.options, run.training)
-    made, _ = strategy.advance(State(before, {}, number - 1, {}), iter(updates))
+    made, _ = strategy.advance(StrategyState(before, {}, number - 1, {}), iter(updates))
     if made.trunk.digest() != after.digest():
         return f"round {number}: the trunk is not the one before it and each of {', '.join(record['sites'])} once"
     return ""

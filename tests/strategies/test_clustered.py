@@ -9,8 +9,8 @@ from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import Update
 from trunkline.protocol.plan import LocalPlan
 from trunkline.strategies import build_strategy
-from trunkline.strategies.clustered import alike, sketch
-from trunkline.strategies.strategy import State
+from trunkline.strategies.clustered import cluster_sketches, sketch
+from trunkline.strategies.strategy import StrategyState
 
 TRUNK = Arrays({"trunk.a": np.zeros((40, 30), np.float32), "trunk.b": np.zeros(500, np.float32)})
 WAYS = 3
@@ -109,10 +109,10 @@ def test_a_site_moves_to_the_lowest_loss_and_stays_on_a_tie_or_without_a_vote(wa
         torn: {"cohort-0": 1.0, "cohort-1": 1.0, "cohort-2": 2.0},  # to the first of two that are alike
         "came later": {"cohort-0": 1.0, "cohort-1": 2.0, "cohort-2": 3.0},
     }
-    after = strategy.judge(state, fits)
+    after = strategy.reassign(state, fits)
     assert after.notes["cohorts"] == {**was, mover: 2, torn: 0}
     assert (after.trunk, after.moments, after.round) == (state.trunk, state.moments, state.round)
-    assert strategy.judge(state, {}).notes == state.notes
+    assert strategy.reassign(state, {}).notes == state.notes
 
 
 def test_a_cohort_that_all_have_left_keeps_its_trunk_and_is_asked_for_again(way_of: dict[str, int]) -> None:
@@ -123,7 +123,7 @@ def test_a_cohort_that_all_have_left_keeps_its_trunk_and_is_asked_for_again(way_
     for round in (1, 2):
         state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))
     left = state.moments["cohort-0"].digest()
-    state = strategy.judge(state, {site: {"cohort-0": 2.0, "cohort-1": 1.0} for site in way_of})
+    state = strategy.reassign(state, {site: {"cohort-0": 2.0, "cohort-1": 1.0} for site in way_of})
     assert set(state.notes["cohorts"].values()) == {1}
     state = laws.step(strategy, state, pulls(3, sorted(way_of), way_of))
     assert strategy.fit_queries(state)["cohort-0"].digest() == left
@@ -135,12 +135,12 @@ def test_every_without_validation_is_refused() -> None:
         build_strategy("clustered", {"every": 3}, LocalPlan())
 
 
-def test_alike_numbers_cohorts_by_first_appearance_and_takes_any_rows() -> None:
+def test_clusters_are_numbered_by_first_appearance_and_takes_any_rows() -> None:
     rows = np.array([[9.0, 1], [9, -1], [9, -1.1], [9, 0.9]])
-    assert alike(rows, 2).tolist() == [0, 1, 1, 0]
-    assert alike(rows, 1).tolist() == [0, 0, 0, 0]
-    assert alike(rows[:2], 3).tolist() == [0, 1]
-    assert alike(np.zeros((5, 4)), 2).tolist() == sorted(alike(np.zeros((5, 4)), 2).tolist())
+    assert cluster_sketches(rows, 2).tolist() == [0, 1, 1, 0]
+    assert cluster_sketches(rows, 1).tolist() == [0, 0, 0, 0]
+    assert cluster_sketches(rows[:2], 3).tolist() == [0, 1]
+    assert cluster_sketches(np.zeros((5, 4)), 2).tolist() == sorted(cluster_sketches(np.zeros((5, 4)), 2).tolist())
 
 
 def test_a_sketch_keeps_cosines() -> None:
@@ -166,7 +166,7 @@ def test_memory_grows_with_cohorts_and_not_with_sites(way_of: dict[str, int]) ->
             del fresh
             assert sum(ref() is not None for ref in alive) <= 1
 
-    state: State = strategy.start(TRUNK)
+    state: StrategyState = strategy.start(TRUNK)
     for _ in range(3):
         state, _mean = strategy.advance(state, stream())
     assert sum(arrays.nbytes for arrays in state.moments.values()) < 3 * TRUNK.nbytes + 12 * 8192 + 1
@@ -179,7 +179,7 @@ def test_a_second_pass_keeps_the_cohorts_and_nothing_they_learnt(way_of: dict[st
     for round in (1, 2):
         state = laws.step(strategy, state, pulls(round, sorted(way_of), way_of))
     assert strategy.fit_queries(state)
-    again = strategy.again(state, TRUNK)
+    again = strategy.restart(state, TRUNK)
     assert (again.round, again.notes["cohorts"]) == (state.round, state.notes["cohorts"])
     assert {strategy.serve(again, site).digest() for site in way_of} == {TRUNK.digest()}
     again = laws.step(strategy, again, pulls(3, sorted(way_of), way_of))

@@ -8,7 +8,7 @@ from tests import laws
 from trunkline.protocol.messages import Update
 from trunkline.protocol.plan import LocalPlan
 from trunkline.strategies import build_strategy
-from trunkline.strategies.conflict_averse import undisturbed
+from trunkline.strategies.conflict_averse import resolve_conflicts
 from trunkline.strategies.streaming import weighted_mean
 
 STRATEGY = build_strategy("conflict_averse", {}, LocalPlan())
@@ -60,7 +60,7 @@ def test_each_row_is_projected_as_a_general_solver_would(seed: int) -> None:
             bounds=[(low, None) for low in start], options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 10_000},
         )  # fmt: skip
         wanted += found.x @ rows / 4
-    got = undisturbed(rows @ rows.T, np.full(4, 0.25)) @ rows
+    got = resolve_conflicts(rows @ rows.T, np.full(4, 0.25)) @ rows
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 

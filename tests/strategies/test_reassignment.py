@@ -19,7 +19,7 @@ from trunkline.release import COHORT_RELEASE, RELEASE, read_release
 from trunkline.server.reporting.report import read_report
 from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.simulations.folders import prepare
-from trunkline.strategies import State
+from trunkline.strategies import StrategyState
 
 SITES, ROUNDS, WARM = 8, 6, 2
 ANSWER = np.array([2.0, -1.0, 0.5, 0.0, 1.0, -0.5])
@@ -74,13 +74,13 @@ def same(cohorts: dict[str, int], kinds: dict[str, int]) -> bool:
     return len({(cohorts[site], kinds[site]) for site in kinds}) == len(set(kinds.values()))
 
 
-def ended(out: Path) -> State:
+def ended(out: Path) -> StrategyState:
     found = Checkpoint(out).load()
     assert found is not None
     return found[0]
 
 
-def all_of(state: State) -> tuple[object, ...]:
+def all_of(state: StrategyState) -> tuple[object, ...]:
     return state.trunk.digest(), {name: one.digest() for name, one in state.moments.items()}, state.notes, state.round
 
 

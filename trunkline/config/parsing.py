@@ -30,13 +30,15 @@ def _explain(kind: type[BaseModel], table: dict[str, Any], item: Any, origin: st
     path = [str(step) for step in item["loc"]]
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
-        known = _keys_beside(kind, path)
-        return f"{origin}: unknown key `{key}`{nearest(path[-1], known)} Allowed here: {', '.join(sorted(known))}."
+        siblings = _keys_beside(kind, path)
+        return (
+            f"{origin}: unknown key `{key}`{nearest(path[-1], siblings)} Allowed here: {', '.join(sorted(siblings))}."
+        )
     if item["type"] == "missing":
         return f"{origin}: `{key}` is missing. Add it; docs/ has a page for this file."
     text = str(item["msg"]).removeprefix("Value error, ")
-    found = "" if isinstance(item["input"], dict) else f" Found {item['input']!r}."
-    return f"{origin}: {f'`{key}`: ' if key else ''}{text}.{found}"
+    value = "" if isinstance(item["input"], dict) else f" Found {item['input']!r}."
+    return f"{origin}: {f'`{key}`: ' if key else ''}{text}.{value}"
 
 
 def _keys_beside(kind: type[BaseModel], path: list[str]) -> list[str]:
@@ -48,7 +50,7 @@ def _keys_beside(kind: type[BaseModel], path: list[str]) -> list[str]:
         if step in model.model_fields:
             inner: Any = model.model_fields[step].annotation
             arguments = [inner, *getattr(inner, "__args__", ())]
-            model = next((one for one in arguments if isinstance(one, type) and issubclass(one, BaseModel)), None)
+            model = next((kind for kind in arguments if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
     return list(model.model_fields) if model else []
 
 

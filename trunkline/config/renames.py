@@ -123,12 +123,12 @@ def _moves(table: Mapping[str, Any], renaming: RenamedKey) -> list[tuple[Path, P
 def _find(table: object, steps: Path, parents: Path = ()) -> Iterator[Path]:
     if not isinstance(table, Mapping):
         return
-    first, *rest = steps
+    first, *deeper = steps
     for key in [*table] if first == "*" else [first]:
         if key not in table:
             continue
-        if rest:
-            yield from _find(table[key], tuple(rest), (*parents, key))
+        if deeper:
+            yield from _find(table[key], tuple(deeper), (*parents, key))
         else:
             yield (*parents, key)
 

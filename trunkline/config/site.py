@@ -1,5 +1,6 @@
 """site.toml: a site's data, tasks, policy and hours."""
 
+import itertools
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -183,7 +184,7 @@ class SiteConfig(Frozen):
     @model_validator(mode="after")
     def _skip_channels_are_channels(self) -> Self:
         for name, task in self.tasks.items():
-            for channel in (one for own in task.skip_channels for one in own):
+            for channel in itertools.chain.from_iterable(task.skip_channels):
                 if channel not in self.data.channels:
                     raise ValueError(
                         f"`skip_channels` of task {name!r} names `{channel}`, which is not a channel"

@@ -97,16 +97,18 @@ class TaskConfig(Frozen):
                 raise ValueError("kind 'multilabel' needs `targets`, a list of columns, instead of `target`")
             if twice := [name for name in self.targets if self.targets.count(name) > 1]:
                 raise ValueError(f"`targets` lists {twice[0]!r} twice")
-            for place, own in enumerate(self.skip_channels, start=1):
-                if len(own) != len(self.targets):
+            for row, channels in enumerate(self.skip_channels, start=1):
+                if len(channels) != len(self.targets):
                     raise ValueError(
-                        f"list {place} of `skip_channels` has {len(own)} channels and `targets` {len(self.targets)} columns; "
+                        f"list {row} of `skip_channels` has {len(channels)} channels and `targets` {len(self.targets)} columns; "
                         "each list has one channel a target, in the order of `targets`"
                     )
         elif not self.target and self.kind != "anomaly":
             raise ValueError(f"kind {self.kind!r} needs `target`, the column of its label")
-        if any(one < 1 for one in self.horizons) or len(set(self.horizons)) < len(self.horizons):
+        if any(horizon < 1 for horizon in self.horizons) or len(set(self.horizons)) < len(self.horizons):
             raise ValueError("`horizons` are different numbers of rows ahead, each at least 1")
-        if any(not 0.0 < one < 1.0 for one in self.quantiles) or list(self.quantiles) != sorted(set(self.quantiles)):
+        if any(not 0.0 < quantile < 1.0 for quantile in self.quantiles) or list(self.quantiles) != sorted(
+            set(self.quantiles)
+        ):
             raise ValueError("`quantiles` lie between 0 and 1, ascending")
         return self

@@ -56,11 +56,15 @@ class WorldConfig(Frozen):
 
     @model_validator(mode="after")
     def _can_be_meant(self) -> Self:
-        shares = {"calendars": [(one.share, 1.0) for one in self.calendars], "speeds": self.speeds, "links": self.links}
-        for key, given in shares.items():
-            if any(not 0.0 < share <= 1.0 or factor <= 0.0 for share, factor in given):
+        shares = {
+            "calendars": [(calendar.share, 1.0) for calendar in self.calendars],
+            "speeds": self.speeds,
+            "links": self.links,
+        }
+        for key, pairs in shares.items():
+            if any(not 0.0 < share <= 1.0 or factor <= 0.0 for share, factor in pairs):
                 raise ValueError(f"`{key}` are pairs of a share, above 0 and at most 1, and a factor above 0")
-            if (total := sum(share for share, _ in given)) > 1.0 + 1e-9:
+            if (total := sum(share for share, _ in pairs)) > 1.0 + 1e-9:
                 raise ValueError(f"the shares of `{key}` sum to {total:g}; lower them to 1 or less")
         if wide := [zone for zone in self.zones if abs(zone) > 14.0]:
             raise ValueError(f"`zones` holds {wide[0]:g}: hours ahead of the run's clock, from -14 to 14")

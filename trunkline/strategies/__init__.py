@@ -22,7 +22,7 @@ from trunkline.strategies.fedyogi import FedYogi
 from trunkline.strategies.local import Local
 from trunkline.strategies.median import Median
 from trunkline.strategies.multikrum import MultiKrum
-from trunkline.strategies.strategy import Averaging, State, Strategy
+from trunkline.strategies.strategy import Averaging, FitQuerying, Strategy, StrategyState
 from trunkline.strategies.trimmed_mean import TrimmedMean
 
 STRATEGIES: dict[str, type[Averaging]] = {
@@ -57,12 +57,12 @@ def build_strategy(name: str, options: dict[str, Any], training: LocalPlan) -> A
             f"[strategy] name = {name!r} is not known{nearest(name, STRATEGIES)} Allowed: {', '.join(sorted(STRATEGIES))}."
         )
     kind = STRATEGIES[name]
-    known = [field for field in kind.model_fields if field != "training"]
+    options_of_kind = [field for field in kind.model_fields if field != "training"]
     for key in options:
-        if key not in known:
-            allowed = f"allowed: {', '.join(known)}" if known else "it has no options"
+        if key not in options_of_kind:
+            allowed = f"allowed: {', '.join(options_of_kind)}" if options_of_kind else "it has no options"
             raise ConfigError(
-                f"[strategy] {key!r} is not an option of {name!r}{nearest(key, known)} {allowed.capitalize()}."
+                f"[strategy] {key!r} is not an option of {name!r}{nearest(key, options_of_kind)} {allowed.capitalize()}."
             )
     try:
         return kind(training=training, **options)
@@ -73,4 +73,4 @@ def build_strategy(name: str, options: dict[str, Any], training: LocalPlan) -> A
         ) from None
 
 
-__all__ = ["STRATEGIES", "State", "Strategy", "build_strategy"]
+__all__ = ["STRATEGIES", "FitQuerying", "Strategy", "StrategyState", "build_strategy"]

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import Update
-from trunkline.strategies.strategy import Averaging, State
+from trunkline.strategies.strategy import Averaging, StrategyState
 
 Numbers = NDArray[np.floating[Any]]
 
@@ -32,12 +32,12 @@ class Adaptive(Averaging):
         """The running square after `delta`; here Adam's, a fading mean."""
         return self.beta2 * square + (1 - self.beta2) * np.square(delta)
 
-    def start(self, trunk: Arrays) -> State:
+    def start(self, trunk: Arrays) -> StrategyState:
         zeros = Arrays({name: np.zeros_like(array) for name, array in trunk.items()})
         squares = Arrays({name: np.full_like(array, self.tau**2) for name, array in trunk.items()})
-        return State(trunk, {"mean": zeros, "square": squares})
+        return StrategyState(trunk, {"mean": zeros, "square": squares})
 
-    def step(self, state: State, mean: Update) -> State:
+    def step(self, state: StrategyState, mean: Update) -> StrategyState:
         trunk, first, second = dict(state.trunk), dict(state.moments["mean"]), dict(state.moments["square"])
         for name, delta in mean.delta.items():
             first[name] = (self.beta1 * first[name] + (1 - self.beta1) * delta).astype(delta.dtype)

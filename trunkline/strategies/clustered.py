@@ -1,6 +1,6 @@
-"""Cohorts: several trunks, each for sites whose updates point the same way (clustered federated learning).
+"""Clustered federated learning: several trunks, each for the sites whose updates point the same way.
 
-After Sattler et al. 2021, arXiv:1910.01991 (cosines of the sites' updates tell who belongs together), and, where sites may
+After Sattler et al. 2021, arXiv:1910.01991 (cosines of the sites' updates decide which belong together), and, where sites may
 move later, Ghosh et al. 2020, arXiv:2006.04088 (IFCA: a site belongs where its loss is lowest).
 """
 
@@ -15,10 +15,10 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from trunkline.protocol.arrays import Arrays, seed_of
 from trunkline.protocol.messages import Update
-from trunkline.strategies.strategy import Averaging, State
+from trunkline.strategies.strategy import Averaging, StrategyState
 from trunkline.strategies.streaming import Streamed, weighted_mean
 
-TRUNK = "cohort-"  # and the number: a cohort's trunk among the moments
+TRUNK = "cohort-"  # and the number: a cluster's trunk among the moments. Checkpoints and reports hold this word
 SKETCH = 1024  # numbers an update is folded to for comparison; a cosine is then right to about 1/32
 
 Vector = NDArray[np.float64]
@@ -27,30 +27,33 @@ Vector = NDArray[np.float64]
 def sketch(delta: Arrays) -> Vector:
     """An update folded to `SKETCH` numbers that keeps inner products (count sketch; Charikar et al. 2002, ICALP).
 
-    Each number of the update is added with a random sign to a random place; both come from the array's name, so that all
+    Each number of the update is added with a random sign to a random bin; both come from the array's name, so that all
     sites are folded alike. It takes a site's part in memory from a trunk to 8 kB.
+
+    Returns:
+        (SKETCH,) float64.
     """
     folded = np.zeros(SKETCH)
     for name, array in delta.items():
         draw = np.random.default_rng(seed_of("sketch", name))
-        place = draw.integers(0, SKETCH, array.size)
+        bins = draw.integers(0, SKETCH, array.size)
         sign = draw.integers(0, 2, array.size) * 2.0 - 1.0
-        folded += np.bincount(place, weights=sign * array.ravel().astype(np.float64), minlength=SKETCH)
+        folded += np.bincount(bins, weights=sign * array.ravel().astype(np.float64), minlength=SKETCH)
     return folded
 
 
-def alike(sketches: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Cohort of each row, 0 .. count - 1 in order of first appearance: average linkage on one minus the cosine.
+def cluster_sketches(sketches: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Cluster of each row, 0 .. count - 1 in order of first appearance: average linkage on one minus the cosine.
 
     Shape:
         (sites, k) -> (sites,).
     """
     if len(sketches) <= count or count == 1:
         return np.arange(len(sketches)) if count > 1 else np.zeros(len(sketches), np.int64)
-    own = _unit(sketches)
-    apart = 1.0 - own @ own.T
-    found = fcluster(linkage(apart[np.triu_indices(len(own), 1)], "average"), count, "maxclust")
-    _, first, member = np.unique(found, return_index=True, return_inverse=True)
+    directions = _unit(sketches)
+    distance = 1.0 - directions @ directions.T
+    clusters = fcluster(linkage(distance[np.triu_indices(len(directions), 1)], "average"), count, "maxclust")
+    _, first, member = np.unique(clusters, return_index=True, return_inverse=True)
     ranked: NDArray[np.int64] = np.argsort(np.argsort(first))[member]
     return ranked
 
@@ -61,28 +64,29 @@ def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class Clustered(Averaging):
-    """One common trunk for `warm_rounds`, then `count` trunks, each averaged over the sites of its cohort.
+    """One common trunk for `warm_rounds`, then `count` trunks, each averaged over the sites of its cluster.
 
-    A site that joins (or first answers) after the split gets the common trunk as it was then; its first update is
-    compared with those of the cohorts' sites, decides where it belongs, and is not averaged.
+    A site that joins (or first answers) after the split gets the common trunk as it was then. Its first update is compared
+    with those of the clusters' sites, decides its cluster, and is not averaged.
 
     With `assign = "similarity"` a site then stays. With "validation" every site is asked, every `every` rounds after the
-    split, for its validation loss with each cohort's trunk, and moves to the lowest. A tie, or an answer that is missing
-    for one of the trunks, leaves it where it is. Its stem and heads are those it trained with its own cohort, so it
-    moves only where another trunk fits better even under them; lent heads come with each trunk. A cohort that all its
-    sites have left keeps its trunk and is asked for again. Each time costs a site `count` trunks down and one pass over its
-    validation rows with each.
+    split, for its validation loss with each cluster's trunk, and moves to the lowest. A tie, or an answer that is missing
+    for one of the trunks, leaves it where it is. Its stem and heads are those it trained with its own cluster, so it
+    moves only where another trunk fits better even under them; lent heads come with each trunk. A cluster that all its
+    sites have left keeps its trunk, and sites are asked about it again. Each time costs a site `count` trunks down and one
+    pass over its validation rows with each.
 
-    `State.notes["cohorts"]` says who is where; `State.trunk` is then the mean of the cohorts' trunks by their weight, the
-    best single guess for a plant that is in none. Memory grows with the cohorts, and by 8 kB a site.
+    `StrategyState.notes["cohorts"]` holds the cluster of each site. `StrategyState.trunk` is then the mean of the clusters'
+    trunks by their weight, the best single guess for a plant that is in none. Memory grows with the clusters, and by 8 kB
+    a site.
 
-    A site unlike all others gets a cohort of its own, which is local training: no harm, and no gain.
+    A site unlike all others gets a cluster of its own, which is local training: no harm, and no gain.
 
     Args:
         count: trunks.
         warm_rounds: rounds of one common trunk whose updates are compared.
         assign: what decides after the split.
-        every: rounds between two askings, with "validation" only.
+        every: rounds between two queries, with "validation" only.
     """
 
     count: int = Field(default=2, ge=1, le=100)
@@ -97,90 +101,92 @@ class Clustered(Averaging):
             raise ValueError("only `assign = 'validation'` asks sites again; set that, or leave `every` out")
         return every
 
-    def again(self, state: State, trunk: Arrays) -> State:
-        """The cohorts as they are, each with the first trunk; nobody is asked any more what fits its validation rows."""
+    def restart(self, state: StrategyState, trunk: Arrays) -> StrategyState:
+        """The clusters as they are, each with the first trunk; no site is asked any more which trunk fits its validation rows."""
         if "cohorts" not in state.notes:
-            return super().again(state, trunk)
+            return super().restart(state, trunk)
         trunks = {name: trunk for name in state.moments if name == "common" or name.startswith(TRUNK)}
         moments = {"sketches": state.moments["sketches"], **trunks}
-        return State(trunk, moments, state.round, {**state.notes, "settled": True})
+        return StrategyState(trunk, moments, state.round, {**state.notes, "settled": True})
 
-    def serve(self, state: State, site: str) -> Arrays:
+    def serve(self, state: StrategyState, site: str) -> Arrays:
         if "cohorts" not in state.notes:
             return state.trunk
-        number = state.notes["cohorts"].get(site)
-        return state.moments["common" if number is None else f"{TRUNK}{number}"]
+        cluster = state.notes["cohorts"].get(site)
+        return state.moments["common" if cluster is None else f"{TRUNK}{cluster}"]
 
-    def advance(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
-        return self._apart(state, updates) if "cohorts" in state.notes else self._together(state, updates)
+    def advance(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
+        return (
+            self._advance_clusters(state, updates) if "cohorts" in state.notes else self._advance_common(state, updates)
+        )
 
-    def _together(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
-        """A round of the common trunk; the last of them ends in cohorts."""
+    def _advance_common(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
+        """A round of the common trunk; the last of them ends with the split."""
         sketches = dict(state.moments.get("sketches", {}))
 
-        def watched() -> Iterator[Update]:
-            for one in updates:
-                sketches[one.site] = sketches.get(one.site, np.zeros(SKETCH)) + sketch(one.delta)
-                yield one
+        def add_sketches() -> Iterator[Update]:
+            for update in updates:
+                sketches[update.site] = sketches.get(update.site, np.zeros(SKETCH)) + sketch(update.delta)
+                yield update
 
-        mean = weighted_mean(watched())
+        mean = weighted_mean(add_sketches())
         after = self.step(state, mean)
         seen = Arrays({site: sketches[site] for site in sorted(sketches)})
         after = replace(after, moments={"sketches": seen})
         if after.round < self.warm_rounds or not seen:
             return after, mean
-        member = alike(np.stack(list(seen.values())), self.count)
-        trunks = {f"{TRUNK}{number}": after.trunk for number in sorted(set(member.tolist()))}
+        member = cluster_sketches(np.stack(list(seen.values())), self.count)
+        trunks = {f"{TRUNK}{cluster}": after.trunk for cluster in sorted(set(member.tolist()))}
         notes = {"cohorts": dict(zip(seen, member.tolist(), strict=True))}
         return replace(after, moments={"sketches": seen, "common": after.trunk, **trunks}, notes=notes), mean
 
-    def _apart(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
-        """A round of cohorts, each its own exact mean, all of them streamed at once."""
+    def _advance_clusters(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
+        """A round of the clusters, each its own exact mean, all of them streamed at once."""
         assigned: dict[str, int] = dict(state.notes["cohorts"])
         sums: dict[int, Streamed] = {}
         total, late = Streamed(), Streamed()
-        for one in updates:
-            number = assigned.get(one.site)
-            if number is None:
-                assigned[one.site] = self._nearest(state, one)
-                late.add(replace(one, delta=Arrays()))
+        for update in updates:
+            cluster = assigned.get(update.site)
+            if cluster is None:
+                assigned[update.site] = self._nearest(state, update)
+                late.add(replace(update, delta=Arrays()))
             else:
-                sums.setdefault(number, Streamed()).add(one)
-            total.add(replace(one, delta=Arrays()))
+                sums.setdefault(cluster, Streamed()).add(update)
+            total.add(replace(update, delta=Arrays()))
         moments = dict(state.moments)
         means: list[tuple[float, Arrays]] = []
-        for number, streamed in sorted(sums.items()):
+        for cluster, streamed in sorted(sums.items()):
             mean = streamed.value()
-            moved = self.step(replace(state, trunk=moments[f"{TRUNK}{number}"]), mean).trunk
-            moments[f"{TRUNK}{number}"] = moved
+            moved = self.step(replace(state, trunk=moments[f"{TRUNK}{cluster}"]), mean).trunk
+            moments[f"{TRUNK}{cluster}"] = moved
             means.append((mean.weight, moved))
         notes = {**state.notes, "cohorts": {site: assigned[site] for site in sorted(assigned)}}
         after = replace(state, trunk=_mean(means) or state.trunk, moments=moments, notes=notes, round=state.round + 1)
         return after, total.value()
 
-    def fit_queries(self, state: State) -> dict[str, Arrays]:
+    def fit_queries(self, state: StrategyState) -> dict[str, Arrays]:
         since = state.round - self.warm_rounds
         if self.assign == "similarity" or since <= 0 or since % self.every or state.notes.get("settled"):
             return {}
         trunks = {name: arrays for name, arrays in state.moments.items() if name.startswith(TRUNK)}
         return trunks if len(trunks) > 1 else {}
 
-    def judge(self, state: State, fits: Mapping[str, Mapping[str, float]]) -> State:
+    def reassign(self, state: StrategyState, fits: Mapping[str, Mapping[str, float]]) -> StrategyState:
         assigned: dict[str, int] = dict(state.notes["cohorts"])
         for site, fit in fits.items():
             if site in assigned and min(fit.values()) < fit[f"{TRUNK}{assigned[site]}"]:
                 assigned[site] = int(min(fit, key=lambda name: fit[name]).removeprefix(TRUNK))
         return replace(state, notes={**state.notes, "cohorts": assigned})
 
-    def _nearest(self, state: State, update: Update) -> int:
-        """The cohort whose sites' updates the late one is most like; a tie goes to the first."""
+    def _nearest(self, state: StrategyState, update: Update) -> int:
+        """The cluster whose sites' updates the late one is most like; a tie goes to the first."""
         seen, assigned = state.moments["sketches"], state.notes["cohorts"]
         rows = np.stack([seen[site] for site in seen])
-        own = _unit(sketch(update.delta))
-        numbers = sorted({assigned[site] for site in seen})
+        direction = _unit(sketch(update.delta))
+        clusters = sorted({assigned[site] for site in seen})
         member = np.array([assigned[site] for site in seen])
-        middles = [_unit(rows[member == number]).mean(axis=0) for number in numbers]
-        return int(numbers[int(np.argmax([float((own * middle).sum()) for middle in middles]))])
+        middles = [_unit(rows[member == cluster]).mean(axis=0) for cluster in clusters]
+        return int(clusters[int(np.argmax([float((direction * middle).sum()) for middle in middles]))])
 
 
 def _mean(trunks: list[tuple[float, Arrays]]) -> Arrays | None:

@@ -29,7 +29,7 @@ class ExactSum:
     FINE = 52
     CARRY_EVERY = 1024  # terms: each adds at most 2^51 to `fine`, which holds 2^63
     # A float64 in [2^52, 2^53) units has its integer in its own bits. So a term plus 1.5 * 2^52 units is that term, rounded
-    # to whole units, in bits that add as int64; what the 1.5 * 2^52 itself brings along is taken out by `_counted`
+    # to whole units, in bits that add as int64; what the 1.5 * 2^52 itself brings along is taken out by `_count`
     WHOLE, REST = np.float64(1.5 * 2.0**52), np.float64(1.5)
     LIMIT = 2.0**51
 
@@ -45,7 +45,7 @@ class ExactSum:
         row = np.asarray(term).reshape(1, -1)
         if row.size:
             largest = float(max(row.max(), -row.min())) * abs(weight)
-            self._reaches(largest)
+            self._extend_reach(largest)
             self._split(row, np.array([weight], np.float64), largest)
 
     def add_rows(
@@ -60,10 +60,10 @@ class ExactSum:
             return
         flat = rows.reshape(len(rows), -1)
         terms = (largest_of(rows) if largest is None else largest).astype(np.float64) * np.abs(weights)
-        self._reaches(float(terms.sum()))
+        self._extend_reach(float(terms.sum()))
         for start in range(0, len(flat), self.CARRY_EVERY):
-            some = slice(start, start + self.CARRY_EVERY)
-            self._split(flat[some], weights[some], float(terms.max()))
+            group = slice(start, start + self.CARRY_EVERY)
+            self._split(flat[group], weights[group], float(terms.max()))
 
     def _split(self, rows: NDArray[np.floating[Any]], weights: NDArray[np.float64], largest: float) -> None:
         """Add at most CARRY_EVERY rows, (n, k); no product with its weight is beyond `largest`."""
@@ -75,55 +75,55 @@ class ExactSum:
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
         wide = min(rows.shape[1], AT_ONCE)
         few = max(1, AT_ONCE // wide) if wide < SHORT else 1  # whole rows one by one, unless they are short
-        rests, wholes = _scratch()
-        for place in range(0, rows.shape[1], wide):
-            here = slice(place, place + wide)
+        remainders, wholes = _scratch()
+        for first in range(0, rows.shape[1], wide):
+            columns = slice(first, first + wide)
             for start in range(0, len(rows), few):
-                part = rows[start : start + few, here]
-                rest, whole = (one[: part.size].reshape(part.shape) for one in (rests, wholes))
-                np.copyto(rest, part)
-                rest *= weights[start : start + few, None] if len(part) > 1 else weights[start]
+                part = rows[start : start + few, columns]
+                remainder, whole = (buffer[: part.size].reshape(part.shape) for buffer in (remainders, wholes))
+                np.copyto(remainder, part)
+                remainder *= weights[start : start + few, None] if len(part) > 1 else weights[start]
                 if whole_too:
-                    np.add(rest, self.WHOLE, out=whole)
-                    coarse[here] += _total(whole.view(np.int64))
+                    np.add(remainder, self.WHOLE, out=whole)
+                    coarse[columns] += _total(whole.view(np.int64))
                     whole -= self.WHOLE
-                    rest -= whole  # exact: the two are within a factor of two, or `whole` is 0
-                rest += self.REST
-                fine[here] += _total(rest.view(np.int64))
+                    remainder -= whole  # exact: the two are within a factor of two, or `whole` is 0
+                remainder += self.REST
+                fine[columns] += _total(remainder.view(np.int64))
 
     def merge(self, other: "ExactSum") -> None:
         """Add what another sum holds: the same bits as if its terms had been added here."""
-        self._reaches(other._reach)
+        self._extend_reach(other._reach)
         if self._rests + 2 * self._merged + 2 > self.CARRY_EVERY:
             self._carry()
         self._merged += 1
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
-        for here, units, rest in other._counted():
-            coarse[here] += units
-            fine[here] += rest
+        for chunk, units, remainder in other._count():
+            coarse[chunk] += units
+            fine[chunk] += remainder
 
-    def _reaches(self, largest: float) -> None:
+    def _extend_reach(self, largest: float) -> None:
         if not self._reach + largest < self.LIMIT:  # also for NaN, which both ends of an array that holds it are
             raise ContractError("a term of the sum is not finite, or the terms together are beyond 2^51")
         self._reach += largest
 
-    def _counted(self) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.int64]]]:
-        """Some places at a time, their whole numbers and units of 2^-52: of one value always the same, however it was reached.
+    def _count(self) -> Iterator[tuple[slice, NDArray[np.int64], NDArray[np.int64]]]:
+        """A chunk of the array at a time, its whole numbers and units of 2^-52: equal for equal values, in whatever order summed.
 
         The units are in [0, 2^52). Nothing is changed: what came from another process may be read-only.
         """
-        whole, rest = _bits(self.WHOLE, self._wholes), _bits(self.REST, self._rests)
+        whole_bits, rest_bits = _bits(self.WHOLE, self._wholes), _bits(self.REST, self._rests)
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
         for start in range(0, len(fine), AT_ONCE):
-            here = slice(start, start + AT_ONCE)
-            units = fine[here] - rest
+            chunk = slice(start, start + AT_ONCE)
+            units = fine[chunk] - rest_bits
             carry = units >> self.FINE
-            yield here, coarse[here] - whole + carry, units - (carry << self.FINE)
+            yield chunk, coarse[chunk] - whole_bits + carry, units - (carry << self.FINE)
 
     def _carry(self) -> None:
         coarse, fine = self.coarse.reshape(-1), self.fine.reshape(-1)
-        for here, units, rest in self._counted():
-            coarse[here], fine[here] = units, rest
+        for chunk, units, remainder in self._count():
+            coarse[chunk], fine[chunk] = units, remainder
         self._wholes, self._rests, self._merged = 0, 0, 0
 
     def value(self) -> NDArray[np.float64]:
@@ -131,27 +131,27 @@ class ExactSum:
 
     def over(self, divisor: float, dtype: "np.dtype[Any]") -> NDArray[Any]:
         """The sum divided by `divisor` in float64, as `dtype`, with no copy of it in between."""
-        found = np.empty(self.fine.shape, dtype)
-        flat = found.reshape(-1)
-        for here, units, rest in self._counted():
-            flat[here] = (units + rest * 2.0**-self.FINE) / divisor
-        return found
+        quotient = np.empty(self.fine.shape, dtype)
+        flat = quotient.reshape(-1)
+        for chunk, units, remainder in self._count():
+            flat[chunk] = (units + remainder * 2.0**-self.FINE) / divisor
+        return quotient
 
 
-_own = threading.local()
+_thread_local = threading.local()
 
 
 def _scratch() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two times AT_ONCE numbers, the same ones for every call of a thread: new ones would be paged in anew each time."""
-    if not hasattr(_own, "scratch"):
-        _own.scratch = np.empty(AT_ONCE), np.empty(AT_ONCE)
-    found: tuple[NDArray[np.float64], NDArray[np.float64]] = _own.scratch
-    return found
+    if not hasattr(_thread_local, "scratch"):
+        _thread_local.scratch = np.empty(AT_ONCE), np.empty(AT_ONCE)
+    scratch: tuple[NDArray[np.float64], NDArray[np.float64]] = _thread_local.scratch
+    return scratch
 
 
-def _bits(one: np.float64, times: int) -> np.int64:
+def _bits(constant: np.float64, times: int) -> np.int64:
     """What `times` that number brings along where its bits are added up as int64, which wraps."""
-    return np.uint64(times * int(one.view(np.int64)) % 2**64).astype(np.int64)
+    return np.uint64(times * int(constant.view(np.int64)) % 2**64).astype(np.int64)
 
 
 class ExactNumber:
@@ -162,10 +162,10 @@ class ExactNumber:
     def __init__(self) -> None:
         self.units = 0
 
-    def add(self, number: float) -> None:
-        if not abs(number) < 2.0**52:
-            raise ContractError(f"a term of the sum is {number}; expected a number below 2^52")
-        self.units += round(math.ldexp(number, self.BITS))
+    def add(self, term: float) -> None:
+        if not abs(term) < 2.0**52:
+            raise ContractError(f"a term of the sum is {term}; expected a number below 2^52")
+        self.units += round(math.ldexp(term, self.BITS))
 
     def merge(self, other: "ExactNumber") -> None:
         self.units += other.units
@@ -183,5 +183,5 @@ def _total(units: NDArray[np.int64]) -> NDArray[np.int64]:
 def largest_of(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """(n, ...) -> (n,) the largest number of each, without its sign; NaN where one is NaN."""
     flat = rows.reshape(len(rows), -1)
-    found: NDArray[np.float32] = np.maximum(flat.max(axis=1, initial=0.0), -flat.min(axis=1, initial=0.0))
-    return found
+    largest: NDArray[np.float32] = np.maximum(flat.max(axis=1, initial=0.0), -flat.min(axis=1, initial=0.0))
+    return largest

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import Update
-from trunkline.strategies.strategy import Averaging, State
+from trunkline.strategies.strategy import Averaging, StrategyState
 
 
 class FedAvgM(Averaging):
@@ -23,10 +23,10 @@ class FedAvgM(Averaging):
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     server_learning_rate: float = Field(default=1.0, gt=0.0, le=10.0)
 
-    def start(self, trunk: Arrays) -> State:
-        return State(trunk, {"velocity": Arrays({name: np.zeros_like(array) for name, array in trunk.items()})})
+    def start(self, trunk: Arrays) -> StrategyState:
+        return StrategyState(trunk, {"velocity": Arrays({name: np.zeros_like(array) for name, array in trunk.items()})})
 
-    def step(self, state: State, mean: Update) -> State:
+    def step(self, state: StrategyState, mean: Update) -> StrategyState:
         trunk, velocity = dict(state.trunk), dict(state.moments["velocity"])
         for name, delta in mean.delta.items():
             velocity[name] = (self.momentum * velocity[name] + delta).astype(delta.dtype)

@@ -7,7 +7,7 @@ from pydantic import Field
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import Update
 from trunkline.protocol.plan import LocalPlan, Phase
-from trunkline.strategies.strategy import Averaging, State
+from trunkline.strategies.strategy import Averaging, StrategyState
 
 
 class FedRep(Averaging):
@@ -33,7 +33,7 @@ class FedRep(Averaging):
         )
         return self.training.model_copy(update={"phases": phases})
 
-    def step(self, state: State, mean: Update) -> State:
+    def step(self, state: StrategyState, mean: Update) -> StrategyState:
         if self.server_rate == 1.0:
             return super().step(state, mean)
         longer = {name: (self.server_rate * delta).astype(delta.dtype) for name, delta in mean.delta.items()}

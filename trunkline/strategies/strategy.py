@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.frozen import Frozen
@@ -12,14 +12,14 @@ from trunkline.strategies.streaming import weighted_mean
 
 
 @dataclass(frozen=True)
-class State:
+class StrategyState:
     """The server's whole memory between rounds; a checkpoint is exactly this.
 
     Args:
         trunk: the lent arrays, as the sites get them next (unless the strategy serves sites differently).
         moments: what an algorithm remembers as arrays, name -> arrays (empty for a plain mean).
         round: rounds already stepped.
-        notes: what it remembers otherwise, ready for JSON, such as which site is in which cohort.
+        notes: what it remembers otherwise, ready for JSON, such as which site is in which cluster.
     """
 
     trunk: Arrays
@@ -29,13 +29,17 @@ class State:
 
 
 class Strategy(Protocol):
-    """An algorithm; its file in this folder acts at both ends without importing either."""
+    """An algorithm; its file in this folder acts at both ends without importing either.
+
+    What it changes of a run is said before the first round by `pooled`, `summable`, `plan`, `lends` and `trunk`; what
+    happens in a run is `start`, then `serve` and `advance` in every round, and `restart` before a second pass.
+    """
 
     pooled: ClassVar[bool]
 
     @property
     def plan(self) -> LocalPlan:
-        """What each site is asked to do."""
+        """The work that each site is asked to do."""
         ...
 
     @property
@@ -48,36 +52,39 @@ class Strategy(Protocol):
         ...
 
     def trunk(self, spec: TrunkSpec) -> TrunkSpec:
-        """The trunk that sites and centre build, given `[trunk]` of run.toml."""
+        """The trunk that sites and server build, given `[trunk]` of run.toml."""
         ...
 
-    def start(self, trunk: Arrays) -> State: ...
-
-    def again(self, state: State, trunk: Arrays) -> State:
-        """Where a second pass starts from: as `start`, rounds counted on. What was decided by validation rows stays decided."""
+    def start(self, trunk: Arrays) -> StrategyState:
+        """The state before the first round."""
         ...
 
-    def serve(self, state: State, site: str) -> Arrays:
+    def restart(self, state: StrategyState, trunk: Arrays) -> StrategyState:
+        """The state before a second pass: as `start`, rounds counted on. Decisions by validation rows stay as they are."""
+        ...
+
+    def serve(self, state: StrategyState, site: str) -> Arrays:
         """The lent arrays this site gets next; its update is the change to exactly these."""
         ...
 
-    def combine(self, updates: Iterable[Update]) -> Update: ...
-
-    def step(self, state: State, mean: Update) -> State: ...
-
-    def advance(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
-        """One round: the state after it, and what was combined (its metrics go into the progress line).
+    def advance(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
+        """One round: the state after it, and the combined update (its metrics go into the progress line).
 
         Sums of several updates come only to a strategy that is `summable`.
         """
         ...
 
-    def fit_queries(self, state: State) -> dict[str, Arrays]:
-        """Lent arrays whose fit every site is to be asked for after this round, by a name each; none: nobody is asked."""
+
+@runtime_checkable
+class FitQuerying(Protocol):
+    """A strategy that also asks sites, between two rounds, how well some trunks fit them."""
+
+    def fit_queries(self, state: StrategyState) -> dict[str, Arrays]:
+        """Lent arrays whose fit every site is asked for after this round, by a name each; empty: no site is asked."""
         ...
 
-    def judge(self, state: State, fits: Mapping[str, Mapping[str, float]]) -> State:
-        """The state once the sites have answered the `fit_queries`: site -> name -> validation loss.
+    def reassign(self, state: StrategyState, fits: Mapping[str, Mapping[str, float]]) -> StrategyState:
+        """The state once the sites have answered: site -> name -> validation loss.
 
         Only sites that answered for every name are in it.
         """
@@ -85,13 +92,14 @@ class Strategy(Protocol):
 
 
 class Averaging(Frozen):
-    """The common case: one weighted mean a round, added to the trunk. Its subclasses change one thing each."""
+    """The common case: one weighted mean a round, added to the trunk. Its subclasses change one thing each.
+
+    `combine` makes one update of a round's updates, `step` moves the trunk by it.
+    """
 
     training: LocalPlan
     pooled: ClassVar[bool] = False
-    robust: ClassVar[bool] = (
-        False  # whether one liar among the sites moves the trunk by no more than honest ones differ
-    )
+    robust: ClassVar[bool] = False  # whether one Byzantine site moves the trunk by no more than honest ones differ
 
     @property
     def plan(self) -> LocalPlan:
@@ -107,28 +115,22 @@ class Averaging(Frozen):
     def trunk(self, spec: TrunkSpec) -> TrunkSpec:
         return spec
 
-    def start(self, trunk: Arrays) -> State:
-        return State(trunk)
+    def start(self, trunk: Arrays) -> StrategyState:
+        return StrategyState(trunk)
 
-    def again(self, state: State, trunk: Arrays) -> State:
+    def restart(self, state: StrategyState, trunk: Arrays) -> StrategyState:
         return replace(self.start(trunk), round=state.round)
 
-    def serve(self, state: State, site: str) -> Arrays:
+    def serve(self, state: StrategyState, site: str) -> Arrays:
         return state.trunk
 
     def combine(self, updates: Iterable[Update]) -> Update:
         return weighted_mean(updates)
 
-    def step(self, state: State, mean: Update) -> State:
+    def step(self, state: StrategyState, mean: Update) -> StrategyState:
         moved = {name: array + mean.delta[name] if name in mean.delta else array for name, array in state.trunk.items()}
         return replace(state, trunk=Arrays(moved), round=state.round + 1)
 
-    def advance(self, state: State, updates: Iterable[Update]) -> tuple[State, Update]:
+    def advance(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
         mean = self.combine(updates)
         return self.step(state, mean), mean
-
-    def fit_queries(self, state: State) -> dict[str, Arrays]:
-        return {}
-
-    def judge(self, state: State, fits: Mapping[str, Mapping[str, float]]) -> State:
-        return state

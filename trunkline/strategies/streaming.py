@@ -31,8 +31,8 @@ class Streamed:
         for name, array in update.delta.items():
             self._sum_of(name, array.shape, array.dtype).add(array, weight)
             self.weights.setdefault(name, ExactNumber()).add(weight)
-        for name, number in update.metrics.items():
-            self.metrics.setdefault(name, ExactNumber()).add(number * weight)
+        for name, value in update.metrics.items():
+            self.metrics.setdefault(name, ExactNumber()).add(value * weight)
             self.metric_weights.setdefault(name, ExactNumber()).add(weight)
 
     def add_stack(
@@ -53,18 +53,22 @@ class Streamed:
         for name, rows in changes.items():
             self._sum_of(name, rows.shape[1:], rows.dtype).add_rows(rows, weights, largest[name] if largest else None)
             self.weights.setdefault(name, ExactNumber()).merge(total)
-        for name in dict.fromkeys(name for told in metrics for name in told):
-            behind = [
-                (told[name], weight) for told, weight in zip(metrics, weights.tolist(), strict=True) if name in told
+        for name in dict.fromkeys(name for site_metrics in metrics for name in site_metrics):
+            reported = [
+                (site_metrics[name], weight)
+                for site_metrics, weight in zip(metrics, weights.tolist(), strict=True)
+                if name in site_metrics
             ]
-            number, weight = ExactNumber(), ExactNumber()
-            for value, own in behind:
-                number.add(value * own)
-            if len(behind) < len(weights):  # else it is the total
-                for _, own in behind:
-                    weight.add(own)
-            self.metrics.setdefault(name, ExactNumber()).merge(number)
-            self.metric_weights.setdefault(name, ExactNumber()).merge(weight if len(behind) < len(weights) else total)
+            weighted_sum, weight_sum = ExactNumber(), ExactNumber()
+            for value, weight in reported:
+                weighted_sum.add(value * weight)
+            if len(reported) < len(weights):  # else it is the total
+                for _, weight in reported:
+                    weight_sum.add(weight)
+            self.metrics.setdefault(name, ExactNumber()).merge(weighted_sum)
+            self.metric_weights.setdefault(name, ExactNumber()).merge(
+                weight_sum if len(reported) < len(weights) else total
+            )
 
     def merge(self, other: "Streamed") -> None:
         """Add what another sum of the same round holds, in the same bits as if its updates had been added here."""
@@ -72,11 +76,11 @@ class Streamed:
         self.total.merge(other.total)
         for name, sum_ in other.sums.items():
             self._sum_of(name, sum_.coarse.shape, other.dtypes[name]).merge(sum_)
-        for mine, theirs in (
+        for target, source in (
             (self.weights, other.weights), (self.metrics, other.metrics), (self.metric_weights, other.metric_weights),
         ):  # fmt: skip
-            for name, total in theirs.items():
-                mine.setdefault(name, ExactNumber()).merge(total)
+            for name, total in source.items():
+                target.setdefault(name, ExactNumber()).merge(total)
 
     def _sum_of(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ExactSum:
         if name not in self.sums:
@@ -125,15 +129,18 @@ def by_site(updates: Iterable[Update]) -> list[Update]:
     Only rules that compare sites with each other need this. Memory grows with the sites: one trunk each, in copies,
     because what arrives may be a view of what a transport has little room for.
     """
-    kept = [replace(one, delta=Arrays({name: array.copy() for name, array in one.delta.items()})) for one in updates]
-    return sorted(kept, key=lambda one: one.site)
+    kept = [
+        replace(update, delta=Arrays({name: array.copy() for name, array in update.delta.items()}))
+        for update in updates
+    ]
+    return sorted(kept, key=lambda update: update.site)
 
 
-def on_equal_terms(updates: Sequence[Update], delta: Mapping[str, NDArray[np.floating[Any]]]) -> Update:
-    """`delta` as what one vote a site came to; metrics are plain means.
+def with_equal_votes(updates: Sequence[Update], delta: Mapping[str, NDArray[np.floating[Any]]]) -> Update:
+    """`delta` as the result of one vote a site; metrics are plain means.
 
-    A site says itself how many rows stand behind its update, so a rule against liars must not ask it.
+    A site reports itself how many rows are behind its update, so a rule against Byzantine sites must not use that number.
     """
-    mean = weighted_mean(replace(one, delta=Arrays(), weight=1.0) for one in updates)
-    have = {name: float(sum(name in one.delta for one in updates)) for name in delta}
-    return replace(mean, delta=Arrays({name: delta[name] for name in sorted(delta)}), weights=have)
+    mean = weighted_mean(replace(update, delta=Arrays(), weight=1.0) for update in updates)
+    counts = {name: float(sum(name in update.delta for update in updates)) for name in delta}
+    return replace(mean, delta=Arrays({name: delta[name] for name in sorted(delta)}), weights=counts)

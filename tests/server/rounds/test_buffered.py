@@ -26,7 +26,7 @@ from trunkline.protocol.plan import LocalPlan
 from trunkline.server.reporting.report import read_report
 from trunkline.server.rounds.buffered import check_bufferable, damped, damping
 from trunkline.simulations.world.network import WorldGrid
-from trunkline.strategies import STRATEGIES, State, build_strategy
+from trunkline.strategies import STRATEGIES, StrategyState, build_strategy
 
 LINEAR: dict[str, Any] = {"lend": ["trunk", "heads"], "trunk": {"backbone": "linear", "columns": 3, "width": 4}}
 # 3 steps of 32 rows: a plant of ordinary speed trains for 96 s, a slow one for 960
@@ -102,7 +102,10 @@ def test_a_step_is_the_mean_of_what_staleness_leaves_of_each_update_in_any_order
         (Update(f"s{index}", "r", 1, Arrays({"w": np.array(change, np.float32)}), float(weight)), stale)
         for index, (weight, stale, change) in enumerate(came)
     ]
-    strategy, start = build_strategy("fedavg", {}, LocalPlan()), State(Arrays({"w": np.zeros(4, np.float32)}), round=40)
+    strategy, start = (
+        build_strategy("fedavg", {}, LocalPlan()),
+        StrategyState(Arrays({"w": np.zeros(4, np.float32)}), round=40),
+    )
     after, mean = strategy.advance(start, [damped(one, stale, power) for one, stale in updates])
     random.shuffle(updates)
     again, _ = strategy.advance(start, [damped(one, stale, power) for one, stale in updates])

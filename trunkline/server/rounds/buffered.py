@@ -31,7 +31,7 @@ from trunkline.server.rounds.messaging import BATCH, LOST, POLL_FIRST_S, POLL_MO
 from trunkline.server.rounds.requests import address, contents
 from trunkline.server.rounds.tally import Tally
 from trunkline.server.rounds.update_journal import Content
-from trunkline.strategies import STRATEGIES, State, Strategy
+from trunkline.strategies import STRATEGIES, Strategy, StrategyState
 
 KEPT = 8  # trunks in memory, the newest among them: a site at work on an older one is given the newest when it is asked again
 
@@ -137,7 +137,7 @@ class BufferedRounds:
         members = len(self.context.cohort.members)
         return min(self.settings.buffer or -(-members // 2), members)
 
-    def step(self, state: State) -> State:
+    def step(self, state: StrategyState) -> StrategyState:
         """Wait for the next K updates, and step.
 
         Raises:
@@ -168,7 +168,7 @@ class BufferedRounds:
         )  # fmt: skip
         return after
 
-    def _updates(self, state: State, step: _Step) -> Iterator[Update]:
+    def _updates(self, state: StrategyState, step: _Step) -> Iterator[Update]:
         """The next updates as they come; fewer than a step has where no other site is at work, or `deadline_s` has passed."""
         context, grid, size = self.context, self.context.grid, step.expected
         self._serve(state)
@@ -225,7 +225,7 @@ class BufferedRounds:
 
     # --- questions ------------------------------------------------------------------------------------------------
 
-    def _serve(self, state: State) -> None:
+    def _serve(self, state: StrategyState) -> None:
         """Make this the newest trunk. Older ones stay while a site is at work on them, up to `KEPT`."""
         self.trunks[state.round] = state.trunk
         under_way = {question.round - 1 for question in self.open.values()} | {state.round}
@@ -245,7 +245,7 @@ class BufferedRounds:
         self, done: int, by_node: dict[int, Member]
     ) -> tuple[dict[int, TrainRequest], dict[int, Callable[[], RecordDict]]]:
         """The requests for the trunk of round `done`, and the makers of their messages."""
-        trunk = self.trunks[done]  # held alone: a State has an optimiser's moments beside it
+        trunk = self.trunks[done]  # held alone: a StrategyState has an optimiser's moments beside it
         requests = address(self.context.requests.train(done + 1), by_node)
         return requests, contents(requests, lambda site: trunk, by_node)
 
@@ -313,7 +313,7 @@ class BufferedRounds:
             self.fetched.extend(self.context.grid.pull_messages(self.sent.keys()))
         return bool(self.fetched)
 
-    def _admitted(self, message: Message, state: State, step: _Step) -> Update | None:
+    def _admitted(self, message: Message, state: StrategyState, step: _Step) -> Update | None:
         """The update of a reply, damped; None where there is none. Each (site, round) counts once."""
         sent = self.sent.pop(message.metadata.reply_to_message_id, None)
         if sent is None:

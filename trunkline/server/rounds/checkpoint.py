@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from trunkline.errors import ForeignState
 from trunkline.protocol.arrays import Arrays
 from trunkline.runtime.storage import Shelf
-from trunkline.strategies import State
+from trunkline.strategies import StrategyState
 
 
 class Checkpoint:
@@ -23,7 +23,7 @@ class Checkpoint:
     def __init__(self, out: Path, note: Callable[[str], None] = lambda text: None) -> None:
         self.shelf = Shelf(out / "checkpoint", keep=3, tell=note, kind="checkpoint")
 
-    def save(self, state: State, meta: dict[str, Any], extra: Mapping[str, NDArray[Any]] = {}) -> None:
+    def save(self, state: StrategyState, meta: dict[str, Any], extra: Mapping[str, NDArray[Any]] = {}) -> None:
         """Keep a round of the run whose key is `meta["key"]`.
 
         Args:
@@ -45,7 +45,7 @@ class Checkpoint:
         }
         self.shelf.put(state.round, tensors, {"names": names, "notes": state.notes, **meta})
 
-    def load(self) -> tuple[State, dict[str, Any]] | None:
+    def load(self) -> tuple[StrategyState, dict[str, Any]] | None:
         """The newest intact state, or None when no round was ever saved.
 
         Raises:
@@ -68,4 +68,4 @@ class Checkpoint:
         }
         notes: Any = meta.get("notes", {})
         extra = {name.removeprefix("beside/"): array for name, array in tensors.items() if name.startswith("beside/")}
-        return State(trunk, moments, round, notes), {**meta, "beside": extra}
+        return StrategyState(trunk, moments, round, notes), {**meta, "beside": extra}

@@ -18,7 +18,7 @@ from trunkline.runtime.storage import write_atomic
 from trunkline.server.reporting.records import Refusal, RoundRecord
 from trunkline.server.rounds.checkpoint import Checkpoint
 from trunkline.server.rounds.disk_wait import DiskWait
-from trunkline.strategies import State
+from trunkline.strategies import StrategyState
 
 KEY_FILE = "run.json"  # in a run's folder: the name the sites know it by
 
@@ -32,7 +32,7 @@ class SavedRun:
         cohort: the members as plain values, and `arrays` their arrays; empty where they join anew.
     """
 
-    state: State
+    state: StrategyState
     records: list[RoundRecord]
     silent: set[str]
     cohort: Mapping[str, Any]
@@ -84,7 +84,7 @@ class RunPersistence:
         self.disk_wait(lambda: write_atomic(path, json.dumps({"key": self.key}).encode()))
 
     def save(
-        self, state: State, records: list[RoundRecord], silent: set[str], cohort: Mapping[str, Any],
+        self, state: StrategyState, records: list[RoundRecord], silent: set[str], cohort: Mapping[str, Any],
         arrays: Mapping[str, NDArray[Any]],
     ) -> None:  # fmt: skip
         """A checkpoint of the run, as `restore` gives it back."""

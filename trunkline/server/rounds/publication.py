@@ -11,10 +11,10 @@ from trunkline.server.releases.release import release
 from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.context import RunContext
 from trunkline.server.rounds.round import sites_by_cohort
-from trunkline.strategies import State
+from trunkline.strategies import StrategyState
 
 
-def publish(context: RunContext, out: Path, state: State, sign: Sign | None) -> None:
+def publish(context: RunContext, out: Path, state: StrategyState, sign: Sign | None) -> None:
     """Write the trunk of all sites to `out`, and each cohort's with the statistics and parts of its own sites."""
     requests, members = context.requests, context.cohort.members
     run = context.config.model_copy(update={"trunk": requests.trunk})

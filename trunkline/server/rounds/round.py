@@ -23,7 +23,7 @@ from trunkline.server.rounds.messaging import Answer, ask, flush_stacks
 from trunkline.server.rounds.requests import address, contents
 from trunkline.server.rounds.tally import Tally, content_of
 from trunkline.server.rounds.update_journal import Content, question_of, update_digest
-from trunkline.strategies import State
+from trunkline.strategies import FitQuerying, StrategyState
 from trunkline.strategies.streaming import Streamed
 
 
@@ -39,7 +39,7 @@ class SynchronousRounds:
         self.silent: set[str] = set()  # missed the last round: they are asked, but no longer waited for
         self.wanted = 0  # updates after which the round has enough
 
-    def step(self, state: State) -> State:
+    def step(self, state: StrategyState) -> StrategyState:
         """The state after one round; `state` itself where all sites that were asked turned out to be away.
 
         Raises:
@@ -112,7 +112,7 @@ class SynchronousRounds:
     # --- updates --------------------------------------------------------------------------------------------------
 
     def _updates(
-        self, state: State, members: dict[str, Member], tally: Tally, admitted: dict[str, str]
+        self, state: StrategyState, members: dict[str, Member], tally: Tally, admitted: dict[str, str]
     ) -> Iterator[Update | Streamed]:
         """Ask every member, admit each reply, and hand its update on at once: nothing is collected.
 
@@ -158,7 +158,7 @@ class SynchronousRounds:
         if len(tally.sites) < self.wanted:  # otherwise the missing sites had no time to answer
             self.silent = {site for site in members if site not in answered}
 
-    def _sums(self, state: State, by_node: dict[int, Member], tally: Tally) -> Iterator[Streamed]:
+    def _sums(self, state: StrategyState, by_node: dict[int, Member], tally: Tally) -> Iterator[Streamed]:
         """The updates of sites that a grid trains as stacks, added up where they were made; these sites leave `by_node`.
 
         Only a simulation has such a grid. Its sites check their updates themselves.
@@ -243,17 +243,20 @@ class SynchronousRounds:
 
     # --- fit queries ----------------------------------------------------------------------------------------------
 
-    def _query_fits(self, state: State, members: Mapping[str, Member], tally: Tally) -> State:
+    def _query_fits(self, state: StrategyState, members: Mapping[str, Member], tally: Tally) -> StrategyState:
         """Ask the sites of this round how each set of arrays fits them; a site that does not answer for all has no vote.
 
         Only the strategy's decision is kept: a resumed run asks again and gets the same answers.
         """
-        queries = self.context.strategy.fit_queries(state)
+        strategy = self.context.strategy
+        if not isinstance(strategy, FitQuerying):
+            return state
+        queries = strategy.fit_queries(state)
         fits: dict[str, dict[str, float]] = {site: {} for site in sorted(members)}
         for name, trunk in queries.items():
             losses = self._losses(name, trunk, state.round + 1, {site: members[site] for site in fits}, tally)
             fits = {site: {**fit, name: losses[site]} for site, fit in fits.items() if site in losses}
-        return self.context.strategy.judge(state, fits) if queries else state
+        return strategy.reassign(state, fits) if queries else state
 
     def _losses(
         self, name: str, trunk: Arrays, round: int, members: Mapping[str, Member], tally: Tally

@@ -32,7 +32,7 @@ from trunkline.server.rounds.requests import RequestFactory
 from trunkline.server.rounds.round import SynchronousRounds
 from trunkline.server.rounds.scoring import decide, evaluate
 from trunkline.server.rounds.update_journal import UpdateJournal
-from trunkline.strategies import State, Strategy, build_strategy
+from trunkline.strategies import Strategy, StrategyState, build_strategy
 
 Roster = Callable[[], Mapping[int, str]]
 ROUND_RETRY_S = 1.0  # between two attempts at a round that too few sites answered
@@ -155,7 +155,7 @@ class _Run:
         if saved is not None:
             self.rounds.silent = saved.silent
 
-    def _all_rounds(self, state: State, trunk: Arrays) -> State:
+    def _all_rounds(self, state: StrategyState, trunk: Arrays) -> StrategyState:
         """The state after the last round.
 
         Args:
@@ -165,7 +165,7 @@ class _Run:
             try:
                 if state.round == self.run.rounds:
                     decide(self.context, state)
-                    state = self.strategy.again(state, self.context.cohort.first_arrays(trunk))
+                    state = self.strategy.restart(state, self.context.cohort.first_arrays(trunk))
                 state = self._round(state)
                 self._save(state)
             except StateLost as lost:
@@ -175,7 +175,7 @@ class _Run:
                 self._note(f"{lost} Going back to round {state.round}, the last that is on disk.")
         return state
 
-    def _round(self, state: State) -> State:
+    def _round(self, state: StrategyState) -> StrategyState:
         """The state after one round. Where sites may come back, a round that too few answered is begun again until enough have.
 
         Raises:
@@ -205,7 +205,7 @@ class _Run:
                     )
                 return after
 
-    def _save(self, state: State) -> None:
+    def _save(self, state: StrategyState) -> None:
         """A checkpoint; while sites are in memory only now and then, because their vaults must be of the same round."""
         last = state.round % self.run.rounds == 0
         if holds_state(self.grid) and not last and time.monotonic() - self.saved < CHECKPOINT_S:

@@ -15,15 +15,15 @@ from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.context import RunContext
 from trunkline.server.rounds.messaging import Answer, ask, flush_stacks, now
 from trunkline.server.rounds.requests import address, contents
-from trunkline.strategies import State
+from trunkline.strategies import StrategyState
 
 
-def evaluate(context: RunContext, state: State) -> list[tuple[str, TaskRow]]:
+def evaluate(context: RunContext, state: StrategyState) -> list[tuple[str, TaskRow]]:
     """Every site scores the final trunk on its own test rows; (site, row) of the aggregates they send, by site."""
     return sorted(_Scoring(context, state, context.requests.score()).collect(), key=lambda site_row: site_row[0])
 
 
-def decide(context: RunContext, state: State) -> None:
+def decide(context: RunContext, state: StrategyState) -> None:
     """Every site decides by its validation rows, for the last time before it trains on them."""
     rounds = context.config.rounds
     _Scoring(context, state, context.requests.decide()).collect()
@@ -39,7 +39,7 @@ class _Scoring:
         request: a site answers it with a Scorecard.
     """
 
-    def __init__(self, context: RunContext, state: State, request: DecideRequest | ScoreRequest) -> None:
+    def __init__(self, context: RunContext, state: StrategyState, request: DecideRequest | ScoreRequest) -> None:
         self.context = context
         self.state = state
         self.request = request
