@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
     load_pem_public_key,
-    load_ssh_private_key,
 )
 from cryptography.x509.oid import NameOID
 
@@ -45,18 +44,6 @@ def new_site_key() -> EllipticCurvePrivateKey:
 def write_site_key(path: Path, key: EllipticCurvePrivateKey) -> None:
     """A private key in OpenSSH's format, which Flower reads, for this account only."""
     write_atomic(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-
-
-def read_site_key(path: Path) -> EllipticCurvePrivateKey:
-    """What `write_site_key` wrote.
-
-    Raises:
-        TrustError: absent, damaged, of another kind, or readable by other accounts.
-    """
-    key = _load(path, lambda data: load_ssh_private_key(data, None), private=True)
-    if not isinstance(key, EllipticCurvePrivateKey) or not isinstance(key.curve, SECP384R1):
-        raise TrustError(f"{path}: not a key on P-384. Join the federation again; that makes one.")
-    return key
 
 
 def key_pem(key: EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
