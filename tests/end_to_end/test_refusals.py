@@ -177,7 +177,7 @@ def test_a_foreign_app_runs_neither_at_the_centre_nor_at_a_plant(centre: Federat
     out.touch()
     run = submit(status["address"], folder, {"out": str(out)}, ca=ca)
     within(90.0, lambda: f"answered\n{centre.logs()}", lambda: ended(run))
-    assert "is not pinned at this site; nothing of it was run" in out.read_text(), centre.logs()
+    assert "is not pinned at this site; none of its code was run" in out.read_text(), centre.logs()
     executor = centre.states[plants[0].name] / "logs" / "executor.log"
     assert "refused the app" in executor.read_text()
     assert not marker.exists()

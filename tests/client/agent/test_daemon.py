@@ -59,24 +59,24 @@ def test_systemd_is_told_when_all_parts_are_up_and_the_centre_was_asked(
 ) -> None:
     class Asking:
         asked = False
-        found: ClassVar[dict[str, object]] = {}
+        summary: ClassVar[dict[str, object]] = {}
 
         def tick(self) -> bool:
             return False
 
         def hurry(self) -> None: ...
 
-    keeper = Asking()
+    monitor = Asking()
     supervisor = Supervisor([], tmp_path, {"site": "p", "server": "centre:1", "joined": True})
     up = False
     monkeypatch.setattr(Supervisor, "all_running", property(lambda self: up))
-    tick = daemon._watch(supervisor, keeper)  # type: ignore[arg-type]
+    tick = daemon._watch(supervisor, monitor)  # type: ignore[arg-type]
     tick()
     assert not supervisor.is_ready and supervisor.headline == "asks centre:1 for the first time; starts"
     up = True
     tick()
     assert not supervisor.is_ready
-    keeper.asked = True
+    monitor.asked = True
     tick()
     assert supervisor.is_ready
 

@@ -96,7 +96,7 @@ class Deployment:
         )
         self.client = daemon(
             "from pathlib import Path; from trunkline.client.agent import daemon; "
-            f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tiny_apps:client_app', door=False)",
+            f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tiny_apps:client_app', check_egress=False)",
             root / "client.log",
         )
 
@@ -303,4 +303,4 @@ def test_a_second_daemon_on_one_state_folder_is_refused(deployment: Deployment) 
     from trunkline.client.agent import daemon
 
     with pytest.raises(DeploymentError, match=f"pid {deployment.client.pid}"):
-        daemon.start(deployment.site, server=deployment.address, tell=lambda text: None)
+        daemon.start(deployment.site, server=deployment.address, emit=lambda text: None)

@@ -10,7 +10,8 @@ from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from trunkline.client.agent import executor as module
-from trunkline.client.agent.executor import Executor, Journal
+from trunkline.client.agent.executor import Executor, Timing
+from trunkline.client.agent.task_journal import TaskJournal
 from trunkline.errors import DeploymentError, StorageError
 from trunkline.flower.errors import answer
 from trunkline.flower.grid import LoopbackGrid
@@ -69,21 +70,23 @@ class SuperNode:
 def node(monkeypatch: pytest.MonkeyPatch) -> SuperNode:
     made = SuperNode()
     monkeypatch.setattr(module, "NodeTask", made.task)
-    monkeypatch.setattr(module, "HOLD_S", 0.01)
     return made
 
 
 def worker(tmp_path: Path, node: SuperNode) -> Executor:
-    made = Executor("127.0.0.1:9", make_secret(tmp_path / "secret"), tmp_path / "journal.json", app, lambda: {"pinned"})
+    made = Executor(
+        "127.0.0.1:9", make_secret(tmp_path / "secret"), tmp_path / "journal.json", app, lambda: {"pinned"},
+        timing=Timing(retry_s=0.01),
+    )  # fmt: skip
     made._runtime = node  # type: ignore[assignment]
     return made
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> list[int]:
     """Let the n-th write of the journal fail, as a full disk lets it."""
-    real, calls = Journal.write, []
+    real, calls = TaskJournal.write, []
 
-    def write(self: Journal, *arguments: Any, **options: Any) -> None:
+    def write(self: TaskJournal, *arguments: Any, **options: Any) -> None:
         calls.append(len(calls))
         if fails(calls[-1]):
             try:
@@ -92,7 +95,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> li
                 raise StorageError("journal.json: could not be written.") from error
         real(self, *arguments, **options)
 
-    monkeypatch.setattr(Journal, "write", write)
+    monkeypatch.setattr(TaskJournal, "write", write)
     return calls
 
 
@@ -165,7 +168,7 @@ def test_while_an_answer_finds_no_room_the_next_task_waits_for_some(
     made, free, waited = worker(tmp_path, node), [100], []
     monkeypatch.setattr(module.disk, "free_bytes", lambda folder: free[0])
     for expected in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0):
-        made._told(asked, reply)
+        made._conclude(asked, reply)
         assert made._room_s == expected
     made._stop.wait = lambda seconds: (
         (waited.append(seconds), len(waited) == 3 and free.append(free.pop() + 1))[1] and False

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 import trunkline.security.keys
-from trunkline.client.agent import join
-from trunkline.client.agent import membership_monitor as keeper
-from trunkline.client.agent.membership_monitor import MembershipMonitor
+from trunkline.client.agent import join, membership_monitor
+from trunkline.client.agent.membership_monitor import MembershipMonitor, Timing
 from trunkline.client.state.identity import Identity
 from trunkline.errors import TrustError
 from trunkline.runtime.incidents import Incidents, read_incidents
 from trunkline.security.enrolment import Hello
 from trunkline.security.keys import key_id, read_certificate
-from trunkline.server.membership import authority
+from trunkline.server.membership import authority, certificates
 from trunkline.server.membership.authority import Authority
 from trunkline.server.membership.registry import Registry
 
@@ -40,11 +39,11 @@ class Plant:
         join.accept_admission(self.site, self.state, code, root / "answer", "127.0.0.1:1")
         self.ahead = timedelta(0)
         self.woken = 0
-        monkeypatch.setattr(keeper, "hello", self.hello)
+        monkeypatch.setattr(membership_monitor, "hello", self.hello)
         monkeypatch.setattr(join, "_post", self.post)
         self.notes = Incidents(self.state, "p")
-        self.keeper = MembershipMonitor(
-            self.state, "centre:1", self.said.append, self.wake, ask_s=0.0, incidents=self.notes
+        self.monitor = MembershipMonitor(
+            self.state, "centre:1", self.said.append, self.wake, incidents=self.notes, timing=Timing(ask_s=0.0)
         )
 
     def wake(self) -> None:
@@ -68,7 +67,7 @@ class Plant:
         end = time.monotonic() + 20.0
         while not found():
             assert time.monotonic() < end, self.said
-            self.keeper.tick()
+            self.monitor.tick()
             time.sleep(0.01)
 
 
@@ -80,10 +79,10 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
 def test_all_is_well_and_said_once(plant: Plant) -> None:
     plant.until(lambda: bool(plant.said))
     for _ in range(100):
-        plant.keeper.tick()
+        plant.monitor.tick()
         time.sleep(0.002)
-    assert plant.said == ["the centre at centre:1 knows this site as p"]
-    assert plant.keeper.found["warnings"] == [] and plant.woken == 0
+    assert plant.said == ["the server at centre:1 knows this site as p"]
+    assert plant.monitor.summary["warnings"] == [] and plant.woken == 0
 
 
 def test_a_clock_that_is_off_is_told_before_it_shuts_the_site_out(plant: Plant) -> None:
@@ -101,7 +100,7 @@ def test_a_certificate_is_renewed_when_a_third_of_its_life_is_left(
     plant.until(lambda: bool(plant.said))
     assert read_certificate(own) == before
     real = trunkline.security.keys.now
-    for module in (trunkline.security.keys, authority):
+    for module in (trunkline.security.keys, authority, certificates):
         monkeypatch.setattr(module, "now", lambda: real() + timedelta(days=250))
     plant.until(lambda: read_certificate(own) != before)
     after = read_certificate(own)
@@ -115,7 +114,7 @@ def test_a_certificate_that_cannot_be_renewed_is_warned_of_ahead_of_time(
     def away(*arguments: object) -> None:
         raise TrustError("centre:1: cannot be reached")
 
-    monkeypatch.setattr(keeper, "hello", away)
+    monkeypatch.setattr(membership_monitor, "hello", away)
     real = trunkline.security.keys.now
     monkeypatch.setattr(trunkline.security.keys, "now", lambda: real() + timedelta(days=355))
     plant.until(lambda: any("this site's certificate expires in 10 days" in one for one in plant.said))
@@ -123,12 +122,12 @@ def test_a_certificate_that_cannot_be_renewed_is_warned_of_ahead_of_time(
 
 
 def test_a_revoked_site_is_told_so_as_soon_as_something_goes_wrong(plant: Plant) -> None:
-    plant.keeper.ask_s = 1000.0
+    plant.monitor.timing = Timing(ask_s=1000.0)
     plant.until(lambda: bool(plant.said))
     authority.revoke(plant.centre.state, "p", "sold")
-    plant.keeper.tick()
+    plant.monitor.tick()
     assert not any("was revoked" in one for one in plant.said)
-    plant.keeper.hurry()
+    plant.monitor.hurry()
     plant.until(lambda: any("was revoked" in one for one in plant.said))
 
 
@@ -136,7 +135,7 @@ def test_a_link_that_is_lost_and_a_clock_that_is_off_are_each_an_incident_once(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant.until(lambda: bool(plant.said))
-    assert plant.incidents() == [] and plant.keeper.found["connected"]
+    assert plant.incidents() == [] and plant.monitor.summary["connected"]
     asked: list[str] = []
 
     def away(*arguments: object) -> None:
@@ -144,15 +143,15 @@ def test_a_link_that_is_lost_and_a_clock_that_is_off_are_each_an_incident_once(
         raise TrustError(f"centre:1: {asked[-1]}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeper, "hello", away)
+        patch.setattr(membership_monitor, "hello", away)
         plant.until(lambda: len(asked) >= 6)
     plant.ahead = timedelta(seconds=-100)
-    plant.until(lambda: bool(plant.keeper.found["connected"]) and len(plant.incidents()) == 4)
+    plant.until(lambda: bool(plant.monitor.summary["connected"]) and len(plant.incidents()) == 4)
     plant.ahead = timedelta(seconds=-200)  # another sentence, and the same incident
     plant.until(lambda: any("200 s behind" in one for one in plant.said))
     plant.ahead = timedelta(0)
     plant.until(lambda: len(plant.incidents()) == 5)
     kinds, texts = zip(*plant.incidents(), strict=True)
     assert kinds == ("failure", "failure", "recovery", "failure", "recovery")
-    assert "no link to the centre at centre:1: centre:1: cannot be reached" in texts[0] and "timed out" in texts[1]
+    assert "no link to the server at centre:1: centre:1: cannot be reached" in texts[0] and "timed out" in texts[1]
     assert texts[2].startswith("the link is back") and "100 s behind" in texts[3] and "agree again" in texts[4]

@@ -107,7 +107,7 @@ def test_the_daemon_outlives_a_full_disk_and_a_stopped_part_and_ends_in_time(tmp
         assert child(state, "executor")["pid"] and child(state, "supernode")["pid"]
 
         with no_room(small_disk, daemon.pid):
-            wait("it says so", lambda: "No order is taken and no answer leaves until there is room" in log.read_text())
+            wait("it says so", lambda: "No request is taken and no reply leaves until there is room" in log.read_text())
             wait("systemd reads it", lambda: str(state) in systemd.status())
             first = child(state, "executor")["pid"]
             os.kill(first, signal.SIGKILL)  # a part that fails meanwhile is started again, now or when there is room
@@ -119,11 +119,14 @@ def test_the_daemon_outlives_a_full_disk_and_a_stopped_part_and_ends_in_time(tmp
         )
         assert again != first
         wait("and stands", lambda: said(state, "recovery", "executor runs again"))
-        assert len(said(state, "failure", "No order is taken")) == 1 and log.read_text().count("No order is taken") == 1
+        assert (
+            len(said(state, "failure", "No request is taken")) == 1
+            and log.read_text().count("No request is taken") == 1
+        )
         assert len(said(state, "recovery", "there is room again")) == 1
         assert said(state, "failure", "executor") == ["executor was killed (SIGKILL)"]
         lines = (state / "logs" / "daemon.log").read_text()
-        assert "No order is taken" in lines and "there is room again" in lines, "held until it could be written"
+        assert "No request is taken" in lines and "there is room again" in lines, "held until it could be written"
 
         os.kill(again, signal.SIGSTOP)
         wait("it says who stands still", lambda: "executor stands still" in log.read_text())

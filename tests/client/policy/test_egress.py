@@ -534,30 +534,32 @@ def test_what_cannot_be_written_down_does_not_leave(joined: Plant) -> None:
     assert not joined.door.pass_(request, reply).has_error()
 
 
-def test_the_executor_holds_a_reply_until_it_can_be_written_down(
-    joined: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_executor_holds_a_reply_until_it_can_be_written_down(joined: Plant, tmp_path: Path) -> None:
     import threading
 
     from trunkline.client.agent import executor as module
     from trunkline.runtime.incidents import read_incidents
     from trunkline.runtime.programs import make_secret
 
-    monkeypatch.setattr(module, "HOLD_S", 0.05)
     worker = module.Executor(
-        "127.0.0.1:9", make_secret(tmp_path / "secret"), tmp_path / "journal.json", app, set, door=joined.door
+        "127.0.0.1:9",
+        make_secret(tmp_path / "secret"),
+        tmp_path / "journal.json",
+        app,
+        set,
+        egress_filter=joined.door,
+        timing=module.Timing(retry_s=0.05),
     )
     request, reply = joined.trained()
     path = joined.state / manifest.MANIFEST
     aside = path.rename(path.with_name("aside"))
-    path.mkdir()
+    path.symlink_to(path.name)  # a loop: cannot be opened, and is replaced in one step
     out: list[Message | None] = []
-    holding = threading.Thread(target=lambda: out.append(worker._let_out(request, reply)))
+    holding = threading.Thread(target=lambda: out.append(worker._filter(request, reply)))
     holding.start()
     holding.join(0.4)
     assert holding.is_alive() and not out
-    path.rmdir()
-    aside.rename(path)
+    aside.replace(path)
     holding.join(10)
     (let_out,) = out
     assert let_out is not None and not let_out.has_error()
@@ -567,7 +569,7 @@ def test_the_executor_holds_a_reply_until_it_can_be_written_down(
     path.rename(path.with_name("aside"))
     path.mkdir()
     worker._stop.set()
-    assert worker._let_out(request, reply) is None, "told to end, it ends, and nothing has left"
+    assert worker._filter(request, reply) is None, "told to end, it ends, and nothing has left"
 
 
 TAMPERED: dict[str, Callable[[list[bytes]], list[bytes]]] = {

@@ -1,7 +1,7 @@
-"""The plant's daemon: a SuperNode that fetches messages, the executor that answers them, and who keeps the membership fresh.
+"""The site's daemon: a SuperNode that fetches messages, the executor that answers them, and the membership monitor.
 
-Which folder holds the plant's data is said here, on the plant, and travels to the ClientApp in the node's own
-configuration: no message of a server can name another.
+The folder of the site's data is set here, on the plant's machine. It reaches the ClientApp in the node's own configuration,
+so no message of a server can name another folder.
 """
 
 import json
@@ -26,11 +26,9 @@ from trunkline.runtime.supervisor import Supervisor
 from trunkline.security.encryption import environment_without_key
 from trunkline.security.keys import check_clock, read_certificate
 
-LOCAL = "127.0.0.1:9140"  # where a centre on this machine listens unless told otherwise
+LOCAL = "127.0.0.1:9140"  # default address of a server on this machine
 HEADLINE_S = 1.0
-STANDS_STILL = (
-    "No order is taken and no answer leaves until there is room; the centre waits for this site, or goes on without it."
-)
+DISK_FULL = "No request is taken and no reply leaves until there is room. The server waits for this site, or continues without it."
 
 state_of = status.state_of
 
@@ -39,27 +37,27 @@ def start(
     site_dir: Path,
     server: str | None = None,
     state: Path | None = None,
-    tell: Callable[[str], None] = print_line,
+    emit: Callable[[str], None] = print_line,
     client_app: str = "trunkline.client.app:app",
-    door: bool = True,
+    check_egress: bool = True,
 ) -> None:
-    """Run the plant's daemon until SIGTERM or SIGINT.
+    """Run the site's daemon until SIGTERM or SIGINT.
 
-    A site that has joined a federation speaks TLS 1.3 with its certificate; one that has not reaches a centre on this machine
-    only, which is for trying things out.
+    A site that has joined a federation uses TLS 1.3 with its certificate. A site that has not may only use a server on this
+    machine, for a trial.
 
     Args:
         site_dir: the folder with site.toml.
-        server: host:port of the centre; default: the one it joined, or 127.0.0.1:9140.
+        server: host:port; default: the server it joined, or 127.0.0.1:9140.
         state: for keys, journal, logs and the private model; not shared by two daemons.
         client_app: module:attribute of the installed ClientApp.
-        door: False for a ClientApp that speaks another language than Trunkline's own, in a test: nothing is checked then.
+        check_egress: False for a test's ClientApp with another protocol than Trunkline's: no reply is checked then.
 
     Raises:
-        ConfigError: site.toml says something that cannot be meant.
+        ConfigError: site.toml is invalid.
         DeploymentError: another daemon holds `state`, or the server is elsewhere and this site has not joined.
-        TrustError: an identity is there and cannot be used, `state` is sealed and cannot be opened, or the clock is wrong.
-        ForeignState: `state` is another site's.
+        TrustError: the identity cannot be used, `state` is sealed and cannot be opened, or the clock is wrong.
+        ForeignState: `state` belongs to another site.
     """
     site_dir = site_dir.resolve()
     site = read_site(site_dir)
@@ -67,7 +65,7 @@ def start(
     identity = Identity.of(state)
     server = server or (read_membership(state).server if identity.joined else "") or LOCAL
     if not server.rpartition(":")[2].isdigit():
-        raise DeploymentError(f"server {server!r}: expected host:port, such as centre.example.com:9140.")
+        raise DeploymentError(f"server {server!r}: expected host:port, such as server.example.com:9140.")
     if not identity.joined and not is_loopback(server.rpartition(":")[0].strip("[]")):
         raise DeploymentError(
             f"site {site.name} has not joined a federation, and without its certificate nothing would be encrypted on the way to "
@@ -76,32 +74,34 @@ def start(
     check_clock(*([read_certificate(identity.certificate)] if identity.joined else []))
     if identity.joined:
         _check_membership(site, state)
-    # both said here and now, and not in a log at the first message
-    check_whose(state, site.name, open_seal(state, tell))
-    children = children_of(site, site_dir, server, state, client_app, door)
+    # fails here, and not in a log at the first message
+    check_whose(state, site.name, open_seal(state, emit))
+    children = children_of(site, site_dir, server, state, client_app, check_egress)
     info = {"role": "client", "site": site.name, "server": server, "joined": identity.joined, "folder": str(site_dir)}
-    supervisor = Supervisor(children, state, info, lambda text: tell(f"site {site.name}: {text}"), STANDS_STILL)
+    supervisor = Supervisor(children, state, info, lambda text: emit(f"site {site.name}: {text}"), DISK_FULL)
     supervisor.emit(f"asking {server} for work; state in {state}. Ctrl-C ends it.")
-    keeper = None
+    monitor = None
     if identity.joined:
-        keeper = MembershipMonitor(state, server, supervisor.emit, supervisor.retry_now, incidents=supervisor.incidents)
-    supervisor.run(_watch(supervisor, keeper))
+        monitor = MembershipMonitor(
+            state, server, supervisor.emit, supervisor.retry_now, incidents=supervisor.incidents
+        )
+    supervisor.run(_watch(supervisor, monitor))
 
 
-def _watch(supervisor: Supervisor, keeper: MembershipMonitor | None) -> Callable[[], None]:
-    """What the daemon looks at five times a second beside its children."""
+def _watch(supervisor: Supervisor, monitor: MembershipMonitor | None) -> Callable[[], None]:
+    """A function, called five times a second, that runs the monitor and keeps readiness and the status line up to date."""
     starts, due = 0, 0.0
 
     def tick() -> None:
         nonlocal starts, due
-        if keeper is not None:
-            if supervisor.starts > starts > 0:  # a SuperNode that is turned away ends, and says nothing
-                keeper.hurry()
+        if monitor is not None:
+            if supervisor.starts > starts > 0:  # a refused SuperNode ends without a cause; the server may have it
+                monitor.hurry()
             starts = supervisor.starts
-            if keeper.tick():
-                supervisor.info |= keeper.found
+            if monitor.tick():
+                supervisor.info |= monitor.summary
                 supervisor.write_status()
-        if supervisor.all_running and (keeper is None or keeper.asked):
+        if supervisor.all_running and (monitor is None or monitor.asked):
             supervisor.mark_ready()
         if time.monotonic() >= due:
             due = time.monotonic() + HEADLINE_S
@@ -113,21 +113,21 @@ def _watch(supervisor: Supervisor, keeper: MembershipMonitor | None) -> Callable
 def _check_membership(site: SiteConfig, state: Path) -> None:
     if (name := read_membership(state).site) != site.name:
         raise TrustError(
-            f"{state}: joined as {name!r}, and site.toml says name = {site.name!r}. Change it back, or join again with a code for it."
+            f"{state}: joined as {name!r}, but site.toml has name = {site.name!r}. Change it back, or join again with a code for it."
         )
 
 
 def children_of(
-    site: SiteConfig, site_dir: Path, server: str, state: Path, client_app: str, door: bool = True
+    site: SiteConfig, site_dir: Path, server: str, state: Path, client_app: str, check_egress: bool = True
 ) -> list[Child]:
-    """The two processes of a plant, SuperNode first: ended last, so that a last answer still gets out."""
+    """The two processes of a site. The SuperNode is first and ends last, so that a last reply can still leave."""
     secret = make_secret(state / "secret")
     runtime = f"127.0.0.1:{_free_port()}"
     identity = Identity.of(state)
     config = f"site={_quoted(site_dir)} state={_quoted(state)} plant=1"
-    own, transport = [], ["--insecure"]
+    identity_flags, transport = [], ["--insecure"]
     if identity.joined:
-        own = ["--identity", str(identity.folder)]
+        identity_flags = ["--identity", str(identity.folder)]
         transport = [
             "--root-certificates",
             str(identity.authority),
@@ -142,7 +142,7 @@ def children_of(
             "supernode",
             "--node-file",
             str(state / "node.json"),
-            *own,
+            *identity_flags,
         ),
         *transport,
         *("--superlink", server, "--isolation", "process", "--superexec-auth-secret-file", str(secret)),
@@ -152,7 +152,7 @@ def children_of(
         *(sys.executable, "-m", "trunkline.client.agent.executor", "--runtime", runtime, "--secret", str(secret)),
         *("--journal", str(state / "journal.json"), "--pins", str(state / "pins.txt")),
         *("--app", client_app, "--site", site.name),
-        *(("--folder", str(site_dir), "--state", str(state), "--centre", server) if door else ()),
+        *(("--folder", str(site_dir), "--state", str(state), "--server", server) if check_egress else ()),
     ]
     env = environment(state)
     return [

@@ -1,7 +1,7 @@
-"""How a plant becomes a member: keys made here, a certificate fetched with a code, and kept fresh.
+"""How a site joins a federation: it makes its keys, fetches a certificate with an invitation code, and renews it.
 
-The private key never leaves the state folder. What is sent is a certificate request, over TLS 1.3 with a client
-certificate made of the code, to a server whose authority the code names.
+The private key never leaves the state folder. The site sends a certificate request over TLS 1.3, with a client certificate
+derived from the code, to a server whose authority the code names.
 """
 
 import contextlib
@@ -67,21 +67,21 @@ from trunkline.security.keys import (
 TIMEOUT_S = 20.0
 ALERT_S = 3.0
 MEMBERSHIP = "federation.json"
-PENDING = "pending.key"  # of a request that went out as a file and is not answered yet
+PENDING = "pending.key"  # key of a request that was written to a file and has no answer yet
 Body = TypeVar("Body", bound=BaseModel)
 
 
 class Membership(Frozen):
-    """What a site remembers of its federation: name, the site's own name there, host:port of the centre."""
+    """A site's federation: its name, the site's own name in it, and host:port of the server."""
 
     federation: str
     site: str
-    server: str = Field(default="", description="empty until it is known, after joining by files")
+    server: str = Field(default="", description="empty after joining by files, until it is given")
 
 
 @dataclass(frozen=True)
 class Joined:
-    """What joining brought, to be shown."""
+    """The result of joining, to be shown."""
 
     membership: Membership
     certificate: x509.Certificate
@@ -102,44 +102,44 @@ def read_membership(state: Path) -> Membership:
 
 
 def join(site_dir: Path, state: Path, server: str, code: Code, key: str | None = None) -> Joined:
-    """Fetch a certificate from the centre at `server` (host:port) with an invitation.
+    """Fetch a certificate from the server at `server` (host:port) with an invitation.
 
     Args:
-        key: source of the key that seals the state folder, see `sealing`; made if there is none.
+        key: source of the key that seals the state folder, see `security/encryption`; made if there is none.
 
     Raises:
-        TrustError: the centre cannot be reached, is another, or refuses the code; an identity that was here stays.
+        TrustError: the server cannot be reached, is another one, or refuses the code; an earlier identity stays.
     """
-    named = _sealed(site_dir, state, key)
+    site = _sealed(site_dir, state, key)
     with _invited(code) as (certificate, secret):
-        # nobody is trusted yet: the answer is believed only where it is the authority that the code names
+        # no server is trusted yet: the answer must be the authority that the code names
         first = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         first.check_hostname, first.verify_mode = False, ssl.CERT_NONE
         first.minimum_version = ssl.TLSVersion.TLSv1_3
         first.load_cert_chain(certificate, secret)
-        known = _get(server, AUTHORITY_PATH, first, AuthorityInfo)
-        authority = load_certificate(known.authority.encode(), server)
+        server_info = _get(server, AUTHORITY_PATH, first, AuthorityInfo)
+        authority = load_certificate(server_info.authority.encode(), server)
         if not code.names(authority):
             raise TrustError(
                 f"{server}: its authority has the fingerprint {fingerprint(authority)[:32]}..., and the code was made by another. "
-                "This is not the server that invited you, or somebody is between: nothing was sent. Check the address."
+                "This is not the server that invited you, or the connection is intercepted. Nothing was sent. Check the address."
             )
-        if known.site != named:
+        if server_info.site != site:
             raise TrustError(
-                f"the code is for {known.site!r}, and {site_dir / 'site.toml'} says name = {named!r}. Use the code of this site, or "
+                f"the code is for {server_info.site!r}, and {site_dir / 'site.toml'} says name = {site!r}. Use the code of this site, or "
                 "change the name; the code is not used up."
             )
         second = _trusting(authority)
         second.load_cert_chain(certificate, secret)
         fresh = new_site_key()
-        admitted = _post(server, JOIN_PATH, second, _request(fresh, named, state), Admission)
+        admitted = _post(server, JOIN_PATH, second, _request(fresh, site, state), Admission)
     return _install(state, admitted, authority, fresh, server)
 
 
 def write_request(site_dir: Path, state: Path, code: Code, out: Path, key: str | None = None) -> None:
-    """The same by files, for a plant that cannot reach the centre: what it would have sent, signed with the code's key.
+    """Write the request to join to a file, signed with the code's key, for a site that cannot reach the server.
 
-    The site's new private key waits in the state folder for `accept_admission`.
+    The site's new private key stays in the state folder until `accept_admission`.
     """
     named = _sealed(site_dir, state, key)
     fresh = new_site_key()
@@ -153,10 +153,10 @@ def write_request(site_dir: Path, state: Path, code: Code, out: Path, key: str |
 
 
 def accept_admission(site_dir: Path, state: Path, code: Code, file: Path, server: str = "") -> Joined:
-    """Take up what the operator made of a request file.
+    """Install the admission that the operator made from a request file.
 
     Raises:
-        TrustError: it is of another federation than the code, of another request, or no admission.
+        TrustError: the file is of another federation than the code, of another request, or no admission.
     """
     check_clock()
     pending = Identity.of(state).folder / PENDING
@@ -184,7 +184,7 @@ def renew(state: Path, server: str | None = None) -> x509.Certificate:
     """Another certificate for the same key.
 
     Raises:
-        TrustError: the centre cannot be reached or refuses; the certificate that was here stays.
+        TrustError: the server cannot be reached or refuses; the present certificate stays.
     """
     identity = Identity.of(state)
     key = load_key(identity.key.read_bytes(), str(identity.key))
@@ -192,29 +192,31 @@ def renew(state: Path, server: str | None = None) -> x509.Certificate:
     _check_dates(identity)
     request = RenewRequest(request=_csr(key, membership.site))
     admitted = _post(server or membership.server, RENEW_PATH, client_context(identity.folder), request, Admission)
-    certificate = load_certificate(admitted.certificate.encode(), "the centre's answer")
+    certificate = load_certificate(admitted.certificate.encode(), "the server's answer")
     _check(certificate, read_certificate(identity.authority), key, membership.site)
     write_atomic(identity.certificate, certificate_pem(certificate))
     return certificate
 
 
 def hello(state: Path, server: str | None = None) -> tuple[Hello, datetime]:
-    """How the centre sees this site, and the centre's time as it was answered.
+    """The server's answer about this site, and the server's time.
 
     Raises:
-        TrustError: it cannot be reached, or turns this site away; the text is the centre's own where it gave one.
+        TrustError: the server cannot be reached, or refuses this site; the text is the server's own if it gave one.
     """
     identity = Identity.of(state)
     _check_dates(identity)
-    said = _get(server or read_membership(state).server, HELLO_PATH, client_context(identity.folder), Hello)
+    answer = _get(server or read_membership(state).server, HELLO_PATH, client_context(identity.folder), Hello)
     try:
-        return said, datetime.fromisoformat(said.now)
+        return answer, datetime.fromisoformat(answer.now)
     except ValueError:
-        raise TrustError(f"the centre says it is {said.now!r}, which is no time. Update Trunkline there.") from None
+        raise TrustError(
+            f"the server's time is {answer.now!r}, which is not ISO 8601. Update Trunkline at the server."
+        ) from None
 
 
 def _sealed(site_dir: Path, state: Path, key: str | None) -> str:
-    """The site's name; its state is sealed from here on, and what lay there in the clear too."""
+    """Seal the state folder, including the files that were in it unencrypted; the site's name."""
     check_clock()
     site = read_site(site_dir)
     if find_seal(state) is None:
@@ -225,13 +227,13 @@ def _sealed(site_dir: Path, state: Path, key: str | None) -> str:
 
 
 def _check_dates(identity: Identity) -> None:
-    """A certificate that is not valid is turned away in the handshake, without a word; this is the word."""
+    """Raise TrustError if the certificate is not valid: the TLS handshake would fail without a cause."""
     certificate = read_certificate(identity.certificate)
     check_clock(certificate)
-    over = certificate.not_valid_after_utc
-    if over < now():
+    expiry = certificate.not_valid_after_utc
+    if expiry < now():
         raise TrustError(
-            f"this site's certificate has expired on {over:%Y-%m-%d %H:%M UTC} by the clock here, so the centre lets nobody in with it. "
+            f"this site's certificate has expired on {expiry:%Y-%m-%d %H:%M UTC} by the clock of this machine, so the server refuses it. "
             "Ask the operator for a new invitation (`trunkline server invite`) and join with `trunkline client join`."
         )
 
@@ -243,26 +245,26 @@ def _request(key: EllipticCurvePrivateKey, site: str, state: Path) -> JoinReques
 
 def _csr(key: EllipticCurvePrivateKey, site: str) -> str:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, site)])
-    made = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA384())
-    return made.public_bytes(Encoding.PEM).decode()
+    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA384())
+    return request.public_bytes(Encoding.PEM).decode()
 
 
 def _check(certificate: x509.Certificate, authority: x509.Certificate, key: Any, site: str) -> None:
     if key_id(certificate.public_key()) != key_id(key.public_key()):
         raise TrustError(
-            "the centre's certificate is for another key than the one made here. Nothing was changed; join again."
+            "the server's certificate is for another key than the one made here. Nothing was changed; join again."
         )
     if not is_issued_by(certificate, authority) or common_name(certificate) != site:
         raise TrustError(
-            f"the centre's certificate is not {site}'s, or not by its authority. Nothing was changed; join again."
+            f"the server's certificate is not {site}'s, or not by its authority. Nothing was changed; join again."
         )
 
 
 def _install(
     state: Path, admitted: Admission, authority: x509.Certificate, key: EllipticCurvePrivateKey, server: str
 ) -> Joined:
-    """Put an identity in place; a former one is kept aside, so that nothing is lost by a mistake."""
-    certificate = load_certificate(admitted.certificate.encode(), "the centre's answer")
+    """Write the new identity; a former one is copied to a folder of its own, so that a mistake loses nothing."""
+    certificate = load_certificate(admitted.certificate.encode(), "the server's answer")
     _check(certificate, authority, key, admitted.site)
     identity = Identity.of(state)
     files = [identity.key, identity.node_key, identity.certificate, identity.authority, identity.folder / MEMBERSHIP]
@@ -283,7 +285,7 @@ def _install(
 
 @contextlib.contextmanager
 def _invited(code: Code) -> Iterator[tuple[Path, Path]]:
-    """The code's certificate and key as files, which is how TLS takes them; gone with the block."""
+    """The code's certificate and key as files, as TLS needs them; deleted at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="trunkline-") as folder:  # mode 0700
         certificate, secret = Path(folder) / "code.crt", Path(folder) / "code.key"
         write_atomic(secret, key_pem(code.key))
@@ -313,59 +315,55 @@ def _call(method: str, server: str, path: str, context: ssl.SSLContext, body: by
     except httpx.HTTPError as error:
         raise TrustError(_unreachable(server, error, context)) from None
     except httpx.InvalidURL:
-        raise TrustError(f"{server}: expected host:port, such as centre.example.com:9140.") from None
+        raise TrustError(f"{server}: expected host:port, such as server.example.com:9140.") from None
     if answer.status_code != 200:
-        raise TrustError(f"{server}: {_said(answer)}")
+        raise TrustError(f"{server}: {_error_text(answer)}")
     try:
         return kind.model_validate_json(answer.content)
     except ValidationError:
-        raise TrustError(
-            f"{server}: its answer cannot be read. Is that a Trunkline centre, and as new as this?"
-        ) from None
+        raise TrustError(f"{server}: its answer cannot be read. Is it a Trunkline server of this version?") from None
 
 
-def _said(answer: httpx.Response) -> str:
+def _error_text(answer: httpx.Response) -> str:
     with contextlib.suppress(ValueError, AttributeError, TypeError):
         return str(json.loads(answer.content)["error"])[:1000]
     return f"answered {answer.status_code}: {answer.text[:300].strip()}"
 
 
-ALERTS = {  # as OpenSSL words what the other side, or this one, found wrong in a handshake
-    "certificate_required": "the centre wants a client certificate and got none. Join first.",
-    "unknown_ca": "the centre does not know who signed this certificate: it is another federation's, or a code it never made or has forgotten.",
-    "certificate_expired": "by the centre's clock this site's certificate has expired. Compare the two clocks (NTP); if both are right, ask the operator for a new invitation.",
-    "bad_certificate": "by the centre's clock this site's certificate is not valid yet: the clock there is behind, or here it was ahead. Set both by NTP.",
+ALERTS = {  # OpenSSL's texts for a failed handshake -> the cause for a person
+    "certificate_required": "the server requires a client certificate and got none. Join first.",
+    "unknown_ca": "the server does not know the signer of this certificate: it is of another federation, or of a code that is unknown or too old.",
+    "certificate_expired": "by the server's clock this site's certificate has expired. Compare the two clocks (NTP); if both are right, ask the operator for a new invitation.",
+    "bad_certificate": "by the server's clock this site's certificate is not valid yet: one of the two clocks is wrong. Set both by NTP.",
     "certificate_revoked": "this site's certificate was revoked. Ask the operator for a new invitation.",
     "self-signed certificate": "the server is not of this site's federation (its certificate is by another authority).",
     "unable to get local issuer": "the server is not of this site's federation (its certificate is by another authority).",
-    "certificate has expired": "the server's certificate has expired, or the clock here is wrong.",
-    "not yet valid": "the server's certificate is not valid yet: the clock here is behind.",
+    "certificate has expired": "the server's certificate has expired, or the clock of this machine is wrong.",
+    "not yet valid": "the server's certificate is not valid yet: the clock of this machine is behind.",
     "hostname mismatch": "the server's certificate is not for this name. Use the address that the operator gave, or have it added (`server init --host`).",
     "ip address mismatch": "the server's certificate is not for this address. Use the name that the operator gave.",
-    "wrong_version_number": "what answers there speaks no TLS: it is not a Trunkline gateway.",
-    "wrong version number": "what answers there speaks no TLS: it is not a Trunkline gateway.",
-    "protocol_version": "what answers there speaks no TLS 1.3.",
+    "wrong_version_number": "this address does not answer with TLS: it is not a Trunkline gateway.",
+    "wrong version number": "this address does not answer with TLS: it is not a Trunkline gateway.",
+    "protocol_version": "this address does not answer with TLS 1.3.",
 }
 
 
 def _unreachable(server: str, error: Exception, context: ssl.SSLContext) -> str:
     text = str(error)
     if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError | httpx.WriteError):
-        # TLS 1.3 turns a client away after the client's side is done; what it says then is lost when a request crosses it
+        # TLS 1.3 refuses a client after the client's handshake; a request sent meanwhile loses the cause
         text = _alert(server, context) or text
     lowered = text.lower()
-    for sign_of, words in ALERTS.items():
-        if sign_of in lowered or sign_of.replace("_", " ") in lowered:
-            return f"{server}: {words}"
+    for alert, cause in ALERTS.items():
+        if alert in lowered or alert.replace("_", " ") in lowered:
+            return f"{server}: {cause}"
     if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError | httpx.WriteError):
-        return f"{server}: the connection was closed without an answer. The centre's gateway log says why."
-    return (
-        f"{server}: cannot be reached ({type(error).__name__}: {text}). Is the centre running, and the way to it open?"
-    )
+        return f"{server}: the connection was closed without an answer. The log of the server's gateway has the cause."
+    return f"{server}: cannot be reached ({type(error).__name__}: {text}). Is the server running, and the network path open?"
 
 
 def _alert(server: str, context: ssl.SSLContext) -> str:
-    """What a server that hangs up says when it is only listened to; empty if nothing."""
+    """The TLS alert of a server that closes the connection, read without sending a request; empty if none."""
     host, _, port = server.rpartition(":")
     try:
         with (

@@ -1,4 +1,4 @@
-"""What a plant's daemon does now, since when, and what is wrong: `trunkline client status`."""
+"""The state of a site's daemon, since when, and every problem: `trunkline client status`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,85 +12,85 @@ from trunkline.runtime.programs import accepts_connections
 if TYPE_CHECKING:
     from rich.console import Console
 
-ACTIVITY = "activity.json"  # in the state folder: what the worker does, as `activity` keeps it
-DOES = {"supernode": "fetches what the centre asks", "executor": "answers it"}
+ACTIVITY = "activity.json"  # in the state folder: the executor's task, written by `activity.py`
+ROLES = {"supernode": "fetches the server's messages", "executor": "answers them"}
 
 
 def state_of(site_dir: Path) -> Path:
-    """Where a site's daemon keeps its state unless told otherwise."""
+    """The default state folder of a site's daemon."""
     return site_dir / ".trunkline"
 
 
 def status(site_dir: Path, state: Path | None = None) -> dict[str, Any]:
-    """How this site's daemon stands, for a person or for monitoring.
+    """The state of this site's daemon, for a person or for monitoring.
 
     Returns:
         running, pid, since, site, server, joined, link, connected, link_since, warnings; children (name, pid, since,
-        restarts, last_exit, trouble, log); activity (doing, since, last); away (why it does not train, or empty); disk
+        restarts, last_exit, trouble, log); activity (doing, since, last); away (cause why it does not train, or empty); disk
         (free_bytes, low, problem, words); incidents; wrong (sentences, empty when all is well); well.
 
     Raises:
         DeploymentError: no daemon ever ran on this folder.
     """
     state = (state or state_of(site_dir)).resolve()
-    found = read_health(state)
-    found |= {
+    summary = read_health(state)
+    summary |= {
         "activity": read_record(state / ACTIVITY),
         "away": in_words(site_dir, state),
-        "warnings": found.get("warnings", []),
+        "warnings": summary.get("warnings", []),
     }
-    if found["running"]:
-        if not found.get("joined"):
-            found["connected"] = accepts_connections(found["server"])
-            found["link"] = "" if found["connected"] else "nobody listens there"
-        if found.get("link") and not found["connected"] and found.get("ready"):
-            found["wrong"].append(f"No link to the centre at {found['server']}: {found['link']}")
-        found["wrong"] += found["warnings"]
-    found["well"] = not found["wrong"]
-    return found
+    if summary["running"]:
+        if not summary.get("joined"):
+            summary["connected"] = accepts_connections(summary["server"])
+            summary["link"] = "" if summary["connected"] else "nothing listens at this address"
+        if summary.get("link") and not summary["connected"] and summary.get("ready"):
+            summary["wrong"].append(f"No link to the server at {summary['server']}: {summary['link']}")
+        summary["wrong"] += summary["warnings"]
+    summary["well"] = not summary["wrong"]
+    return summary
 
 
-def link_words(found: Mapping[str, Any]) -> str:
-    """The way to the centre."""
-    server, since = found["server"], clock_time(found["link_since"]) if found.get("link_since") else ""
-    if not found.get("joined"):
-        reached = "" if found.get("connected", True) else ", where nobody listens; it is tried again"
+def link_words(summary: Mapping[str, Any]) -> str:
+    """The connection to the server."""
+    server, since = summary["server"], clock_time(summary["link_since"]) if summary.get("link_since") else ""
+    if not summary.get("joined"):
+        reached = "" if summary.get("connected", True) else ", where nothing listens; it is tried again"
         return f"asks {server} for work on this machine{reached}; not a member of a federation"
-    if found.get("connected"):
-        return f"connected to {server} as {found['site']} since {since}"
+    if summary.get("connected"):
+        return f"connected to {server} as {summary['site']} since {since}"
     return f"no link to {server} since {since}; it is tried again" if since else f"asks {server} for the first time"
 
 
 def doing_words(activity: Mapping[str, Any], pid: int | None = None) -> str:
-    """What the worker does; of another process than `pid`, only what it did last."""
+    """The executor's task; only its last one if another process than `pid` wrote the activity."""
     if not activity:
         return "starts"
     last = ""
-    if was := activity.get("last"):
-        how = "answered" if was.get("outcome") == "answered" else f"ended with {was.get('outcome')}"
-        run = f" of {was['run']}" if was.get("run") else ""
-        last = f"{was.get('what')}{run} {how} at {clock_time(was.get('at', ''))} after {was.get('seconds', 0):g} s"
+    if last_task := activity.get("last"):
+        how = "answered" if last_task.get("outcome") == "answered" else f"ended with {last_task.get('outcome')}"
+        run = f" of {last_task['run']}" if last_task.get("run") else ""
+        last = f"{last_task.get('what')}{run} {how} at {clock_time(last_task.get('at', ''))} after {last_task.get('seconds', 0):g} s"
     if pid is not None and activity.get("pid") != pid:
         return f"starts; before that: {last}" if last else "starts"
-    if doing := activity.get("doing"):
-        run = f" of {doing['run']}" if doing.get("run") else ""
-        return f"{doing.get('what')}{run} since {clock_time(activity.get('since', ''))}"
+    if task := activity.get("doing"):
+        run = f" of {task['run']}" if task.get("run") else ""
+        return f"{task.get('what')}{run} since {clock_time(activity.get('since', ''))}"
     return f"idle since {clock_time(activity.get('since', ''))}" + (f"; last: {last}" if last else "")
 
 
 def headline(info: Mapping[str, Any], state: Path) -> str:
-    """The same in one line, for systemd."""
-    held = in_words(Path(str(info.get("folder", ""))), state)
-    return "; ".join(one for one in (link_words(info), held or doing_words(read_record(state / ACTIVITY))) if one)
+    """The state of the daemon in one line, for systemd."""
+    absence = in_words(Path(str(info.get("folder", ""))), state)
+    return "; ".join(part for part in (link_words(info), absence or doing_words(read_record(state / ACTIVITY))) if part)
 
 
-def print_status(found: Mapping[str, Any], console: "Console") -> None:
-    """What `status` found, for a person."""
-    rows = [("daemon", describe_daemon(found))]
-    if found["running"]:
-        workers = {one["name"]: one["pid"] for one in found["children"]}
-        rows += [("centre", link_words(found)), ("work", doing_words(found["activity"], workers.get("executor")))]
-        rows += [("training", found["away"])] if found["away"] else []
-        rows += [(one["name"], describe_child(one, DOES.get(one["name"], ""))) for one in found["children"]]
-    rows.append(("disk", describe_disk(found)))
-    print_page(f"site {found['site']}", [("", rows)], found, console)
+def print_status(summary: Mapping[str, Any], console: "Console") -> None:
+    """The result of `status` as a page for a person."""
+    rows = [("daemon", describe_daemon(summary))]
+    if summary["running"]:
+        pids = {child["name"]: child["pid"] for child in summary["children"]}
+        rows += [("server", link_words(summary)), ("work", doing_words(summary["activity"], pids.get("executor")))]
+        rows += [("training", summary["away"])] if summary["away"] else []
+        rows += [(child["name"], describe_child(child, ROLES.get(child["name"], ""))) for child in summary["children"]]
+    rows.append(("disk", describe_disk(summary)))
+    print_page(f"site {summary['site']}", [("", rows)], summary, console)
