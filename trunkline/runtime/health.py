@@ -111,21 +111,26 @@ def _incident_row(incident: Mapping[str, Any], page_site: str | None) -> tuple[s
 
 
 def fold_rows(rows: Rows, width: int) -> list[str]:
-    """Rows in two columns, the second folded to what is left of `width` characters; no name is ever cut.
+    """Rows in two columns, the second folded to what is left of `width` characters.
 
-    A name that would leave the second column too narrow gets a line of its own.
+    A site's name, a digest or a path is never cut, so that it can be searched and copied: a row whose name or longest word
+    does not fit its column gets a line for its name, and its text below.
     """
     first = max((len(name) for name, _ in rows if len(name) <= width // 3), default=0)
-    indent = "  " + (" " * (first + 2) if first else "")
     lines = []
     for name, text in rows:
-        # a word longer than the column is a site's name, a path or an address: whole, it can be searched and copied
+        indent = "  " + (" " * (first + 2) if first else "")
+        words = clean_line(text).split()
+        stacked = bool(name) and (len(name) > first or max(map(len, words), default=0) >= width - len(indent))
+        if stacked:
+            indent = "    "
         wrapped = textwrap.wrap(
-            clean_line(text), max(20, width - len(indent) - 1), break_on_hyphens=False, break_long_words=False
-        ) or [""]
-        if len(name) > first:
-            lines += [f"  {name}", (indent + wrapped[0]).rstrip()]
+            " ".join(words), max(20, width - len(indent) - 1), break_on_hyphens=False, break_long_words=False
+        )
+        if stacked:
+            lines += [f"  {name}", *(indent + line for line in wrapped)]
         else:
-            lines.append(("  " + name.ljust(first + 2 if first else 0) + wrapped[0]).rstrip())
-        lines += [indent + line for line in wrapped[1:]]
+            start = "  " + name.ljust(first + 2 if first else 0)
+            lines.append((start + (wrapped[0] if wrapped else "")).rstrip())
+            lines += [indent + line for line in wrapped[1:]]
     return lines

@@ -131,5 +131,5 @@ def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":
             with safetensors.safe_open(files[-1], framework="numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
                 about = json.loads((file.metadata() or {}).get("about", "{}"))
-            found[site, task] = Predictions.kept(tensors, about, unit=row["unit"], kind=row["kind"])
+            found[site, task] = Predictions.from_stored(tensors, about, unit=row["unit"], kind=row["kind"])
     return found

@@ -162,7 +162,7 @@ def test_what_a_site_keeps_of_its_test_rows_is_enough_to_draw_them(with_stranger
             tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
             about = json.loads(kept.metadata()["about"])
         assert {"truth", "groups", "order", "federated", "local", about["chosen"]} <= set(tensors)
-        one = Predictions.kept(tensors, about, unit="mm", kind=about["task"]["kind"])
+        one = Predictions.from_stored(tensors, about, unit="mm", kind=about["task"]["kind"])
         assert drawings(one)
 
 

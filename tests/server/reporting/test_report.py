@@ -243,7 +243,8 @@ def test_the_summary_counts_outcomes_and_names_each_refusal_once() -> None:
     refused = [Refusal("kiln-02", "`blocks.0` holds NaN")]
     text = " ".join(printed(report_of(rows, [record(n, refused=refused) for n in (1, 2, 3)]), 200).split())
     assert (
-        "As it came, federation clearly helps in 1 of 3 site-tasks, makes no clear difference in 1, hurts in 1." in text
+        "Without model selection, federation clearly helps in 1 of 3 site-tasks, makes no clear difference in 1, hurts in 1."
+        in text
     )
     assert "1 more could not be compared" in text
     assert text.count("`blocks.0` holds NaN") == 1
@@ -264,7 +265,7 @@ def test_what_the_gates_chose_is_counted_beside_what_came() -> None:
     ]
     text = " ".join(printed(report_of(rows), 200).split())
     assert (
-        "As it came, federation clearly helps in 1 of 3 site-tasks, makes no clear difference in none, hurts in 2."
+        "Without model selection, federation clearly helps in 1 of 3 site-tasks, makes no clear difference in none, hurts in 2."
         in text
     )
     assert (
@@ -516,7 +517,7 @@ def test_a_band_that_holds_what_it_says_is_said_to(tmp_path: Path) -> None:
 def test_alarms_are_counted_at_each_models_own_threshold(tmp_path: Path) -> None:
     truth, score = np.array([0.0, 0.0, 1.0, 1.0]), np.array([1.0, 4.0, 4.0, 2.0])
     one = Predictions(truth, score, score, "", "anomaly", thresholds={"federated": 3.0, "local": 0.5})
-    assert "1 of 2 such rows called, 1 false" in Outline(page(tmp_path, report_of([]), {("press-07", "x"): one})).text
+    assert "1 of 2 such rows detected, 1 false" in Outline(page(tmp_path, report_of([]), {("press-07", "x"): one})).text
 
 
 def test_predictions_of_another_length_are_refused_with_both_shapes() -> None:

@@ -8,7 +8,6 @@ Run as `python -m trunkline.client.agent.executor`, by `trunkline client start`.
 """
 
 import argparse
-import importlib
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from flwr.clientapp import ClientApp
 
 import trunkline
 from trunkline.client.agent.activity import Activity, AgentTask
+from trunkline.client.agent.installed_app import load_app, set_torch_threads
 from trunkline.client.agent.task_incidents import TaskIncidents, round_of
 from trunkline.client.agent.task_journal import TaskJournal
 from trunkline.client.policy.egress import Door
@@ -331,33 +331,6 @@ def _keep_alive(task: NodeTask, done: threading.Event, pause_s: float) -> None:
                 logger.warning("%s", error)
 
 
-def load_app(reference: str) -> ClientApp:
-    """The installed ClientApp named `module:attribute`."""
-    module, _, attribute = reference.partition(":")
-    try:
-        client_app = getattr(importlib.import_module(module), attribute or "app")
-    except (ImportError, AttributeError) as error:
-        raise DeploymentError(
-            f"--app {reference}: {error}. Name an installed ClientApp as module:attribute."
-        ) from error
-    if not isinstance(client_app, ClientApp):
-        raise DeploymentError(f"--app {reference}: is a {type(client_app).__name__}; expected a ClientApp.")
-    return client_app
-
-
-def set_threads() -> None:
-    """One torch thread unless TRUNKLINE_THREADS sets more: another order of sums would change the bytes."""
-    import torch
-
-    try:
-        threads = int(os.environ.get("TRUNKLINE_THREADS", "1"))
-        torch.set_num_threads(threads)
-    except (ValueError, RuntimeError):
-        raise DeploymentError(
-            f"TRUNKLINE_THREADS={os.environ['TRUNKLINE_THREADS']!r}: expected a whole number from 1."
-        ) from None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m trunkline.client.agent.executor", description=(__doc__ or "").split("\n")[0]
@@ -383,7 +356,7 @@ def main() -> None:
     for chatty in ("flwr", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        set_threads()
+        set_torch_threads()
         installed = app_digest(Path(trunkline.__file__).parent / "app")
         client_app = load_app(options.app)
         executor = Executor(

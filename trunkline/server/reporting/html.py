@@ -1,4 +1,4 @@
-"""report.html: one file without a single outside reference, so that it opens in a plant without internet."""
+"""report.html: one file without any outside reference, so that it opens in a plant without internet access."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def page(report: Report, predictions: Mapping[tuple[str, str], Predictions]) -> 
     """The whole page of one report.
 
     Args:
-        predictions: (site, task) -> test rows to draw; empty where rows may not be seen.
+        predictions: (site, task) -> test rows to draw; empty if rows may not be shown.
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     house = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -76,20 +76,20 @@ def page(report: Report, predictions: Mapping[tuple[str, str], Predictions]) -> 
         buffered=report.get("buffered"),
         buffered_words=buffered_in_words(report),
         pace=pace,
-        rounds=[one for at, one in enumerate(rounds) if at % step == 0 or at == len(rounds) - 1],
+        rounds=[record for index, record in enumerate(rounds) if index % step == 0 or index == len(rounds) - 1],
         version=report.get("trunkline", "?"),
         cohort=report.get("cohort", []),
-        done=max((one["round"] for one in rounds), default=0),
+        done=max((record["round"] for record in rounds), default=0),
     )
 
 
 def _forest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Where each difference and its interval lie on one common axis, all in percent of its width.
+    """The positions of each difference and its interval on a common axis, in percent of its width.
 
-    Different units share the axis as percent of what training alone reaches, turned so that right is better. The axis
-    ends at four times the reach of most: one noisy task must not flatten the others.
+    The axis is in percent of the local baseline's value, so that units compare, with the better side on the right. It ends at
+    four times the third quartile, so that one noisy task does not flatten the others.
     """
-    found = []
+    entries = []
     for row in rows:
         if row["local"] is None or row["federated"] is None or percent(row, 1.0) is None:
             continue
@@ -98,12 +98,16 @@ def _forest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ends = sorted(turn * (percent(row, end) or 0.0) for end in row["interval"] or ())
         reached = row.get("gated")
         gated = None if reached is None else turn * (percent(row, reached - row["local"]) or 0.0)
-        found.append((row, middle, ends, gated))
-    reach = [max(abs(value) for value in (middle, *ends)) for _, middle, ends, _ in found]
+        entries.append((row, middle, ends, gated))
+    reach = [max(abs(value) for value in (middle, *ends)) for _, middle, ends, _ in entries]
     most = 4.0 * float(np.quantile(reach, 0.75)) if reach else 0.0
     values = [
         0.0,
-        *(min(max(value, -most), most) for _, middle, ends, gated in found for value in (middle, *ends, gated or 0.0)),
+        *(
+            min(max(value, -most), most)
+            for _, middle, ends, gated in entries
+            for value in (middle, *ends, gated or 0.0)
+        ),
     ]
     low, high = min(values), max(values)
     pad = 0.06 * (high - low) or 1.0
@@ -126,51 +130,51 @@ def _forest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "outcome": outcome(row),
                 "middle": place(middle),
                 "ends": [place(end) for end in ends],
-                # as it came and as chosen are the same dot most of the time
+                # most of the time the chosen model is the federated one, with the same dot
                 "gated": None if gated is None or row["chosen"] == "federated" else place(gated),
                 "chosen": row["chosen"],
                 "beyond": [value for value in (middle, *ends) if not low <= value <= high],
                 "text": f"{figure(middle, 2, sign=True)} %"
                 + (f" [{figure(ends[0], 2, sign=True)}, {figure(ends[1], 2, sign=True)}]" if ends else ""),
             }
-            for row, middle, ends, gated in found
+            for row, middle, ends, gated in entries
         ],
     }
 
 
 def _curves(report: Report) -> list[dict[str, Any]]:
-    """A figure a site and task: the validation metric by round, federated against alone."""
+    """A figure for each site and task: the validation metric by round, federated and local."""
     figures = []
     for row in report["sites"]:
         lines = {}
-        for who in ("federated", "local"):
+        for model in ("federated", "local"):
             values = [
-                (one["round"], value)
-                for one in report["rounds"]
-                if (value := one.get("curves", {}).get(row["site"], {}).get(f"{row['task']}.{who}")) is not None
+                (record["round"], value)
+                for record in report["rounds"]
+                if (value := record.get("curves", {}).get(row["site"], {}).get(f"{row['task']}.{model}")) is not None
             ]
             if values:
-                lines[who] = np.asarray(thin(values), dtype=float)
+                lines[model] = np.asarray(thin(values), dtype=float)
         if not lines:
             continue
 
         def draw(axes: Axes, lines: dict[str, NDArray[np.float64]] = lines, row: Mapping[str, Any] = row) -> None:
-            for who, line in lines.items():  # (rounds, 2)
+            for model, line in lines.items():  # (rounds, 2)
                 axes.plot(
-                    line[:, 0], line[:, 1], color=PAINT[who], linestyle="-" if who == "federated" else (0, (4, 2)),
+                    line[:, 0], line[:, 1], color=PAINT[model], linestyle="-" if model == "federated" else (0, (4, 2)),
                     linewidth=1.6, marker="o" if len(line) < 3 else None, markersize=3.5,
                 )  # fmt: skip
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.set_xlabel("round")
             axes.set_ylabel(metric(row))
 
-        last = {who: float(line[-1, 1]) for who, line in lines.items()}
+        last = {model: float(line[-1, 1]) for model, line in lines.items()}
         figures.append({**row, "svg": svg(f"curve/{row['site']}/{row['task']}", draw), "last": last})
     return figures
 
 
 def _pace(report: Report) -> dict[str, Any]:
-    """The loss of a buffered run against time; nothing for any other."""
+    """The loss of a buffered run against time; empty for any other run."""
     line = np.asarray(thin(pace_of(report)), dtype=float) if report.get("buffered") else np.zeros((0, 2))  # (steps, 2)
     if not len(line):
         return {}
@@ -192,38 +196,38 @@ def _pace(report: Report) -> dict[str, Any]:
 
 def _drawn(report: Report, predictions: Mapping[tuple[str, str], Predictions]) -> list[dict[str, Any]]:
     """The figures of every site and task with predictions, in the report's order."""
-    order = {(row["site"], row["task"]): at for at, row in enumerate(report["sites"])}
+    order = {(row["site"], row["task"]): index for index, row in enumerate(report["sites"])}
     figures = []
     for site, task in sorted(predictions, key=lambda key: (order.get(key, len(order)), key)):
-        for one in drawings(predictions[site, task]):
-            name = f"{task}, {one.name}" if one.name else task
-            drawn = svg(f"predictions/{site}/{name}", one.draw, height=230)
-            figures.append({"site": site, "task": name, "words": one.words, "svg": drawn})
+        for drawing in drawings(predictions[site, task]):
+            name = f"{task}, {drawing.name}" if drawing.name else task
+            figure = svg(f"predictions/{site}/{name}", drawing.draw, height=230)
+            figures.append({"site": site, "task": name, "words": drawing.words, "svg": figure})
     return figures
 
 
 def _candidates(report: Report) -> dict[str, Any]:
-    """Every candidate of every gate on the test rows: which names there are, and the rows that have any."""
+    """The candidates of the gates on the test rows: their names, and the rows that have any."""
     rows = [row for row in report["sites"] if row.get("candidates")]
-    found = {name for row in rows for name in row["candidates"]}
-    usual = [name for name in CANDIDATES if name in found]
-    return {"names": [*usual, *sorted(found - set(usual))], "rows": rows}
+    available = {name for row in rows for name in row["candidates"]}
+    usual = [name for name in CANDIDATES if name in available]
+    return {"names": [*usual, *sorted(available - set(usual))], "rows": rows}
 
 
 def _heat(report: Report) -> list[dict[str, Any]]:
-    """The conflict matrices as cells: a cosine in words, whether it helps or hurts, and how strong its colour is."""
+    """The conflict matrices as cells: the cosine as text, its side (good or bad), and the strength of its colour."""
     entries = []
     for entry in report.get("conflicts", []):
         cells = [
             [
                 {
-                    "text": "" if one == other or cosine is None else f"{cosine:+.2f}",
+                    "text": "" if first == second or cosine is None else f"{cosine:+.2f}",
                     "side": "good" if (cosine or 0.0) > 0 else "bad",
-                    "strength": 0 if one == other or cosine is None else round(90 * min(abs(cosine), 1.0) ** 0.7),
+                    "strength": 0 if first == second or cosine is None else round(90 * min(abs(cosine), 1.0) ** 0.7),
                 }
-                for other, cosine in enumerate(line)
+                for second, cosine in enumerate(line)
             ]
-            for one, line in enumerate(entry["cosines"])
+            for first, line in enumerate(entry["cosines"])
         ]
         entries.append({**entry, "cells": cells, "words": sentences(entry)})
     return entries

@@ -1,4 +1,4 @@
-"""Figures of the page as inline SVG: what a site predicted and what was true, one way of drawing a task kind."""
+"""Figures of the page as inline SVG: predicted and true values, with one drawing for each task kind."""
 
 import io
 import re
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from trunkline.errors import DataError
 
-MOST_POINTS = 400  # of a scatter or a curve; more cannot be told apart on a page and cost megabytes
+MOST_POINTS = 400  # of a scatter or a curve; more cannot be distinguished on a page and cost megabytes
 MOST_CLASSES = 12  # of a confusion matrix; the rarer ones are counted together
 MOST_LABELS = 12  # bars of a multilabel task: half of them the best ranked labels, half the worst
-STRETCH = 160  # rows of a forecast that are drawn; more of them and the band cannot be seen
+STRETCH = 160  # rows of a forecast that are drawn; with more rows the band cannot be seen
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Test rows of one site and task. They exist only where rows may be seen: in a simulation or at the plant itself.
+    """Test rows of one site and task. They exist only where rows may be shown: in a simulation or at the plant itself.
 
     Shape:
         The first axis is the test row everywhere; NaN in `truth` where a row has no label.
@@ -60,26 +60,26 @@ class Predictions:
     def __post_init__(self) -> None:
         deep = {"multilabel": (2,), "forecast": (3,), "multiclass": (1, 2), "ordinal": (1, 2)}.get(self.kind, (1,))
         for name, axes in (("federated", deep), ("local", deep), ("groups", (1,)), ("order", (1,))):
-            found = getattr(self, name)
-            if found is not None and (found.shape[:1] != self.truth.shape[:1] or found.ndim not in axes):
+            array = getattr(self, name)
+            if array is not None and (array.shape[:1] != self.truth.shape[:1] or array.ndim not in axes):
                 raise DataError(
                     f"Predictions.{name} of kind {self.kind!r} should have one entry a test row, in {axes[-1]} axes. "
-                    f"Found shape {found.shape} beside truth {self.truth.shape}; pass what the task's `predict` gave."
+                    f"Found shape {array.shape} beside truth {self.truth.shape}; pass what the task's `predict` gave."
                 )
 
     @classmethod
-    def kept(
+    def from_stored(
         cls, tensors: Mapping[str, NDArray[Any]], about: Mapping[str, Any], *, unit: str, kind: str
     ) -> "Predictions":
-        """Out of what a site keeps of its evaluation: arrays by name, and `about` the task and each model's state of it."""
+        """From the files of a site's evaluation: arrays by name, and `about` with the task and each model's state."""
         task, states = about.get("task", {}), about.get("states", {})
         truth, groups, order = tensors["truth"], tensors.get("groups"), tensors.get("order")
         if kind == "forecast":
-            truth = truth[:, : tensors["federated"].shape[1]]  # behind the values to come lie the naive forecasts
+            truth = truth[:, : tensors["federated"].shape[1]]  # the naive forecasts follow the true values
         if kind == "anomaly" and truth.ndim == 2:
-            truth = truth[:, 0]  # the row's own flag; behind it, what its window and its stretch of time are
+            truth = truth[:, 0]  # the row's own flag; those of its window and its stretch of time follow
         classes = states.get("federated", {}).get("classes", ())
-        thresholds = {who: state.get("threshold") for who, state in states.items()}
+        thresholds = {model: state.get("threshold") for model, state in states.items()}
         return cls(
             truth=truth,
             federated=tensors["federated"],
@@ -91,33 +91,33 @@ class Predictions:
             names=tuple(map(str, task.get("targets", ()) if kind == "multilabel" else classes)),
             quantiles=tuple(task.get("quantiles", ())),
             horizons=tuple(task.get("horizons", ())),
-            thresholds={who: one for who, one in thresholds.items() if isinstance(one, float)},
+            thresholds={model: threshold for model, threshold in thresholds.items() if isinstance(threshold, float)},
         )
 
     def labelled(self) -> "Predictions":
         """Only the rows with a label and finite predictions."""
         kept = np.ones(len(self.truth), dtype=bool)
-        for array, any_will_do in ((self.truth, True), (self.federated, False), (self.local, False)):
+        for array, needs_one in ((self.truth, True), (self.federated, False), (self.local, False)):
             if array is not None and array.dtype.kind == "f":
-                there = np.isfinite(array).reshape(len(array), -1)
-                kept &= there.any(axis=1) if any_will_do else there.all(axis=1)
+                is_finite = np.isfinite(array).reshape(len(array), -1)
+                kept &= is_finite.any(axis=1) if needs_one else is_finite.all(axis=1)
 
-        def some(array: NDArray[Any] | None) -> NDArray[Any] | None:
+        def select(array: NDArray[Any] | None) -> NDArray[Any] | None:
             return None if array is None else array[kept]
 
         return replace(
             self,
             truth=self.truth[kept],
             federated=self.federated[kept],
-            local=some(self.local),
-            groups=some(self.groups),
-            order=some(self.order),
+            local=select(self.local),
+            groups=select(self.groups),
+            order=select(self.order),
         )
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure of a task: what it is called beside the task's name, a line about it, and how it is drawn."""
+    """One figure of a task: its name beside the task's, a caption, and the function that draws it."""
 
     name: str
     words: str
@@ -125,9 +125,9 @@ class Drawing:
 
 
 def drawings(predictions: Predictions) -> list[Drawing]:
-    """The figures of one site and task; none where no row can be shown."""
-    one = predictions.labelled()
-    return DRAWINGS.get(one.kind, _scatter)(one) if len(one.truth) else []
+    """The figures of one site and task; none if no row can be shown."""
+    shown = predictions.labelled()
+    return DRAWINGS.get(shown.kind, _scatter)(shown) if len(shown.truth) else []
 
 
 @contextmanager
@@ -135,53 +135,63 @@ def house_style() -> Iterator[None]:
     """Matplotlib as it is installed: a user's own matplotlibrc must not change the bytes."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        # text stays text: small, selectable, in the page's font. A unit like `$` is no formula.
+        # text stays text: small, selectable, in the page's font; a unit such as `$` is not a formula
         mpl.rcParams.update({"svg.fonttype": "none", "text.parse_math": False, "font.size": 8.5})
         yield
 
 
-def _scatter(one: Predictions) -> list[Drawing]:
-    """Predicted against true; on the line is right."""
-    shown = np.asarray(thin(np.argsort(one.truth, kind="stable")))  # spread over the range, not the first rows
+def _scatter(predictions: Predictions) -> list[Drawing]:
+    """Predicted against true values; a point on the line is right."""
+    shown = np.asarray(thin(np.argsort(predictions.truth, kind="stable")))  # spread over the range, not the first rows
 
     def draw(axes: Axes) -> None:
-        both = [one.truth, one.federated] + ([] if one.local is None else [one.local])
-        low, high = min(float(each[shown].min()) for each in both), max(float(each[shown].max()) for each in both)
+        series = [predictions.truth, predictions.federated] + ([] if predictions.local is None else [predictions.local])
+        low, high = (
+            min(float(values[shown].min()) for values in series),
+            max(float(values[shown].max()) for values in series),
+        )
         pad = 0.04 * (high - low) or 1.0
         limits = (low - pad, high + pad)
-        if one.local is not None:
-            axes.plot(one.truth[shown], one.local[shown], "o", color="none", markersize=3.2,
+        if predictions.local is not None:
+            axes.plot(predictions.truth[shown], predictions.local[shown], "o", color="none", markersize=3.2,
                       markeredgecolor=PAINT["local"], markeredgewidth=0.7, alpha=0.55)  # fmt: skip
-        axes.plot(one.truth[shown], one.federated[shown], "o", color=PAINT["federated"], markersize=3,
+        axes.plot(predictions.truth[shown], predictions.federated[shown], "o", color=PAINT["federated"], markersize=3,
                   markeredgewidth=0, alpha=0.7)  # fmt: skip
         axes.plot(limits, limits, color=PAINT["ink"], linewidth=0.9)
-        axes.set(xlim=limits, ylim=limits, xlabel=f"true ({one.unit})" if one.unit else "true", ylabel="predicted")
+        axes.set(
+            xlim=limits,
+            ylim=limits,
+            xlabel=f"true ({predictions.unit})" if predictions.unit else "true",
+            ylabel="predicted",
+        )
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
-    words = f"{len(one.truth):,} test rows" + (f", {len(shown)} shown" if len(shown) < len(one.truth) else "")
+    words = f"{len(predictions.truth):,} test rows" + (
+        f", {len(shown)} shown" if len(shown) < len(predictions.truth) else ""
+    )
     return [Drawing("", words, draw)]
 
 
-def _roc(one: Predictions) -> list[Drawing]:
-    """Share of true alarms against share of false ones; with one class only, how the scores spread."""
-    positive = one.truth.astype(float) > 0.5
+def _roc(predictions: Predictions) -> list[Drawing]:
+    """ROC curve; with one class only, a histogram of the scores."""
+    positive = predictions.truth.astype(float) > 0.5
     if positive.all() or not positive.any():
         words = f"{len(positive):,} test rows, all {'positive' if positive.all() else 'negative'}"
-        return [Drawing("", words, _histogram(one))]
+        return [Drawing("", words, _histogram(predictions))]
     lines = {}
-    for who, score in (("local", one.local), ("federated", one.federated)):
+    for model, score in (("local", predictions.local), ("federated", predictions.federated)):
         if score is not None:
-            lines[who] = _roc_curve(positive, score.astype(float))
+            lines[model] = _roc_curve(positive, score.astype(float))
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=PAINT["muted"], linewidth=0.8)
-        for who, line in lines.items():
+        for model, line in lines.items():
             line = np.asarray(thin(line))
-            axes.plot(line[:, 0], line[:, 1], color=PAINT[who], linewidth=1.6,
-                      linestyle="-" if who == "federated" else (0, (4, 2)))  # fmt: skip
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="false alarms (share)", ylabel="found (share)")
+            axes.plot(line[:, 0], line[:, 1], color=PAINT[model], linewidth=1.6,
+                      linestyle="-" if model == "federated" else (0, (4, 2)))  # fmt: skip
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="false alarms (share)", ylabel="detected (share)")
 
-    areas = {who: float(np.trapezoid(line[:, 1], line[:, 0])) for who, line in lines.items()}
+    areas = {model: float(np.trapezoid(line[:, 1], line[:, 0])) for model, line in lines.items()}
     alone = f", {areas['local']:.3f} alone" if "local" in areas else ""
     return [Drawing("", f"ROC area {areas['federated']:.3f} federated{alone}; {len(positive):,} test rows", draw)]
 
@@ -194,27 +204,27 @@ def _roc_curve(positive: NDArray[np.bool_], score: NDArray[np.float64]) -> NDArr
     return np.vstack([[0.0, 0.0], np.stack([misses / misses[-1], hits / hits[-1]], axis=1)])
 
 
-def _histogram(one: Predictions) -> Callable[[Axes], None]:
+def _histogram(predictions: Predictions) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        axes.hist(one.federated.astype(float), bins=20, color=PAINT["federated"], alpha=0.7)
-        if one.local is not None:
-            axes.hist(one.local.astype(float), bins=20, histtype="step", color=PAINT["local"], linewidth=1.4)
+        axes.hist(predictions.federated.astype(float), bins=20, color=PAINT["federated"], alpha=0.7)
+        if predictions.local is not None:
+            axes.hist(predictions.local.astype(float), bins=20, histtype="step", color=PAINT["local"], linewidth=1.4)
         axes.set(xlabel="score", ylabel="test rows")
 
     return draw
 
 
-def _confusion(one: Predictions) -> list[Drawing]:
+def _confusion(predictions: Predictions) -> list[Drawing]:
     """Of each true class, the share predicted as each class (federated)."""
-    truth, federated = one.truth, _likeliest(one.federated)
-    local = None if one.local is None else _likeliest(one.local)
+    truth, federated = predictions.truth, _likeliest(predictions.federated)
+    local = None if predictions.local is None else _likeliest(predictions.local)
     names, counts = np.unique(np.concatenate([truth, federated]), return_counts=True)
     kept = names
     if len(names) > MOST_CLASSES:
         kept = np.sort(names[np.argsort(-counts, kind="stable")[: MOST_CLASSES - 1]])
-    labels = [_class_name(name, one.names) for name in kept] + (["other"] if len(kept) < len(names) else [])
+    labels = [_class_name(name, predictions.names) for name in kept] + (["other"] if len(kept) < len(names) else [])
     matrix = np.zeros((len(labels), len(labels)))
-    np.add.at(matrix, (_place_in(kept, truth), _place_in(kept, federated)), 1.0)
+    np.add.at(matrix, (_index_in(kept, truth), _index_in(kept, federated)), 1.0)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1.0)
 
     def draw(axes: Axes) -> None:
@@ -240,65 +250,69 @@ def _confusion(one: Predictions) -> list[Drawing]:
 
     words = f"{100.0 * float(np.mean(truth == federated)):.0f} % right federated"
     words += "" if local is None else f", {100.0 * float(np.mean(truth == local)):.0f} % alone"
-    if one.kind == "ordinal" and truth.dtype.kind in "fi":
+    if predictions.kind == "ordinal" and truth.dtype.kind in "fi":
         words += f"; off by {float(np.abs(truth - federated).mean()):.2f} grades on average"
     return [Drawing("", f"{words}; {len(truth):,} test rows", draw)]
 
 
 def _likeliest(prediction: NDArray[Any]) -> NDArray[Any]:
-    """Class probabilities (n, classes) -> the likeliest class (n,); classes as they are."""
+    """Class probabilities (n, classes) -> the likeliest class (n,); classes (n,) unchanged."""
     return prediction.argmax(axis=1) if prediction.ndim == 2 else prediction
 
 
-def _place_in(kept: NDArray[Any], values: NDArray[Any]) -> NDArray[np.intp]:
-    """Index of each value in the sorted `kept`; one past the end for what is not there."""
-    at = np.minimum(np.searchsorted(kept, values), len(kept) - 1)
-    return np.where(kept[at] == values, at, len(kept))
+def _index_in(kept: NDArray[Any], values: NDArray[Any]) -> NDArray[np.intp]:
+    """Index of each value in the sorted `kept`; one past the end for other values."""
+    index = np.minimum(np.searchsorted(kept, values), len(kept) - 1)
+    return np.where(kept[index] == values, index, len(kept))
 
 
 def _class_name(name: Any, names: tuple[str, ...] = ()) -> str:
-    number = isinstance(name, int | float | np.integer | np.floating)
+    is_number = isinstance(name, int | float | np.integer | np.floating)
     text = f"{name:g}" if isinstance(name, float | np.floating) else str(name)
-    if number and names and 0 <= int(name) < len(names):
+    if is_number and names and 0 <= int(name) < len(names):
         text = names[int(name)]
     return text if len(text) <= 12 else f"{text[:11]}…"
 
 
-def _labels(one: Predictions) -> list[Drawing]:
-    """How well each of many labels is ranked: the best and the worst, federated against alone."""
-    truth = one.truth > 0.5
-    there = [label for label in range(truth.shape[1]) if truth[:, label].any() and not truth[:, label].all()]
-    if not there:
+def _labels(predictions: Predictions) -> list[Drawing]:
+    """Average precision of the best and the worst labels, federated and local."""
+    truth = predictions.truth > 0.5
+    scorable = [label for label in range(truth.shape[1]) if truth[:, label].any() and not truth[:, label].all()]
+    if not scorable:
         return []
-    found = {
-        who: np.array([average_precision(truth[:, label], score[:, label]) for label in there])
-        for who, score in (("federated", one.federated), ("local", one.local))
+    precision = {
+        model: np.array([average_precision(truth[:, label], score[:, label]) for label in scorable])
+        for model, score in (("federated", predictions.federated), ("local", predictions.local))
         if score is not None
     }
-    order = np.argsort(-found["federated"], kind="stable")
+    order = np.argsort(-precision["federated"], kind="stable")
     half = MOST_LABELS // 2
     shown = order if len(order) <= MOST_LABELS else np.concatenate([order[:half], order[-half:]])
-    names = [_class_name(one.names[there[at]] if one.names else there[at]) for at in shown]
+    names = [
+        _class_name(predictions.names[scorable[index]] if predictions.names else scorable[index]) for index in shown
+    ]
 
     def draw(axes: Axes) -> None:
-        place = np.arange(len(shown), dtype=float)
-        axes.barh(place, found["federated"][shown], height=0.62, color=PAINT["federated"], alpha=0.75, linewidth=0)
-        if "local" in found:
-            axes.plot(found["local"][shown], place, "o", color="none", markersize=4.5, markeredgecolor=PAINT["local"],
+        position = np.arange(len(shown), dtype=float)
+        axes.barh(
+            position, precision["federated"][shown], height=0.62, color=PAINT["federated"], alpha=0.75, linewidth=0
+        )
+        if "local" in precision:
+            axes.plot(precision["local"][shown], position, "o", color="none", markersize=4.5, markeredgecolor=PAINT["local"],
                       markeredgewidth=1.2)  # fmt: skip
         axes.set(xlim=(0, 1.02), ylim=(len(shown) - 0.4, -0.6), xlabel="average precision")
         left = 0.06 + 0.018 * max(map(len, names))
         axes.set_position((left, 0.16, 0.97 - left, 0.81))
-        axes.set_yticks(place, names)
+        axes.set_yticks(position, names)
         axes.grid(visible=False, axis="y")
 
-    some = (
-        f"the {half} best and {half} worst of {len(there)} labels"
-        if len(shown) < len(there)
-        else f"{len(there)} labels"
+    scope = (
+        f"the {half} best and {half} worst of {len(scorable)} labels"
+        if len(shown) < len(scorable)
+        else f"{len(scorable)} labels"
     )
-    alone = f", {found['local'].mean():.3f} alone" if "local" in found else ""
-    words = f"mean average precision {found['federated'].mean():.3f} federated{alone}; {some}; {len(truth):,} test rows"
+    alone = f", {precision['local'].mean():.3f} alone" if "local" in precision else ""
+    words = f"mean average precision {precision['federated'].mean():.3f} federated{alone}; {scope}; {len(truth):,} test rows"
     return [Drawing("", words, draw)]
 
 
@@ -310,71 +324,77 @@ def average_precision(positive: NDArray[np.bool_], score: NDArray[Any]) -> float
     return float((np.diff(hits, prepend=0) * hits / called).sum() / hits[-1])
 
 
-def _future(one: Predictions) -> list[Drawing]:
-    """A stretch of what came, with the band that was said beforehand; and whether the quantiles keep their word."""
-    levels = np.array(one.quantiles or np.linspace(0.0, 1.0, one.federated.shape[2] + 2)[1:-1])
-    middle, far = int(np.argmin(np.abs(levels - 0.5))), one.truth.shape[1] // 2
-    ahead = f"{one.horizons[far]} rows ahead" if one.horizons else f"horizon {far + 1}"
-    order = np.argsort(one.order, kind="stable") if one.order is not None else np.arange(len(one.truth))
-    if one.groups is not None:  # the machine with most rows
-        names, count = np.unique(one.groups, return_counts=True)
-        order = order[one.groups[order] == names[np.argmax(count)]]
+def _future(predictions: Predictions) -> list[Drawing]:
+    """True values of one stretch with the forecast band, and the reliability of the quantiles."""
+    levels = np.array(predictions.quantiles or np.linspace(0.0, 1.0, predictions.federated.shape[2] + 2)[1:-1])
+    middle, far = int(np.argmin(np.abs(levels - 0.5))), predictions.truth.shape[1] // 2
+    ahead = f"{predictions.horizons[far]} rows ahead" if predictions.horizons else f"horizon {far + 1}"
+    order = (
+        np.argsort(predictions.order, kind="stable")
+        if predictions.order is not None
+        else np.arange(len(predictions.truth))
+    )
+    if predictions.groups is not None:  # the machine with most rows
+        names, count = np.unique(predictions.groups, return_counts=True)
+        order = order[predictions.groups[order] == names[np.argmax(count)]]
     stretch = order[max(0, (len(order) - STRETCH) // 2) :][:STRETCH]
-    truth = one.truth[stretch, far]
+    truth = predictions.truth[stretch, far]
 
     def draw(axes: Axes) -> None:
         x = np.arange(len(stretch))
         if len(levels) > 1:
-            low, high = one.federated[stretch, far, 0], one.federated[stretch, far, -1]
+            low, high = predictions.federated[stretch, far, 0], predictions.federated[stretch, far, -1]
             axes.fill_between(x, low, high, color=PAINT["federated"], alpha=0.22, linewidth=0)
-        if one.local is not None:
-            axes.plot(x, one.local[stretch, far, middle], color=PAINT["local"], linewidth=1.0, linestyle=(0, (4, 2)))
-        axes.plot(x, one.federated[stretch, far, middle], color=PAINT["federated"], linewidth=1.3)
+        if predictions.local is not None:
+            axes.plot(
+                x, predictions.local[stretch, far, middle], color=PAINT["local"], linewidth=1.0, linestyle=(0, (4, 2))
+            )
+        axes.plot(x, predictions.federated[stretch, far, middle], color=PAINT["federated"], linewidth=1.3)
         axes.plot(x, truth, color=PAINT["ink"], linewidth=1.0)
-        axes.set(xlabel=f"rows, one machine ({ahead})", ylabel=one.unit or "value")
+        axes.set(xlabel=f"rows, one machine ({ahead})", ylabel=predictions.unit or "value")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
-    found = {
-        who: _below(one.truth, each)
-        for who, each in (("federated", one.federated), ("local", one.local))
-        if each is not None
+    shares = {
+        model: _below(predictions.truth, values)
+        for model, values in (("federated", predictions.federated), ("local", predictions.local))
+        if values is not None
     }
 
     def reliability(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=PAINT["ink"], linewidth=0.9)
-        for who, share in found.items():
-            axes.plot(levels, share, marker="o", color=PAINT[who], linewidth=1.4, markersize=4,
-                      linestyle="-" if who == "federated" else (0, (4, 2)))  # fmt: skip
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="said: stays below with this chance", ylabel="was below (share)")
+        for model, share in shares.items():
+            axes.plot(levels, share, marker="o", color=PAINT[model], linewidth=1.4, markersize=4,
+                      linestyle="-" if model == "federated" else (0, (4, 2)))  # fmt: skip
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="forecast probability of staying below", ylabel="share below")
 
-    words = f"truth dark, {ahead}; {len(one.truth):,} test rows"
+    words = f"truth dark, {ahead}; {len(predictions.truth):,} test rows"
     if len(levels) < 2:
         return [Drawing("", words, draw)]
-    said, kept = 100 * (levels[-1] - levels[0]), 100 * (found["federated"][-1] - found["federated"][0])
-    words += f"; the {said:.0f} % band holds {kept:.0f} %"
-    return [Drawing("", words, draw), Drawing("reliability", "on the line, quantiles keep their word", reliability)]
+    expected, kept = 100 * (levels[-1] - levels[0]), 100 * (shares["federated"][-1] - shares["federated"][0])
+    words += f"; the {expected:.0f} % band holds {kept:.0f} %"
+    return [Drawing("", words, draw), Drawing("reliability", "on the line, the quantiles are reliable", reliability)]
 
 
 def _below(truth: NDArray[Any], prediction: NDArray[Any]) -> NDArray[np.float64]:
     """(n, H), (n, H, Q) -> (Q,): the share of values that lie at or below each quantile."""
-    there = ~np.isnan(truth)
-    share: NDArray[np.float64] = (truth[..., None] <= prediction)[there].mean(axis=0)
+    is_known = ~np.isnan(truth)
+    share: NDArray[np.float64] = (truth[..., None] <= prediction)[is_known].mean(axis=0)
     return share
 
 
-def _alarms(one: Predictions) -> list[Drawing]:
-    """Score over time, in units of the threshold, with what was really wrong shaded."""
-    truth = one.truth > 0.5
-    order = np.argsort(one.order, kind="stable") if one.order is not None else np.arange(len(truth))
-    if one.groups is not None:  # the stretch with most true alarms, or else the longest
-        place = np.unique(one.groups, return_inverse=True)[1]
-        flagged, rows = np.bincount(place, weights=truth), np.bincount(place)
-        order = order[place[order] == int(np.lexsort((rows, flagged))[-1])]
+def _alarms(predictions: Predictions) -> list[Drawing]:
+    """Score over time, in units of the threshold, with the true anomalies shaded."""
+    truth = predictions.truth > 0.5
+    order = np.argsort(predictions.order, kind="stable") if predictions.order is not None else np.arange(len(truth))
+    if predictions.groups is not None:  # the stretch with most true alarms, or else the longest
+        group = np.unique(predictions.groups, return_inverse=True)[1]
+        flagged, rows = np.bincount(group, weights=truth), np.bincount(group)
+        order = order[group[order] == int(np.lexsort((rows, flagged))[-1])]
     lines = {}
-    for who, score in (("local", one.local), ("federated", one.federated)):
+    for model, score in (("local", predictions.local), ("federated", predictions.federated)):
         if score is not None:
-            scale = one.thresholds.get(who) or float(np.quantile(score, 0.99)) or 1.0
-            lines[who] = np.maximum(score.astype(float) / abs(scale), 1e-3)
+            scale = predictions.thresholds.get(model) or float(np.quantile(score, 0.99)) or 1.0
+            lines[model] = np.maximum(score.astype(float) / abs(scale), 1e-3)
     cuts = np.array_split(order, min(MOST_POINTS, len(order)))
 
     def draw(axes: Axes) -> None:
@@ -383,10 +403,10 @@ def _alarms(one: Predictions) -> list[Drawing]:
         for start in x[np.array([truth[cut].any() for cut in cuts])]:
             axes.axvspan(start - width / 2, start + width / 2, color=PAINT["bad"], alpha=0.2, linewidth=0)
         axes.axhline(1.0, color=PAINT["ink"], linewidth=0.9)
-        for who, line in lines.items():
-            highest = [float(line[cut].max()) for cut in cuts]  # a thinned peak would be a lost alarm
-            axes.plot(x, highest, color=PAINT[who], linewidth=1.2 if who == "federated" else 0.9,
-                      linestyle="-" if who == "federated" else (0, (4, 2)))  # fmt: skip
+        for model, line in lines.items():
+            highest = [float(line[cut].max()) for cut in cuts]  # a peak that is left out would hide an alarm
+            axes.plot(x, highest, color=PAINT[model], linewidth=1.2 if model == "federated" else 0.9,
+                      linestyle="-" if model == "federated" else (0, (4, 2)))  # fmt: skip
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
@@ -395,7 +415,7 @@ def _alarms(one: Predictions) -> list[Drawing]:
 
     called = lines["federated"] > 1.0
     hits, wrong = int((called & truth).sum()), int(truth.sum())
-    words = f"shaded: truly wrong; {hits:,} of {wrong:,} such rows called, {int((called & ~truth).sum()):,} false; {len(truth):,} test rows"
+    words = f"shaded: true anomalies; {hits:,} of {wrong:,} such rows detected, {int((called & ~truth).sum()):,} false; {len(truth):,} test rows"
     return [Drawing("", words, draw)]
 
 
@@ -414,10 +434,10 @@ def thin(values: Any) -> Any:
     """At most MOST_POINTS of `values`, evenly spread, first and last included."""
     if len(values) <= MOST_POINTS:
         return values
-    return [values[at] for at in np.linspace(0, len(values) - 1, MOST_POINTS).round().astype(int)]
+    return [values[index] for index in np.linspace(0, len(values) - 1, MOST_POINTS).round().astype(int)]
 
 
-# Matplotlib wants a colour, the page has two themes: each stands-in below is replaced by the theme's own.
+# Matplotlib needs a colour, and the page has two themes: each colour below is replaced by a variable of the theme.
 PAINT = {
     "ink": "#010101",
     "muted": "#020202",
@@ -429,7 +449,7 @@ PAINT = {
 
 
 def svg(name: str, draw: Callable[[Axes], None], width: int = 260, height: int = 175) -> Markup:
-    """One figure as inline SVG of so many points, without ids or references that could meet another figure's."""
+    """One figure as inline SVG, `width` x `height` points, without ids or references that could clash on the page."""
     figure = Figure(figsize=(width / 72, height / 72))
     left, bottom = 44, 32
     axes = figure.add_axes((left / width, bottom / height, (width - left - 8) / width, (height - bottom - 8) / height))
@@ -448,18 +468,18 @@ def svg(name: str, draw: Callable[[Axes], None], width: int = 260, height: int =
     mpl.rcParams["svg.hashsalt"] = name  # ids from the name: unique on the page, and the same in every run
     file = io.StringIO()
     with warnings.catch_warnings():
-        # matplotlib's own font lacks a letter (a unit in Chinese): the browser draws the text, and it has one
+        # matplotlib's font may lack a letter (a unit in Chinese); the browser draws the text with its own
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<[^>]*>", _lean, text)
+    text = re.sub(r"<[^>]*>", _simplify_tag, text)
     return Markup(re.sub(r">\s+<", "><", text).strip())
 
 
-def _lean(tag: re.Match[str]) -> str:
-    """One SVG tag without namespaces, unused ids, fixed sizes, foreign fonts and digits nobody can see."""
+def _simplify_tag(tag: re.Match[str]) -> str:
+    """One SVG tag without namespaces, unused ids, fixed sizes, fonts and invisible digits."""
     text = tag[0]
     if text.startswith("<svg"):
         box_ = re.search(r'viewBox="[^"]*"', text)

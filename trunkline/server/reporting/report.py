@@ -1,8 +1,8 @@
-"""The worth-it report: site by task, what federation changed against the same network trained alone.
+"""The worth-it report: for each site and task, the difference between federation and the local baseline.
 
-`build_report` makes the one dictionary every view is made from (report.json, the contract for other tools);
-`write_report` puts it on disk with a self-contained page, `print_report` shows it in a terminal. No figure is worked
-out here that a site could not know of itself: intervals are made at the site and only judged here.
+`build_report` makes the dictionary behind every view (report.json, the contract for other tools). `write_report` writes it
+to disk with a self-contained page, and `print_report` shows it in a terminal. The sites compute the intervals; the verdicts
+are derived from them here.
 """
 
 import json
@@ -22,7 +22,7 @@ from trunkline.protocol.messages import TaskRow
 from trunkline.runtime.storage import write_atomic
 from trunkline.server.reporting.records import RoundRecord
 from trunkline.server.reporting.summary import (
-    CAME,
+    FEDERATED,
     Outcome,
     Report,
     Row,
@@ -43,9 +43,9 @@ from trunkline.server.reporting.task_conflicts import conflicts_of
 if TYPE_CHECKING:
     from trunkline.server.reporting.plots import Predictions
 
-WIDE = 118  # terminal columns from which every column of the table fits beside a site name of 20 letters
-WIDEST = 170  # from which there is room for every candidate as well
-NARROW = 64  # what the stacked columns need; a site name that does not fit beside them gets a line of its own
+WIDE = 118  # terminal columns that fit every column of the table beside a site name of 20 letters
+WIDEST = 170  # terminal columns that fit every candidate as well
+NARROW = 64  # columns of the stacked table; a site name that does not fit beside them gets a line of its own
 
 
 def build_report(
@@ -56,9 +56,9 @@ def build_report(
     trunk_parameters: int,
     seconds: float,
 ) -> Report:
-    """The report as plain values, ready for JSON: sites by name, their tasks in the order given, rounds in order.
+    """The report as plain values for JSON: sites by name, their tasks in the given order, rounds in order.
 
-    A number that is not finite (a site's curve may diverge) becomes None, which JSON can say and NaN it cannot.
+    A number that is not finite (a site's curve may diverge) becomes None, because JSON has no NaN.
     """
     sites = [
         {
@@ -81,57 +81,57 @@ def build_report(
             "trunk_parameters": trunk_parameters,
             "seconds": seconds,
         },
-        "cohort": sorted({site for site, _ in rows}.union(*(one.sites for one in rounds))),
+        "cohort": sorted({site for site, _ in rows}.union(*(record.sites for record in rounds))),
         "sites": sites,
-        "conflicts": conflicts_of([one.metrics for one in rounds]),
+        "conflicts": conflicts_of([record.metrics for record in rounds]),
         "rounds": [
             {
-                "round": one.round,
-                "sites": list(one.sites),
-                "refused": [{"site": refusal.site, "cause": refusal.cause} for refusal in one.refused],
-                "seconds": one.seconds,
-                "bytes_up": one.bytes_up,
-                "bytes_down": one.bytes_down,
-                "train_loss": one.train_loss,
-                "curves": one.metrics,
+                "round": record.round,
+                "sites": list(record.sites),
+                "refused": [{"site": refusal.site, "cause": refusal.cause} for refusal in record.refused],
+                "seconds": record.seconds,
+                "bytes_up": record.bytes_up,
+                "bytes_down": record.bytes_down,
+                "train_loss": record.train_loss,
+                "curves": record.metrics,
             }
-            for one in rounds
+            for record in rounds
         ],
     }
     if run.cohort.mode == "buffered":
         report["buffered"] = _buffered(run, rounds)
-        for told, one in zip(report["rounds"], rounds, strict=True):
-            told["staleness"] = one.staleness
-    found: Report = plain(report)
-    return found
+        for entry, record in zip(report["rounds"], rounds, strict=True):
+            entry["staleness"] = record.staleness
+    finite: Report = plain(report)
+    return finite
 
 
 def _buffered(run: RunConfig, rounds: Sequence[RoundRecord]) -> Report:
-    """How the steps of a buffered run came about, and what each site had in them."""
-    every: dict[str, list[int]] = {}
-    for one in rounds:
-        for site, own in one.staleness.items():
-            every.setdefault(site, []).extend(own)
-    total = sum(map(len, every.values()))
+    """The steps of a buffered run, and each site's updates in them."""
+    ages: dict[str, list[int]] = {}
+    for record in rounds:
+        for site, updates in record.staleness.items():
+            ages.setdefault(site, []).extend(updates)
+    total = sum(map(len, ages.values()))
     return {
         "buffer": rounds[-1].buffer if rounds else run.cohort.buffer,
         "staleness_power": run.cohort.staleness_power,
         "staleness_limit": run.cohort.staleness_limit,
         "updates": total,
-        "staleness_mean": sum(map(sum, every.values())) / total if total else None,
-        "staleness_max": max(map(max, every.values()), default=None),
+        "staleness_mean": sum(map(sum, ages.values())) / total if total else None,
+        "staleness_max": max(map(max, ages.values()), default=None),
         "sites": {
-            site: {"updates": len(own), "share": len(own) / total, "staleness_mean": sum(own) / len(own), "staleness_max": max(own)}
-            for site, own in sorted(every.items())
+            site: {"updates": len(updates), "share": len(updates) / total, "staleness_mean": sum(updates) / len(updates), "staleness_max": max(updates)}
+            for site, updates in sorted(ages.items())
         },
     }  # fmt: skip
 
 
 def verdict(row: TaskRow) -> str:
-    """In plain words whether federation was worth it for this site and task.
+    """Whether federation was worth it for this site and task, as a sentence.
 
-    Only the 95 % interval of federated minus local decides: while it contains 0, the test groups cannot tell the two
-    apart, however large the difference looks.
+    Only the 95 % interval of federated minus local decides: if it contains 0, the test groups cannot distinguish the two
+    models, however large the difference looks.
     """
     return verdict_of(row.model_dump())
 
@@ -140,7 +140,7 @@ def write_report(report: Report, out: Path, predictions: "Mapping[tuple[str, str
     """Write `out`/report.json and `out`/report.html; equal arguments give equal bytes.
 
     Args:
-        predictions: (site, task) -> test rows, drawn into the page only; report.json never holds a row.
+        predictions: (site, task) -> test rows, drawn into the page only; report.json never contains a row.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -164,20 +164,20 @@ def read_report(out: Path) -> Report:
     except FileNotFoundError:
         raise StorageError(
             f"{path}: no such file. A run writes it when it ends; "
-            "`trunkline simulate --resume` goes on with one that stopped."
+            "`trunkline simulate --resume` resumes one that stopped."
         ) from None
     except (OSError, ValueError) as error:
         raise StorageError(
-            f"{path}: cannot be read as a report ({error}). Run again with --resume to write it anew."
+            f"{path}: cannot be read as a report ({error}). Run again with --resume to write it again."
         ) from None
     if not isinstance(report, dict) or (missing := {"run", "sites", "rounds"} - report.keys()):
-        what = f"it has no `{min(missing)}`" if isinstance(report, dict) else "it is not a table"
-        raise StorageError(f"{path}: not a worth-it report: {what}. Give the output folder of a run.")
+        cause = f"it has no `{min(missing)}`" if isinstance(report, dict) else "it is not a table"
+        raise StorageError(f"{path}: not a worth-it report: {cause}. Give the output folder of a run.")
     return report
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The table and the summary, in whatever width `console` has; no site name is ever cut."""
+    """The table and the summary, at any width of `console`; no site name is ever cut."""
     run, rows = report["run"], report["sites"]
     console.print(Text(f"{shown(run['name'])}: is federation worth it?", style="bold"))
     names = {row["site"] for row in rows}
@@ -189,7 +189,7 @@ def print_report(report: Report, console: Console) -> None:
             console.print(Text(shown(name), style="bold"), soft_wrap=True)
             console.print(_table([row for row in rows if row["site"] == name], width=width, with_site=False))
     if width < WIDE:
-        console.print(Text("* the one to use, chosen on validation data", style="dim"))
+        console.print(Text("* the model to use, chosen on validation data", style="dim"))
     console.print()
     for line in summary(report):
         console.print(Text(shown(line)))
@@ -201,7 +201,7 @@ STYLES: dict[Outcome, str] = {"helps": "green", "hurts": "red", "same": "", "unk
 
 
 def _table(rows: Sequence[Row], *, width: int, with_site: bool) -> Table:
-    """Two lines a site and task. A narrow terminal stacks the values and marks the one to use with a star."""
+    """Two lines for each site and task. A narrow terminal stacks the values and marks the model to use with a star."""
     wide = width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     if with_site:
@@ -230,15 +230,15 @@ def _table(rows: Sequence[Row], *, width: int, with_site: bool) -> Table:
         end = Text(shown(row["verdict"]), style=style)
         cells = [Text(shown(row["site"]) if row["site"] != before else "")] if with_site else []
         if wide:
-            values = [Text(value(row, who)) for who in ("local", "federated")]
+            values = [Text(value(row, model)) for model in ("local", "federated")]
             cells += [task, unit, Text(f"{row['n_test']:,}"), *values, change, _used(row)]
             if width >= WIDEST:
                 cells.append(_others(row))
             cells.append(end)
         else:
             names = ["local", "federated"] + ([row["chosen"]] if row["chosen"] not in ("local", "federated") else [])
-            star = {who: "*" if row["chosen"] == who and value(row, who) != "-" else " " for who in names}
-            stacked = Text("\n".join(value(row, who) + star[who] for who in names))
+            star = {model: "*" if row["chosen"] == model and value(row, model) != "-" else " " for model in names}
+            stacked = Text("\n".join(value(row, model) + star[model] for model in names))
             if len(names) > 2:
                 unit = unit + Text(f"\n{shown(row['chosen'])}", style="")
             cells += [task + Text("\n") + unit, stacked, change, end]
@@ -248,14 +248,14 @@ def _table(rows: Sequence[Row], *, width: int, with_site: bool) -> Table:
 
 
 def _used(row: Row) -> Text:
-    """What the gate chose, and what that reaches where it is no column of its own."""
+    """The gate's choice, and its value if that has no column of its own."""
     of = after_gate(row)
     name = Text(shown(row["chosen"]))
-    if row["chosen"] in ("local", "federated") or of == CAME:
+    if row["chosen"] in ("local", "federated") or of == FEDERATED:
         return name
     return name + Text("\n") + Text(value(row, "gated"), style=STYLES[outcome(row, of)])
 
 
 def _others(row: Row) -> Text:
-    kept = [who for who in row.get("candidates", {}) if who not in ("local", "federated", row["chosen"])]
-    return Text("\n".join(f"{shown(who)} {value(row, who)}" for who in kept), style="dim")
+    kept = [model for model in row.get("candidates", {}) if model not in ("local", "federated", row["chosen"])]
+    return Text("\n".join(f"{shown(model)} {value(row, model)}" for model in kept), style="dim")

@@ -1,12 +1,12 @@
-"""Which tasks of a site help each other and which pull its trunk apart, from the cosines its rounds reported."""
+"""Which tasks of a site help each other and which conflict, from the gradient cosines that its rounds reported."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-PULL = 0.05  # a mean cosine nearer to 0 than this is neither help nor harm
-STEADY = 2 / 3  # share of the rounds that must say the same before a task is named
+PULL = 0.05  # a mean cosine closer to 0 than this counts as neither help nor conflict
+STEADY = 2 / 3  # share of the rounds that must agree before a task is named
 
 
 def conflicts_of(rounds: Sequence[Mapping[str, Mapping[str, float | None]]]) -> list[dict[str, Any]]:
@@ -17,35 +17,37 @@ def conflicts_of(rounds: Sequence[Mapping[str, Mapping[str, float | None]]]) -> 
             one task helps the other too.
 
     Returns:
-        `site`, `rounds` that reported, `tasks`, `cosines` (a matrix over the tasks, None where nothing was measured) as
-        the mean over the rounds, and `split`: the tasks whose mean cosine with the others is below -PULL and was below 0
+        `site`, `rounds` that reported, `tasks`, `cosines` (tasks, tasks; the mean over the rounds, None where nothing was
+        measured), and `split`: the tasks whose mean cosine with the others is below -PULL and was below 0
         in most rounds, worst first. Those may do better in a run of their own.
     """
-    found: dict[str, list[dict[tuple[str, str], float]]] = {}
-    for one in rounds:
-        for site, metrics in one.items():
+    pairs_of_site: dict[str, list[dict[tuple[str, str], float]]] = {}
+    for metrics_of_site in rounds:
+        for site, metrics in metrics_of_site.items():
             pairs: dict[tuple[str, str], float] = {}
             for name, value in metrics.items():
                 if name.startswith("conflict.") and value is not None and np.isfinite(value):
                     _, first, second = name.split(".")
                     pairs[first, second] = value
             if pairs:
-                found.setdefault(site, []).append(pairs)
-    return [_entry(site, found[site]) for site in sorted(found)]
+                pairs_of_site.setdefault(site, []).append(pairs)
+    return [_entry(site, pairs_of_site[site]) for site in sorted(pairs_of_site)]
 
 
 def _entry(site: str, seen: list[dict[tuple[str, str], float]]) -> dict[str, Any]:
     tasks = sorted({task for pairs in seen for pair in pairs for task in pair})
-    place = {task: at for at, task in enumerate(tasks)}
-    each = np.full((len(seen), len(tasks), len(tasks)), np.nan)
-    for at, pairs in enumerate(seen):
-        for (one, other), value in pairs.items():
-            each[at, place[one], place[other]] = each[at, place[other], place[one]] = value
-    mean, rows = _mean(each, 0), _mean(each, 2)  # (tasks, tasks), (rounds, tasks)
+    index_of = {task: index for index, task in enumerate(tasks)}
+    cosines = np.full((len(seen), len(tasks), len(tasks)), np.nan)
+    for index, pairs in enumerate(seen):
+        for (first, second), value in pairs.items():
+            cosines[index, index_of[first], index_of[second]] = cosines[index, index_of[second], index_of[first]] = (
+                value
+            )
+    mean, rows = _mean(cosines, 0), _mean(cosines, 2)  # (tasks, tasks), (rounds, tasks)
     against, measured = _mean(mean, 1), ~np.isnan(rows)
     steady = (rows < 0.0).sum(axis=0) >= STEADY * np.maximum(measured.sum(axis=0), 1)
     worst = [task for task in np.argsort(against, kind="stable").tolist() if against[task] < -PULL and steady[task]]
-    # with two tasks each is the other's only company: which of them leaves is the reader's choice
+    # with two tasks the reader chooses which of them gets a run of its own
     return {
         "site": site,
         "rounds": len(seen),
@@ -56,30 +58,30 @@ def _entry(site: str, seen: list[dict[tuple[str, str], float]]) -> dict[str, Any
 
 
 def _mean(values: np.ndarray[Any, np.dtype[np.float64]], axis: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The mean of what is there along one axis; NaN where nothing is, without a warning."""
-    there = ~np.isnan(values)
-    count = there.sum(axis=axis)
-    total = np.where(there, values, 0.0).sum(axis=axis)
+    """The mean of the values that are not NaN along one axis; NaN where there are none, without a warning."""
+    measured = ~np.isnan(values)
+    count = measured.sum(axis=axis)
+    total = np.where(measured, values, 0.0).sum(axis=axis)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def sentences(entry: Mapping[str, Any]) -> list[str]:
-    """One site's matrix in words: the pairs that help and that fight, and what might be split off."""
+    """One site's matrix as sentences: the pairs that help, the pairs that conflict, and the task to split off."""
     tasks, cosines = entry["tasks"], entry["cosines"]
     pairs = [
-        (cosines[one][other], tasks[one], tasks[other])
-        for one in range(len(tasks))
-        for other in range(one + 1, len(tasks))
-        if cosines[one][other] is not None
+        (cosines[first][second], tasks[first], tasks[second])
+        for first in range(len(tasks))
+        for second in range(first + 1, len(tasks))
+        if cosines[first][second] is not None
     ]
     lines = []
-    for title, some in (
+    for title, chosen in (
         ("help each other", sorted((pair for pair in pairs if pair[0] > PULL), reverse=True)),
         ("pull against each other", sorted(pair for pair in pairs if pair[0] < -PULL)),
     ):
-        if some:
-            named = ", ".join(f"{one} and {other} ({value:+.2f})" for value, one, other in some[:4])
-            lines.append(f"{title}: {named}" + (f" and {len(some) - 4} more pairs" if len(some) > 4 else ""))
+        if chosen:
+            named = ", ".join(f"{first} and {second} ({value:+.2f})" for value, first, second in chosen[:4])
+            lines.append(f"{title}: {named}" + (f" and {len(chosen) - 4} more pairs" if len(chosen) > 4 else ""))
     if not lines:
         lines.append("the tasks neither help nor hinder each other")
     if entry["split"]:
