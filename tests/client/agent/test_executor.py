@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.xdist_group("processes"),
     pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),  # Flower with pathspec 1.x
 ]
-TESTS = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]  # not `tests`: a module in it may have the name of a package
 SITE_TOML = """
 name = "press-07"
 [data]
@@ -48,7 +48,7 @@ dependencies = []
 [tool.flwr.app]
 publisher = "tests"
 [tool.flwr.app.components]
-serverapp = "tiny_apps:server_app"
+serverapp = "tests.tiny_apps:server_app"
 clientapp = "{client}"
 [tool.flwr.app.config]
 out = ""
@@ -60,7 +60,7 @@ retries = 0
 
 
 def daemon(code: str, log: Path, systemd: str = "") -> "subprocess.Popen[bytes]":
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-c", code],
@@ -81,7 +81,7 @@ class Deployment:
         self.client_state = self.site / ".trunkline"
         self.site.mkdir()
         (self.site / "site.toml").write_text(SITE_TOML)
-        self.thin = self.app("tiny_apps:client_app")
+        self.thin = self.app("tests.tiny_apps:client_app")
         self.client_state.mkdir()
         self.server_state.mkdir()
         for state in (self.client_state, self.server_state):
@@ -96,7 +96,7 @@ class Deployment:
         )
         self.client = daemon(
             "from pathlib import Path; from trunkline.client.agent import daemon; "
-            f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tiny_apps:client_app', check_egress=False)",
+            f"daemon.start(Path({str(self.site)!r}), server={self.address!r}, client_app='tests.tiny_apps:client_app', check_egress=False)",
             root / "client.log",
         )
 
