@@ -12,10 +12,11 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from trunkline.client.app import app as client_app
-from trunkline.client.policy.egress import Door
+from trunkline.client.policy.egress import EgressFilter
 from trunkline.config.run import parse_run
 from trunkline.flower.grid import LoopbackGrid
 from trunkline.flower.records import open_records
+from trunkline.models.tasks import describe_tasks
 from trunkline.protocol.arrays import Arrays
 from trunkline.runtime.progress import EVENTS
 from trunkline.server.app import app as server_app
@@ -39,7 +40,7 @@ class WatchedGrid(LoopbackGrid):
 
     Args:
         tamper: node id -> function of (message, honest answer on demand) that gives the reply instead; None: silence.
-        plant: the sites are real plants, whose replies go through their door whatever made them.
+        plant: the sites are real plants, whose replies go through their egress filter, whatever made them.
     """
 
     def __init__(
@@ -47,10 +48,10 @@ class WatchedGrid(LoopbackGrid):
     ) -> None:
         configs = [{"site": str(folder), "state": str(out / "state" / folder.name)} for folder in folders]
         super().__init__(client_app, [{**config, "plant": 1} for config in configs] if plant else configs)
-        self.doors: dict[int, Door] = {}
+        self.filters: dict[int, EgressFilter] = {}
         if plant:
-            self.doors = {
-                node: Door(Path(config["site"]), Path(config["state"]), "the test's centre")
+            self.filters = {
+                node: EgressFilter(Path(config["site"]), Path(config["state"]), "the test's centre", describe_tasks)
                 for node, config in zip(self.contexts, configs, strict=True)
             }
         self.tamper = tamper or {}
@@ -68,8 +69,8 @@ class WatchedGrid(LoopbackGrid):
 
         reply = lie(message, honest) if lie else honest()
         if reply is not None:
-            if node in self.doors:
-                reply = self.doors[node].pass_(message, reply)
+            if node in self.filters:
+                reply = self.filters[node].check(message, reply)
             self._answers[message.metadata.message_id] = reply
             if not reply.has_error():
                 self.up.append((kind, node, reply.content))

@@ -66,7 +66,7 @@ def test_training_stands_within_5_s_and_goes_on_to_the_same_bytes(
 
     def hold() -> None:
         looked.append(time.monotonic())
-        held.hold()
+        held.wait_if_paused()
         time.sleep(0.02)  # a larger model
 
     came: list[bytes] = []
@@ -114,7 +114,7 @@ def test_a_look_costs_nothing_that_shows(plant: Path) -> None:
     held = pauses_of(plant)
     began = time.perf_counter()
     for _ in range(10_000):
-        held.hold()
+        held.wait_if_paused()
     assert time.perf_counter() - began < 0.1  # 10 us each; a step takes a hundred times that and more
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trunkline.client.policy.consent import check_order
+from trunkline.client.policy.consent import check_terms
 from trunkline.client.policy.contracts import Consent
 from trunkline.config.renames import REFUSED_FROM, current, rename_overrides
 from trunkline.config.run import RunConfig, parse_run, read_run, with_settings
@@ -161,10 +161,10 @@ def test_a_contract_of_protocol_3_holds_for_the_same_run_and_for_no_other() -> N
     request = agreed.request
     assert (request.protocol, request.selection.default, request.about.strategy) == (PROTOCOL, "ensemble", "clustered")
     agreed = agreed.model_copy(update={"terms": request.terms()})
-    check_order("packer-01", request, agreed)
+    check_terms("packer-01", request, agreed)
     other = open_stored_terms({**terms, "plan": {**terms["plan"], "hold": "local"}})
     with pytest.raises(Exception, match=r"`selection\.default` was \"ensemble\", is \"local\""):
-        check_order("packer-01", other, agreed)
+        check_terms("packer-01", other, agreed)
 
 
 def test_a_search_refuses_a_key_that_it_refused_under_its_older_name(tmp_path: Path) -> None:

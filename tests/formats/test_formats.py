@@ -13,7 +13,7 @@ import trunkline
 from tests.formats.make import KEY, ROUND, SEALED_WITH, SETTINGS, sites
 from tests.loopback import QUICK, WatchedGrid, federate, trunk_of
 from trunkline.client.adaptation.model_file import read_model
-from trunkline.client.policy.consent import check_order
+from trunkline.client.policy.consent import check_terms
 from trunkline.client.policy.contracts import every, read, write
 from trunkline.client.policy.manifest import read_manifest
 from trunkline.client.site import open_site
@@ -141,7 +141,7 @@ def test_the_sealed_state_of_a_plant_opens_with_all_that_is_in_it(
     assert all(np.isfinite(array).all() for array in entry.delta.values())
     links, _ = read_manifest(state)
     assert [link.body["kind"] for link in links] == ["offer", "update"]
-    check_order(site.name, agreed.request, agreed)
+    check_terms(site.name, agreed.request, agreed)
 
 
 def question_of(state: Path, run: str) -> str:
@@ -157,7 +157,7 @@ def test_a_contract_from_before_a_key_was_known_holds_for_a_run_that_has_it_as_i
     (agreed,) = every(state)
     older = {name: value for name, value in agreed.terms.items() if name not in ("local_baseline", "weight_cap")}
     write(state, agreed.model_copy(update={"terms": older}))
-    check_order("kiln-02", agreed.request, read(state, agreed.run))
+    check_terms("kiln-02", agreed.request, read(state, agreed.run))
 
 
 def test_settings_from_before_a_key_was_known_are_those_of_a_run_file_without_it(
@@ -240,10 +240,10 @@ def test_a_contract_that_was_accepted_under_protocol_3_is_not_asked_again(tmp_pa
     baseline = found.request.local_baseline
     assert baseline is not None and baseline.plan.steps == 7
     asked = found.request.model_copy(update={"protocol": PROTOCOL})
-    check_order("kiln-02", asked, found)
+    check_terms("kiln-02", asked, found)
     assert found.terms == asked.terms() == open_stored_terms(older).terms()
     with pytest.raises(ContractError, match="`local_baseline` was"):
-        check_order("kiln-02", asked.model_copy(update={"local_baseline": None}), found)
+        check_terms("kiln-02", asked.model_copy(update={"local_baseline": None}), found)
 
 
 def test_a_question_that_was_stored_under_protocol_3_can_be_trained_again() -> None:

@@ -41,7 +41,8 @@ MAY: dict[str, tuple[str, ...]] = {
         "client/training",
     ),
     "client/app": (*VALUES, "flower", "client/handlers", "client/policy", "client/site"),
-    "client/agent": (*STATE, "config", "flower", "client/availability", "client/policy", "client/state"),
+    # `models`: the kinds of task, which it hands to its egress filter
+    "client/agent": (*STATE, "config", "flower", "models", "client/availability", "client/policy", "client/state"),
     # ---- server
     "server/reporting": (*VALUES, "config", "runtime"),
     "server/releases": (*STATE, "config", "release", "server/reporting"),

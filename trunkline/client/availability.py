@@ -107,7 +107,7 @@ class Pauses:
         self._pause = (0, 0)
         self._look_at = 0.0  # monotonic
 
-    def hold(self) -> None:
+    def wait_if_paused(self) -> None:
         """Between two steps: return at once where nothing is in the way, else when nothing is any more."""
         if time.monotonic() < self._look_at:
             return

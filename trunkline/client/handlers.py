@@ -11,7 +11,7 @@ import trunkline
 from trunkline.client.data.statistics import lent_statistics, names_of
 from trunkline.client.model_selection.candidates import finish
 from trunkline.client.model_selection.evaluation import Decision, curve, decide_site, score_site
-from trunkline.client.policy import consent
+from trunkline.client.policy.consent import ask_consent, check_consent, lets_go
 from trunkline.client.site import Site
 from trunkline.client.state.vault import Entry, Question, State, Vault
 from trunkline.client.training.loop import train_site
@@ -57,7 +57,7 @@ def answer_offer(site: Site, request: OfferRequest) -> tuple[Offer, Arrays]:
         inputs=names_of(site.data) if once or "stem" in request.lend else None,
         hours=site.config.hours if site.plant else None,  # a simulated one lives on its world's clock
     )
-    consent.at_offer(site, request, offer)
+    ask_consent(site.config.policy, site.contracts, request, offer)
     first = {name: array for name, array in lent.items() if name not in trunk}
     return offer, Arrays({**first, **once})
 
@@ -65,7 +65,7 @@ def answer_offer(site: Site, request: OfferRequest) -> tuple[Offer, Arrays]:
 def contract_of(site: Site, lent: Arrays) -> Contract:
     """What this site may send in this run; the server makes the same from the site's Offer."""
     named = metric_names(tuple(task.card for task in site.data.tasks.values()))
-    return Contract(arrays=specs_of(lent), metrics=consent.lets_go(site.config.policy, named))
+    return Contract(arrays=specs_of(lent), metrics=lets_go(site.config.policy, named))
 
 
 def answer_train(site: Site, request: TrainRequest, arrays: Arrays) -> tuple[Reply, Entry]:
@@ -79,7 +79,7 @@ def answer_train(site: Site, request: TrainRequest, arrays: Arrays) -> tuple[Rep
         Away: nothing of it is in the vault yet, and the plant is outside its hours or paused.
     """
     site.meet(request)
-    consent.hold(site, request)
+    check_consent(site.name, site.config.policy, site.contracts, request)
     vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
     question = _digest(request, arrays)
     entry = vault.answered(request.round, question)
@@ -105,7 +105,7 @@ def answer_fit(site: Site, request: FitQuery, arrays: Arrays) -> tuple[Reply, di
         Away: the plant is outside its hours, or paused.
     """
     site.meet(request)
-    consent.hold(site, request)
+    check_consent(site.name, site.config.policy, site.contracts, request)
     site.admit()
     before = _before(site, request, Vault(site.state, request.run, site.tell, site.seal, site.name))
     model, _ = _models(site, request.model_copy(update={"baseline": False}), arrays, before)
@@ -288,7 +288,7 @@ def answer_decide(site: Site, request: DecideRequest, arrays: Arrays) -> Scoreca
     again the same, it is done already.
     """
     site.meet(request)
-    consent.hold(site, request)
+    check_consent(site.name, site.config.policy, site.contracts, request)
     vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
     question = _digest(request, arrays)
     if vault.decisions(question) is None:
@@ -309,7 +309,7 @@ def answer_score(site: Site, request: ScoreRequest, arrays: Arrays) -> Scorecard
     With a personal model beside the shared one (`plan.personal`) it is the personal one that federation gave this site.
     """
     site.meet(request)
-    consent.hold(site, request)
+    check_consent(site.name, site.config.policy, site.contracts, request)
     site.admit()
     vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
     before = _before(site, request, vault)

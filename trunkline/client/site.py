@@ -56,13 +56,18 @@ class Site:
     def name(self) -> str:
         return self.config.name
 
+    @property
+    def contracts(self) -> Path | None:
+        """The state folder that keeps what was agreed to; None of a simulated site, which has nobody to ask."""
+        return self.state if self.plant else None
+
     def tell(self, text: str) -> None:
         logger.warning("%s: %s", self.name, text)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within it training waits between two steps while the plant is outside its hours or paused."""
-        token = between_steps.set(self.pauses.hold if self.pauses is not None else None)
+        token = between_steps.set(self.pauses.wait_if_paused if self.pauses is not None else None)
         try:
             yield
         finally:

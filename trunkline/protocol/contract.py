@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from itertools import combinations
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -14,7 +15,7 @@ from trunkline.protocol.plan import TASK_NAME
 
 
 class TaskCard(Frozen):
-    """What a site says of one of its tasks: never a label, only its kind and how it is measured."""
+    """What a site reports about one of its tasks: never a label, only its kind and how it is measured."""
 
     task: str = Field(pattern=TASK_NAME)
     kind: str = Field(max_length=32)
@@ -23,11 +24,18 @@ class TaskCard(Frozen):
     better: Literal["lower", "higher"]
 
 
-ROUND_METRICS = (
-    "train_loss",
-    "validation_loss",
-    "local_validation_loss",
-)  # what every Update may report besides the curves
+class TaskDescription(NamedTuple):
+    """What a site may report about one of its tasks.
+
+    Args:
+        metrics: names of the metrics that its results may have.
+    """
+
+    card: TaskCard
+    metrics: frozenset[str]
+
+
+ROUND_METRICS = ("train_loss", "validation_loss", "local_validation_loss")  # of every Update, besides the curves
 FIT_METRIC = "validation_loss"  # all that the answer to a FitQuery holds
 
 
@@ -38,14 +46,14 @@ def terms_digest(terms: Mapping[str, Any]) -> str:
 
 def changed_terms(agreed: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
     """Each key path at which two terms differ, in words: `plan.steps` was 20, is 40."""
-    found: list[str] = []
+    changes: list[str] = []
     for key in dict.fromkeys((*agreed, *now)):
         was, is_ = agreed.get(key), now.get(key)
         if isinstance(was, Mapping) and isinstance(is_, Mapping):
-            found += changed_terms(was, is_, f"{path}{key}.")
+            changes += changed_terms(was, is_, f"{path}{key}.")
         elif was != is_:
-            found.append(f"`{path}{key}` was {json.dumps(was)[:80]}, is {json.dumps(is_)[:80]}")
-    return found
+            changes.append(f"`{path}{key}` was {json.dumps(was)[:80]}, is {json.dumps(is_)[:80]}")
+    return changes
 
 
 class Contract(Frozen):
@@ -83,15 +91,14 @@ class Contract(Frozen):
 FIT_CONTRACT = Contract(arrays=(), metrics=(FIT_METRIC,))  # of every answer to a FitQuery, whatever the site lends
 
 
-def conflict_name(one: str, other: str) -> str:
+def conflict_name(task: str, other: str) -> str:
     """The round metric that holds the cosine of two tasks' gradients at the trunk's output."""
-    first, second = sorted((one, other))
+    first, second = sorted((task, other))
     return f"conflict.{first}.{second}"
 
 
 def metric_names(tasks: tuple[TaskCard, ...]) -> tuple[str, ...]:
     """The numbers a site with these tasks may report each round: losses, two validation curves a task, one cosine a pair."""
-    curves = [f"{card.task}.{who}" for card in tasks for who in ("federated", "local")]
-    names = sorted(card.task for card in tasks)
-    cosines = [conflict_name(one, other) for place, one in enumerate(names) for other in names[place + 1 :]]
+    curves = [f"{card.task}.{model}" for card in tasks for model in ("federated", "local")]
+    cosines = [conflict_name(task, later) for task, later in combinations(sorted(card.task for card in tasks), 2)]
     return (*ROUND_METRICS, *curves, *cosines)

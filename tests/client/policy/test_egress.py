@@ -1,4 +1,4 @@
-"""The door of a plant: what is not agreed does not leave, whatever the code behind it made, and all of it is written down."""
+"""The egress filter: what is not agreed does not leave, whatever the code behind it made, and every reply is recorded."""
 
 import json
 import os
@@ -15,11 +15,12 @@ from flwr.app import Context, Message, RecordDict
 from tests.requests import as_kind, request_of
 from trunkline.client.app import app
 from trunkline.client.policy import consent, contracts, manifest
-from trunkline.client.policy.egress import ONCE, Door
+from trunkline.client.policy.egress import ONCE, EgressFilter
 from trunkline.errors import StorageError, TamperError, TrustError
 from trunkline.flower.errors import CRASHED, DECLINED, PENDING, REFUSED, RESTARTED, answer, error_reply
 from trunkline.flower.grid import LoopbackGrid, stamp
 from trunkline.flower.records import open_records, to_records
+from trunkline.models.tasks import describe_tasks
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.contract import FIT_CONTRACT
@@ -34,18 +35,18 @@ TRUNK = first_trunk(SPEC, 1)
 
 @dataclass
 class Plant:
-    """One site with its app and its door, and the centre's side of the questions."""
+    """One site with its app and its egress filter, and the centre's side of the questions."""
 
     folder: Path
     state: Path
     asked: int = 0
-    _door: Door | None = None
+    _filter: EgressFilter | None = None
     base: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def door(self) -> Door:
-        self._door = self._door or Door(self.folder, self.state, "10.0.0.5:9140")
-        return self._door
+    def filter(self) -> EgressFilter:
+        self._filter = self._filter or EgressFilter(self.folder, self.state, "10.0.0.5:9140", describe_tasks)
+        return self._filter
 
     def order(self, round: int, **changes: Any) -> Any:
         about = About(operator="hannes", name="quick", strategy="fedper", rounds=3)
@@ -69,7 +70,7 @@ class Plant:
 
     def join(self, **changes: Any) -> Message:
         request = self.question("query", self.order(0, **changes))
-        return self.door.pass_(request, self.answer(request))
+        return self.filter.check(request, self.answer(request))
 
     def trained(self, round: int = 1, **changes: Any) -> tuple[Message, Message]:
         request = self.question("train", self.order(round, **changes), TRUNK)
@@ -111,11 +112,11 @@ def with_changes(
 def stopped(plant: Plant, request: Message, reply: Message) -> str:
     """That nothing of `reply` but an error leaves, which is written down; the error's text."""
     before = len(plant.lines())
-    out = plant.door.pass_(request, reply)
+    out = plant.filter.check(request, reply)
     assert out.has_error() and out.error.code == REFUSED
     assert out.metadata.reply_to_message_id == request.metadata.message_id
     text = out.error.reason or ""
-    assert text.startswith("stopped at the plant's door: ")
+    assert text.startswith("stopped by the plant's egress filter: ")
     *_, line = plant.lines()
     assert len(plant.lines()) == before + 1
     assert line["kind"] == "error" and line["error"] == [REFUSED, text] and line["tensors"] == []
@@ -128,14 +129,14 @@ def stopped(plant: Plant, request: Message, reply: Message) -> str:
 def test_a_whole_run_passes_and_every_reply_has_its_line(joined: Plant) -> None:
     for round in (1, 2, 3):
         request, reply = joined.trained(round)
-        out = joined.door.pass_(request, reply)
+        out = joined.filter.check(request, reply)
         assert not out.has_error()
         assert Arrays(open_records(out.content)[0]).digest() == Arrays(open_records(reply.content)[0]).digest()
         assert open_records(out.content)[1:] == open_records(reply.content)[1:]
     request = joined.question("query", as_kind(FitQuery, joined.order(3)), TRUNK)
-    assert not joined.door.pass_(request, joined.answer(request)).has_error()
+    assert not joined.filter.check(request, joined.answer(request)).has_error()
     request = joined.question("evaluate", as_kind(ScoreRequest, joined.order(4)), TRUNK)
-    assert not joined.door.pass_(request, joined.answer(request)).has_error()
+    assert not joined.filter.check(request, joined.answer(request)).has_error()
     lines = joined.lines()
     assert [(line["kind"], line["round"]) for line in lines] == [
         ("offer", 0), ("update", 1), ("update", 2), ("update", 3), ("fit", 3), ("scorecard", 4),
@@ -148,7 +149,7 @@ def test_a_line_says_what_left_to_the_byte(joined: Plant) -> None:
     import hashlib
 
     request, reply = joined.trained()
-    out = joined.door.pass_(request, reply)
+    out = joined.filter.check(request, reply)
     arrays, header, metrics = open_records(out.content)
     *_, line = joined.lines()
     assert line["header"] == json.loads(header) and line["metrics"] == metrics and line["error"] is None
@@ -182,9 +183,9 @@ def test_what_a_run_and_a_policy_name_together_may_leave(plant: Plant, lend: tup
     site = open_site({"site": str(plant.folder), "state": str(plant.state), "plant": 1})
     lent = site.model(plant.order(1)).share(lend)
     request = plant.question("train", plant.order(1), lent)
-    assert not plant.door.pass_(request, plant.answer(request)).has_error()
+    assert not plant.filter.check(request, plant.answer(request)).has_error()
     request = plant.question("evaluate", as_kind(ScoreRequest, plant.order(4)), lent)
-    assert not plant.door.pass_(request, plant.answer(request)).has_error()
+    assert not plant.filter.check(request, plant.answer(request)).has_error()
     assert [line["kind"] for line in plant.lines()] == ["offer", "update", "scorecard"]
     if "scaler" in lend:
         assert next(one[0] for one in plant.lines()[0]["tensors"]) == "scaler.count"
@@ -193,7 +194,7 @@ def test_what_a_run_and_a_policy_name_together_may_leave(plant: Plant, lend: tup
 def test_what_is_asked_twice_may_leave_twice(joined: Plant) -> None:
     for _ in range(12):  # more often than different answers of the run may
         request, reply = joined.trained(2)
-        assert not joined.door.pass_(request, reply).has_error()
+        assert not joined.filter.check(request, reply).has_error()
     assert len({line["sha256"] for line in joined.lines() if line["kind"] == "update"}) == 1
 
 
@@ -244,7 +245,7 @@ def test_whatever_is_beyond_the_contract_is_stopped_and_written_down(joined: Pla
     request, reply = joined.trained()
     text = stopped(joined, request, with_changes(request, reply, **changes))
     assert words in text and "unit 17" not in text
-    assert not joined.door.pass_(request, reply).has_error(), "the honest reply may still leave"
+    assert not joined.filter.check(request, reply).has_error(), "the honest reply may still leave"
 
 
 def test_what_is_no_record_of_ours_is_stopped(joined: Plant) -> None:
@@ -268,7 +269,9 @@ def test_nothing_leaves_in_the_padding_of_an_array(joined: Plant) -> None:
     head = head + b" " * ((64 - (len(head) + 11) % 64) % 64) + b"\n"
     padded = one.data[:8] + len(head).to_bytes(2, "little") + head + one.data[10 + size :]
     arrays[name] = Array(one.dtype, one.shape, one.stype, padded)
-    out = joined.door.pass_(request, Message(RecordDict({**records, "arrays": ArrayRecord(arrays)}), reply_to=request))
+    out = joined.filter.check(
+        request, Message(RecordDict({**records, "arrays": ArrayRecord(arrays)}), reply_to=request)
+    )
     assert not out.has_error()
     assert dict(out.content.items())["arrays"][name].data == one.data
 
@@ -322,13 +325,13 @@ def test_a_round_asked_anew_with_other_arrays_has_an_end(joined: Plant) -> None:
     for attempt in range(10):
         arrays = Arrays({name: array + np.float32(attempt) for name, array in TRUNK.items()})
         request = joined.question("train", joined.order(1), arrays)
-        out = joined.door.pass_(request, joined.answer(request))
+        out = joined.filter.check(request, joined.answer(request))
         passed += not out.has_error()
     assert passed == 6, "twice as many different updates as the run has rounds"
     assert "6 different answers of the kind update have left" in str(joined.lines()[-1]["error"])
-    again = Door(joined.folder, joined.state)
+    again = EgressFilter(joined.folder, joined.state, "", describe_tasks)
     request = joined.question("train", joined.order(2), TRUNK)
-    assert again.pass_(request, joined.answer(request)).has_error(), "a restart forgets nothing"
+    assert again.check(request, joined.answer(request)).has_error(), "a restart forgets nothing"
 
 
 def test_statistics_are_offered_a_few_times_only(plant: Plant) -> None:
@@ -340,7 +343,7 @@ def test_statistics_are_offered_a_few_times_only(plant: Plant) -> None:
         _, header, _ = open_records(plant.answer(request).content)
         arrays = open_records(plant.answer(request).content)[0]
         arrays = {**arrays, "scaler.mean": arrays["scaler.mean"] + attempt}
-        out = plant.door.pass_(request, Message(to_records(arrays, header), reply_to=request))
+        out = plant.filter.check(request, Message(to_records(arrays, header), reply_to=request))
         assert out.has_error() == (attempt >= ONCE)
 
 
@@ -352,7 +355,7 @@ def test_statistics_are_offered_a_few_times_only(plant: Plant) -> None:
         ("metrics = false", "metrics that the policy lets nobody have"),
         ('guards = ["clip"]', "demands the guard"),
         ('lend = ["stem"]', "its policy lends stem"),
-        ("decide = ", "stopped at the plant's door: ConfigError."),
+        ("decide = ", "stopped by the plant's egress filter: ConfigError."),
     ],
 )
 def test_the_policy_counts_from_when_it_is_written(joined: Plant, policy: str, words: str) -> None:
@@ -372,7 +375,7 @@ def test_a_guard_is_held_at_the_door_too(plant: Plant) -> None:
     request, reply = plant.trained()
     larger = with_changes(request, reply, arrays=lambda arrays: {name: 2 * array for name, array in arrays.items()})
     assert "clip(0.01)" in stopped(plant, request, larger)
-    assert not plant.door.pass_(request, reply).has_error()
+    assert not plant.filter.check(request, reply).has_error()
 
 
 OFFERS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any], str]] = {
@@ -425,7 +428,7 @@ def test_an_offer_says_what_was_agreed_and_no_more(joined: Plant, excess: str) -
         ({"task": "unit-17"}, "it names a task that site.toml has not"),
     ],
 )
-def test_a_contract_that_the_code_behind_the_door_wrote_itself_widens_nothing(
+def test_a_contract_that_the_code_behind_the_filter_wrote_itself_widens_nothing(
     joined: Plant, fields: dict[str, Any], words: str
 ) -> None:
     """A ClientApp that leaks could write the contract as well; what run, policy and site.toml say still holds."""
@@ -464,7 +467,7 @@ def test_a_scorecard_has_the_names_of_the_house_and_no_others(joined: Plant, exc
 
     text = stopped(joined, request, with_changes(request, reply, header=with_row))
     assert words in text and "unit 17" not in text
-    assert not joined.door.pass_(request, reply).has_error()
+    assert not joined.filter.check(request, reply).has_error()
 
 
 def test_results_stay_where_a_policy_keeps_them(joined: Plant) -> None:
@@ -502,18 +505,18 @@ def test_a_question_that_is_none_of_ours_gets_nothing(joined: Plant) -> None:
 def test_an_error_leaves_bounded_without_folders_and_is_written_down(joined: Plant) -> None:
     request, _ = joined.trained()
     for code in (CRASHED, REFUSED, RESTARTED, PENDING, DECLINED):
-        out = joined.door.pass_(request, error_reply(request, "/data/press-07/rows.csv: broken " + "x" * 5000, code))
+        out = joined.filter.check(request, error_reply(request, "/data/press-07/rows.csv: broken " + "x" * 5000, code))
         assert out.error.code == code and (out.error.reason or "").startswith("rows.csv: broken x")
         assert len(out.error.reason or "") == 1000
         assert joined.lines()[-1]["error"] == [code, out.error.reason]
-    out = joined.door.pass_(request, error_reply(request, "x", 417017))
+    out = joined.filter.check(request, error_reply(request, "x", 417017))
     assert out.error.code == CRASHED, "a code is no place for a number of one's own"
 
 
 def test_an_error_before_anything_is_agreed_leaves_too(plant: Plant) -> None:
     request = Message(RecordDict(), dst_node_id=2, message_type="train")
     stamp(request, "envelope")
-    out = plant.door.pass_(request, error_reply(request, "the app is not pinned here", REFUSED))
+    out = plant.filter.check(request, error_reply(request, "the app is not pinned here", REFUSED))
     assert out.error.reason == "the app is not pinned here"
     (line,) = plant.lines()
     assert (line["run"], line["to"], line["kind"]) == ("", "10.0.0.5:9140", "error")
@@ -528,10 +531,10 @@ def test_what_cannot_be_written_down_does_not_leave(joined: Plant) -> None:
     aside = path.rename(path.with_name("aside"))
     path.mkdir()
     with pytest.raises(StorageError):
-        joined.door.pass_(request, reply)
+        joined.filter.check(request, reply)
     path.rmdir()
     aside.rename(path)
-    assert not joined.door.pass_(request, reply).has_error()
+    assert not joined.filter.check(request, reply).has_error()
 
 
 def test_the_executor_holds_a_reply_until_it_can_be_written_down(joined: Plant, tmp_path: Path) -> None:
@@ -547,7 +550,7 @@ def test_the_executor_holds_a_reply_until_it_can_be_written_down(joined: Plant, 
         tmp_path / "journal.json",
         app,
         set,
-        egress_filter=joined.door,
+        egress_filter=joined.filter,
         timing=module.Timing(retry_s=0.05),
     )
     request, reply = joined.trained()
@@ -583,9 +586,9 @@ TAMPERED: dict[str, Callable[[list[bytes]], list[bytes]]] = {
 
 
 @pytest.mark.parametrize("change", TAMPERED)
-def test_a_manifest_that_was_altered_is_found_out_and_stops_the_door(joined: Plant, change: str) -> None:
+def test_a_manifest_that_was_altered_is_found_out_and_stops_every_reply(joined: Plant, change: str) -> None:
     for round in (1, 2):
-        joined.door.pass_(*joined.trained(round))
+        joined.filter.check(*joined.trained(round))
     path = joined.state / manifest.MANIFEST
     lines = path.read_bytes().splitlines(keepends=True)
     altered = TAMPERED[change](lines)
@@ -595,7 +598,7 @@ def test_a_manifest_that_was_altered_is_found_out_and_stops_the_door(joined: Pla
         manifest.read_manifest(joined.state)
     request, reply = joined.trained(3)
     with pytest.raises(TamperError):
-        Door(joined.folder, joined.state).pass_(request, reply)
+        EgressFilter(joined.folder, joined.state, "", describe_tasks).check(request, reply)
 
 
 def test_a_manifest_signed_by_another_key_is_found_out(joined: Plant) -> None:
@@ -607,7 +610,7 @@ def test_a_manifest_signed_by_another_key_is_found_out(joined: Plant) -> None:
 def test_where_the_state_is_sealed_nobody_else_reads_the_manifest(plant: Plant, tmp_path: Path) -> None:
     make_seal(plant.state, f"file:{tmp_path / 'key'}")
     plant.join()
-    plant.door.pass_(*plant.trained())
+    plant.filter.check(*plant.trained())
     data = (plant.state / manifest.MANIFEST).read_bytes()
     assert b"trunk." not in data and b"hannes" not in data
     assert [line["kind"] for line in plant.lines()] == ["offer", "update"]
@@ -644,7 +647,7 @@ def test_a_person_reads_and_decides_by_the_command_line(plant: Plant) -> None:
     code, text = command("accept", plant.folder, "quick-1", "--by", "Anna")
     assert code == 0 and "accepted by Anna" in text
     assert not plant.join().has_error()
-    assert not plant.door.pass_(*plant.trained()).has_error()
+    assert not plant.filter.check(*plant.trained()).has_error()
     code, text = command("manifest", plant.folder)
     assert code == 0 and "error 402" in text and "update" in text and "intact: 3 lines, signed by" in text
     code, text = command("manifest", plant.folder, "--json", "--run", "quick-1")

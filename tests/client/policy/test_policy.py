@@ -25,6 +25,7 @@ from trunkline.models.trunk import first_trunk
 from trunkline.protocol.contract import metric_names
 from trunkline.protocol.messages import ScoreRequest
 from trunkline.protocol.plan import About, Conditions, GuardSettings, LocalPlan, TrunkSpec
+from trunkline.runtime.programs import account_name
 from trunkline.security.encryption import is_sealed, make_seal, sealing_key_name
 from trunkline.server.reporting.report import read_report
 
@@ -344,7 +345,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a larger weight": ({"weight_cap": 10**9}, "`weight_cap`"),
     "a baseline": ({"baseline": True}, "`baseline`"),
     "few rows": ({"conditions": Conditions(labelled=0.001)}, "for simulations only"),
-    "a later round": ({"round": 5}, "has 3 rounds; this order is for round 5"),
+    "a later round": ({"round": 5}, "has 3 rounds; this request is for round 5"),
 }  # fmt: skip
 
 
@@ -398,7 +399,7 @@ def test_a_persons_yes_does_not_stand_above_the_policy(plant: Site, tmp_path: Pa
     strict = open_site({"site": str(plant.folder), "state": str(tmp_path / "asked"), "plant": 1}, fresh=True)
     with pytest.raises(Declined, match="caps a run at 2 rounds"):
         answer_offer(strict, order_of(0))
-    with pytest.raises(ContractError, match="policy says no"):
+    with pytest.raises(ContractError, match="policy refuses"):
         consent.decide(strict.state, "quick-1", "accepted", "Anna")
 
 
@@ -456,7 +457,7 @@ def test_the_operator_is_said_by_the_run_file_or_is_the_account(plants: list[Pat
     for name, said in (("a", {"operator": "Hannes at the institute"}), ("b", {})):
         grid = federate(plants[:1], tmp_path / name, rounds=1, **said)
         told = json.loads(open_records(grid.down[0][2])[1])["about"]["operator"]
-        assert told == said.get("operator", f"{consent.account_name()}@{socket.gethostname()}"[:120])
+        assert told == said.get("operator", f"{account_name()}@{socket.gethostname()}"[:120])
     with pytest.raises(ConfigError, match="`operator`"):
         parse_run({"operator": "a\x1b[31m"}, "run.toml")
 

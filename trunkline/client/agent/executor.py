@@ -27,11 +27,12 @@ from trunkline.client.agent.activity import Activity, AgentTask
 from trunkline.client.agent.installed_app import load_app, set_torch_threads
 from trunkline.client.agent.task_incidents import TaskIncidents, round_of
 from trunkline.client.agent.task_journal import TaskJournal
-from trunkline.client.policy.egress import Door
+from trunkline.client.policy.egress import EgressFilter
 from trunkline.errors import ContractError, DeploymentError, StorageError, TrunklineError
 from trunkline.flower.app_archive import app_digest
 from trunkline.flower.errors import CRASHED, FULL, REFUSED, RESTARTED, answer, error_reply
 from trunkline.flower.runtime import CLIENT_APP, NodeRuntime, NodeTask
+from trunkline.models.tasks import describe_tasks
 from trunkline.runtime import disk
 from trunkline.runtime.programs import accepts_connections, pinned_digests
 
@@ -70,7 +71,7 @@ class Executor:
         journal: Path,
         client_app: ClientApp,
         pins: Callable[[], set[str]],
-        egress_filter: Door | None = None,
+        egress_filter: EgressFilter | None = None,
         site: str = "",
         timing: Timing = Timing(),
     ) -> None:
@@ -241,7 +242,7 @@ class Executor:
         """
         while self.egress_filter is not None:
             try:
-                passed = self.egress_filter.pass_(request, reply)
+                passed = self.egress_filter.check(request, reply)
                 self.incidents.recover(
                     "the manifest can be written again; replies leave", "manifest", round_of(request)
                 )
@@ -311,7 +312,7 @@ class Executor:
         task, token, kind, envelope = self._current
         try:
             farewell = error_reply(task.envelope, "the site is shutting down; ask again", RESTARTED)
-            task.push(self.egress_filter.pass_(task.envelope, farewell) if self.egress_filter is not None else farewell)
+            task.push(self.egress_filter.check(task.envelope, farewell) if self.egress_filter is not None else farewell)
             self._journal.write(token, kind, envelope, answered=True)
             task.finish(False, "the site is shutting down")
             self._journal.clear()
@@ -365,7 +366,7 @@ def main() -> None:
             options.journal,
             client_app,
             lambda: pinned_digests(installed, options.pins),
-            Door(options.folder, options.state, options.server) if options.folder else None,
+            EgressFilter(options.folder, options.state, options.server, describe_tasks) if options.folder else None,
             options.site,
             Timing(poll_s=options.poll),
         )

@@ -1,14 +1,13 @@
-"""A site's yes or no to a run: the policy's word, a person's where the policy asks for one, and what was agreed on disk.
+"""Whether a site takes part in a run: its policy decides, or a person where the policy asks for one.
 
-At round 0 the order says what the run is and the site's offer what it would take from here. Both together are the
-`Consent`, kept in STATE/contracts. Every later order, and every reply (`egress`), is held to it. A simulated site has a
-policy but nobody to ask: nothing is written there, and "ask" is a yes.
+The request of round 0 carries the terms of the run, and the site's offer lists what would leave. Both together are the
+`Consent`, kept in STATE/contracts. Every later request, and every reply (`egress`), is compared with it. A simulated site
+has a policy but nobody to ask: nothing is written there, and `decide = "ask"` accepts.
 """
 
 from pathlib import Path
 
 from trunkline.client.policy.contracts import Consent, Verdict, bytes_round, in_bytes, known, read, write
-from trunkline.client.site import Site
 from trunkline.config.site import PolicyConfig
 from trunkline.errors import ContractError, Declined, Pending
 from trunkline.protocol.contract import FIT_METRIC, changed_terms
@@ -21,10 +20,10 @@ BY_POLICY = "policy"
 
 
 def objection(policy: PolicyConfig, request: RoundRequest, size: int | None = None) -> str:
-    """What a policy has against a run, in words; empty where nothing.
+    """Why a policy refuses a run; empty where it does not.
 
     Args:
-        size: bytes that would leave in a round, where that is known.
+        size: bytes that would leave in a round; None where that is unknown.
     """
     about = request.about
     for part in request.lend:
@@ -50,73 +49,76 @@ def objection(policy: PolicyConfig, request: RoundRequest, size: int | None = No
 
 
 def lets_go(policy: PolicyConfig, metrics: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of a run's metrics that a policy lets leave, in their order."""
+    """The metrics of a run that a policy lets leave, in their order."""
     allowed = policy.metrics
     return tuple(name for name in metrics if allowed is True or (allowed is not False and name in allowed))
 
 
-def at_offer(site: Site, request: OfferRequest, offer: Offer) -> None:
+def ask_consent(policy: PolicyConfig, state: Path | None, request: OfferRequest, offer: Offer) -> None:
     """Decide on a run before the offer to take part in it leaves.
 
+    Args:
+        state: the plant's state folder, which keeps what was agreed. None: a simulated site, which asks nobody.
+
     Raises:
-        Declined: the policy, or a person, says no.
-        Pending: a person has to say it first: `trunkline client accept`.
+        Declined: the policy or a person refuses.
+        Pending: a person has to agree first: `trunkline client accept`.
         StorageError: what was agreed cannot be kept, so nothing is agreed.
     """
-    policy = site.config.policy
-    why = objection(policy, request, bytes_round(offer.arrays, offer.metrics))
-    if not site.plant:
-        if why:
-            raise Declined(f"{site.name}: {why}.")
+    objections = objection(policy, request, bytes_round(offer.arrays, offer.metrics))
+    if state is None:
+        if objections:
+            raise Declined(f"{offer.site}: {objections}.")
         return
-    at = now().isoformat(timespec="seconds")
+    time = now().isoformat(timespec="seconds")
     asked = Consent(
-        site=site.name, run=request.run, terms=request.terms(), arrays=offer.arrays, once=offer.once, metrics=offer.metrics,
-        tasks=offer.tasks, inputs=offer.inputs, report=policy.report, verdict="pending", asked=at,
+        site=offer.site, run=request.run, terms=request.terms(), arrays=offer.arrays, once=offer.once,
+        metrics=offer.metrics, tasks=offer.tasks, inputs=offer.inputs, report=policy.report, verdict="pending", asked=time,
     )  # fmt: skip
-    found = read(site.state, request.run)
-    before = found if found is not None and found.same_question(asked) else None
+    stored = read(state, request.run)
+    before = stored if stored is not None and stored.same_question(asked) else None
     by_person = before if before is not None and before.by not in ("", BY_POLICY) else None
-    if why:
-        decided = asked.model_copy(update={"verdict": "refused", "by": BY_POLICY, "why": why, "decided": at})
+    if objections:
+        decided = asked.model_copy(update={"verdict": "refused", "by": BY_POLICY, "why": objections, "decided": time})
     elif by_person is not None:
         decided = by_person
     elif policy.decide == "accept" or request.about.name in policy.runs:
-        decided = asked.model_copy(update={"verdict": "accepted", "by": BY_POLICY, "decided": at})
+        decided = asked.model_copy(update={"verdict": "accepted", "by": BY_POLICY, "decided": time})
     else:
         decided = asked
     if before is None or (before.verdict, before.by, before.why) != (decided.verdict, decided.by, decided.why):
-        write(site.state, decided)
-    _answered(site, decided)
+        write(state, decided)
+    _raise_unless_accepted(decided)
 
 
-def hold(site: Site, request: AgreedRequest) -> None:
-    """Hold an order of a later round to what was agreed at round 0.
+def check_consent(site: str, policy: PolicyConfig, state: Path | None, request: AgreedRequest) -> None:
+    """Compare a request of a later round with what was agreed at round 0.
+
+    Args:
+        state: as in `ask_consent`.
 
     Raises:
-        Declined: the policy says no, or a person does by now.
-        Pending: a person has not said yes.
+        Declined: the policy refuses, or a person does by now.
+        Pending: no person has agreed yet.
         ContractError: it is not what was agreed, or a real plant has agreed to nothing.
     """
-    if isinstance(request, FitQuery) and FIT_METRIC not in lets_go(site.config.policy, (FIT_METRIC,)):
-        raise Declined(f"{site.name}: its policy lets no `{FIT_METRIC}` leave, which is all that a fit query asks for.")
-    if not site.plant:
-        if why := objection(site.config.policy, request):
-            raise Declined(f"{site.name}: {why}.")
+    if isinstance(request, FitQuery) and FIT_METRIC not in lets_go(policy, (FIT_METRIC,)):
+        raise Declined(f"{site}: its policy lets no `{FIT_METRIC}` leave, which is all that a fit query asks for.")
+    if state is None:
+        if objections := objection(policy, request):
+            raise Declined(f"{site}: {objections}.")
         return
-    found = read(site.state, request.run)
-    check_order(site.name, request, found)
-    assert found is not None  # check_order refuses where there is none
-    if why := objection(site.config.policy, request, found.bytes_round):
-        raise Declined(f"{site.name}: {why}.")
-    _answered(site, found)
+    consent = check_terms(site, request, read(state, request.run))
+    if objections := objection(policy, request, consent.bytes_round):
+        raise Declined(f"{site}: {objections}.")
+    _raise_unless_accepted(consent)
 
 
-def check_order(site: str, request: RoundRequest, found: Consent | None) -> None:
-    """Raises ContractError when `order` is none of the run that `found` is about."""
-    if found is None:
+def check_terms(site: str, request: RoundRequest, consent: Consent | None) -> Consent:
+    """The consent, where the request belongs to the run that it is about; raises ContractError otherwise."""
+    if consent is None:
         raise ContractError(f"{site} never agreed to run {request.run!r}: a run starts by asking whether it may")
-    if changes := changed_terms(found.terms, request.terms()):
+    if changes := changed_terms(consent.terms, request.terms()):
         raise ContractError(
             f"the terms of run {request.run!r} are not those {site} was asked about: {'; '.join(changes[:3])}. "
             "Start a run of its own with them"
@@ -127,38 +129,38 @@ def check_order(site: str, request: RoundRequest, found: Consent | None) -> None
         )
     if request.round > request.total_rounds + 1:
         raise ContractError(
-            f"run {request.run!r} has {request.total_rounds} rounds; this order is for round {request.round}"
+            f"run {request.run!r} has {request.total_rounds} rounds; this request is for round {request.round}"
         )
+    return consent
 
 
-def _answered(site: Site, decided: Consent) -> None:
-    if decided.verdict == "pending":
+def _raise_unless_accepted(consent: Consent) -> None:
+    if consent.verdict == "pending":
         raise Pending(
-            f"{site.name}: its plant has not agreed yet (`trunkline client accept SITE_DIR {decided.run}` there)."
+            f"{consent.site}: its plant has not agreed yet (`trunkline client accept SITE_DIR {consent.run}` there)."
         )
-    if decided.verdict == "refused":
-        raise Declined(
-            f"{site.name}: {decided.why if decided.by == BY_POLICY else f'refused at the plant by {decided.by}'}."
-        )
+    if consent.verdict == "refused":
+        cause = consent.why if consent.by == BY_POLICY else f"refused at the plant by {consent.by}"
+        raise Declined(f"{consent.site}: {cause}.")
 
 
 def decide(state: Path, run: str, verdict: Verdict, by: str = "") -> Consent:
-    """A person's word on a run, which holds while nothing about the run changes.
+    """Store a person's decision on a run, which holds while nothing about the run changes.
 
     Raises:
-        ContractError: nobody asked, or the plant's own policy has already said no.
+        ContractError: the run never asked, or the plant's own policy refuses it.
     """
-    found = known(state, run)
-    if verdict == "accepted" and found.verdict == "refused" and found.by == BY_POLICY:
+    asked = known(state, run)
+    if verdict == "accepted" and asked.verdict == "refused" and asked.by == BY_POLICY:
         raise ContractError(
-            f"run {run}: the plant's policy says no ({found.why}). Change the policy; at the next question the answer is new."
+            f"run {run}: the plant's policy refuses ({asked.why}). Change the policy; at the next question the answer is new."
         )
     by = " ".join(by.split()) or account_name()
     if by == BY_POLICY:
         raise ContractError(
             f"--by {by}: that is what the policy's own decisions are marked with. Give a person's name."
         )
-    decided = found.model_copy(
+    decided = asked.model_copy(
         update={"verdict": verdict, "by": by, "why": "", "decided": now().isoformat(timespec="seconds")}
     )
     write(state, decided)
@@ -166,7 +168,7 @@ def decide(state: Path, run: str, verdict: Verdict, by: str = "") -> Consent:
 
 
 def check_size(policy: PolicyConfig, size: int) -> str:
-    """What a policy has against a reply of `size` bytes."""
+    """Why a policy refuses a reply of `size` bytes; empty where it does not."""
     cap = policy.max_bytes_round
     if cap is None or size <= cap:
         return ""

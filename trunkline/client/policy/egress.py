@@ -1,14 +1,14 @@
-"""The door of a plant: the last code before the SuperNode, which knows nothing of how a reply was made.
+"""The egress filter of a plant: the last code before the SuperNode, which trusts no code that made a reply.
 
-Every reply is opened here, held against the question, the contract on disk and the plant's policy, written to the
-manifest, and only then made anew from what was checked: nothing leaves beside it, not even in the padding of a header.
-What is anything else becomes an error reply that says so, and is written down too.
+It opens every reply, compares it with the request, the contract on disk and the plant's policy, and records it in the
+manifest. Then it builds the reply anew from what was checked: nothing else leaves, not even in the padding of a header.
+Any other reply becomes an error reply with the cause, and is recorded too.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 import trunkline
-from trunkline.client.policy.consent import check_order, check_size, lets_go, objection
+from trunkline.client.policy.consent import check_size, check_terms, lets_go, objection
 from trunkline.client.policy.contracts import Consent, read
 from trunkline.client.policy.manifest import chain_of
 from trunkline.client.state.identity import records_key
 from trunkline.config.site import SiteConfig, read_site
+from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ContractError
 from trunkline.flower.errors import AWAY, CRASHED, DECLINED, FULL, PENDING, REFUSED, RESTARTED, error_reply, safe_text
 from trunkline.flower.records import open_records, to_records
-from trunkline.models.tasks import Task, make_task
 from trunkline.privacy.guards import at_server, guards_of, norm_of
 from trunkline.protocol.arrays import SCALER_ARRAYS, Arrays
-from trunkline.protocol.contract import FIT_CONTRACT, Contract
+from trunkline.protocol.contract import FIT_CONTRACT, Contract, TaskCard, TaskDescription
 from trunkline.protocol.messages import (
     PROTOCOL,
     DecideRequest,
@@ -41,6 +41,7 @@ from trunkline.protocol.messages import (
     Request,
     Scorecard,
     ScoreRequest,
+    TaskRow,
     TrainRequest,
     parse_request,
 )
@@ -54,14 +55,15 @@ ONCE = 8  # different offers, and different scorecards, of one run
 Kind = Literal["offer", "update", "fit", "scorecard", "error"]
 RENAMED = {"probe": "fit"}  # kinds in the manifest of an older Trunkline
 Header = TypeVar("Header", bound=BaseModel)
+Describe = Callable[[Mapping[str, TaskConfig]], Mapping[str, TaskDescription]]  # `models.tasks.describe_tasks`
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What a reply holds, and nothing else of it.
+class Outgoing:
+    """The content of a reply that may leave, and nothing else of it.
 
     Args:
-        run, round, operator: of the question; empty, 0 where it could not be read.
+        run, round, operator: of the request; empty, 0 where it could not be read.
         header: JSON, exactly as it travels; empty of an error.
         error: code and text of an error.
     """
@@ -83,38 +85,41 @@ class Parcel:
 
     def digest(self) -> str:
         """sha256 over error or header, metrics (JSON, sorted) and `Arrays.digest`, one a line."""
-        said = json.dumps(self.error) if self.error else self.header
+        text = json.dumps(self.error) if self.error else self.header
         numbers = json.dumps(dict(self.metrics), sort_keys=True)
-        return hashlib.sha256(f"{said}\n{numbers}\n{self.arrays.digest()}".encode()).hexdigest()
+        return hashlib.sha256(f"{text}\n{numbers}\n{self.arrays.digest()}".encode()).hexdigest()
 
 
-class Door:
-    """What leaves one site, and the manifest of it.
+class EgressFilter:
+    """Checks and records what leaves one site.
 
     Args:
-        folder: with site.toml, which is read for every reply: the plant's word counts from when it is written.
+        folder: with site.toml, which is read for every reply: a change of the policy holds from the next reply on.
         state: where contracts and manifest lie.
-        centre: to whom, as it is written down.
+        server: the receiver, as the manifest names it.
+        describe: what a scorecard and an offer may say of the tasks in site.toml. It is handed in, because task kinds need
+            torch and this module does not.
 
     Raises:
         TrustError, StorageError: the state's seal or the key that signs the manifest cannot be used.
     """
 
-    def __init__(self, folder: Path, state: Path, centre: str = "") -> None:
+    def __init__(self, folder: Path, state: Path, server: str, describe: Describe) -> None:
         self.folder = folder
         self.state = state
-        self.centre = centre
+        self.server = server
+        self.describe = describe
         self._seal = find_seal(state)
         self._key = records_key(state, self._seal)
         self._chain = chain_of(state, self._seal)
         self._left: dict[tuple[str, str], set[str]] | None = None  # (run, kind) -> digests of what has left
         self._lock = threading.Lock()
 
-    def pass_(self, request: Message, reply: Message) -> Message:
-        """The reply to send: what `reply` says where that may leave, else an error that says why not. It is in the manifest.
+    def check(self, request: Message, reply: Message) -> Message:
+        """The reply to send, which is in the manifest: `reply` where it may leave, else an error with the cause.
 
         Args:
-            request: the question; its envelope alone where its content could not be read.
+            request: what was asked; its envelope alone where its content could not be read.
 
         Raises:
             StorageError, TamperError: the manifest cannot be written or read, or is not what was written: nothing may leave.
@@ -122,19 +127,19 @@ class Door:
         with self._lock:
             left = self._counted()
             try:
-                parcel = self._open(request, reply)
-                self._check_count(parcel, left)
+                outgoing = self._open(request, reply)
+                self._check_count(outgoing, left)
             except Exception as error:
-                parcel = self._stopped(request, error)
-            digest = parcel.digest()
-            self._chain.append(self._key, self._line(parcel, digest))
-            left.setdefault((parcel.run, parcel.kind), set()).add(digest)
-        if parcel.error is not None:
-            return error_reply(request, parcel.error[1], parcel.error[0])
-        return Message(to_records(parcel.arrays, parcel.header, parcel.metrics), reply_to=request)
+                outgoing = self._stopped(request, error)
+            digest = outgoing.digest()
+            self._chain.append(self._key, self._line(outgoing, digest))
+            left.setdefault((outgoing.run, outgoing.kind), set()).add(digest)
+        if outgoing.error is not None:
+            return error_reply(request, outgoing.error[1], outgoing.error[0])
+        return Message(to_records(outgoing.arrays, outgoing.header, outgoing.metrics), reply_to=request)
 
     def _counted(self) -> dict[tuple[str, str], set[str]]:
-        """What has left, of which run and kind: from the manifest, once, checked line by line on the way."""
+        """(run, kind) -> digests of what has left: from the manifest, once, each line of it verified."""
         if self._left is None:
             left: dict[tuple[str, str], set[str]] = {}
             for link in self._chain.read(self._key.public_key()):
@@ -143,40 +148,38 @@ class Door:
             self._left = left
         return self._left
 
-    def _line(self, parcel: Parcel, digest: str) -> dict[str, Any]:
+    def _line(self, outgoing: Outgoing, digest: str) -> dict[str, Any]:
         return {
-            "run": parcel.run,
-            "round": parcel.round,
-            "kind": parcel.kind,
-            "to": " at ".join(part for part in (parcel.operator, self.centre) if part),
-            "header": json.loads(parcel.header) if parcel.header else {},
-            "tensors": [_tensor(name, array) for name, array in parcel.arrays.items()],
-            "metrics": dict(parcel.metrics),
-            "bytes": parcel.size,
-            "error": list(parcel.error) if parcel.error else None,
+            "run": outgoing.run,
+            "round": outgoing.round,
+            "kind": outgoing.kind,
+            "to": " at ".join(part for part in (outgoing.operator, self.server) if part),
+            "header": json.loads(outgoing.header) if outgoing.header else {},
+            "tensors": [_tensor(name, array) for name, array in outgoing.arrays.items()],
+            "metrics": dict(outgoing.metrics),
+            "bytes": outgoing.size,
+            "error": list(outgoing.error) if outgoing.error else None,
             "sha256": digest,
         }
 
-    def _open(self, request: Message, reply: Message) -> Parcel:
-        """What is in a reply.
+    def _open(self, request: Message, reply: Message) -> Outgoing:
+        """The content of a reply.
 
         Raises:
-            ContractError: it may not leave; the text says why, without quoting it.
+            ContractError: it may not leave; the text has the cause, and quotes nothing of the reply.
         """
         if reply.has_error():
-            known = reply.error.code in (CRASHED, REFUSED, RESTARTED, PENDING, DECLINED, AWAY, FULL)
-            return self._error(request, reply.error.code if known else CRASHED, reply.error.reason or "")
-        order = _order_of(request)
+            listed = reply.error.code in (CRASHED, REFUSED, RESTARTED, PENDING, DECLINED, AWAY, FULL)
+            return self._error(request, reply.error.code if listed else CRASHED, reply.error.reason or "")
+        order = _request_in(request)
         if order is None:
             raise ContractError("the question is none of Trunkline's, so no answer to it is")
         site = read_site(self.folder)
-        found = read(self.state, order.run, self._seal)
-        check_order(site.name, order, found)
-        assert found is not None  # check_order refuses where there is none
-        if found.verdict != "accepted":
-            raise ContractError(f"run {order.run!r} is not accepted at this plant but {found.verdict}")
-        if why := objection(site.policy, order, found.bytes_round):
-            raise ContractError(f"{site.name}: {why}")
+        consent = check_terms(site.name, order, read(self.state, order.run, self._seal))
+        if consent.verdict != "accepted":
+            raise ContractError(f"run {order.run!r} is not accepted at this plant but {consent.verdict}")
+        if objections := objection(site.policy, order, consent.bytes_round):
+            raise ContractError(f"{site.name}: {objections}")
         raw, header, metrics = open_records(reply.content)
         arrays, category = Arrays(raw), request.metadata.message_type
         if category != order.message_type:
@@ -186,41 +189,45 @@ class Door:
         kind: Kind
         if isinstance(order, OfferRequest):
             kind = "offer"
-            _check_offer(_parse(Offer, header), arrays, metrics, order, found, site)
+            _check_offer(_parse(Offer, header), arrays, metrics, order, consent, site, self.describe(site.tasks))
         elif isinstance(order, TrainRequest | FitQuery):
             kind = "fit" if isinstance(order, FitQuery) else "update"
-            _check_update(_parse(Reply, header), arrays, metrics, order, found, site)
+            _check_update(_parse(Reply, header), arrays, metrics, order, consent, site)
         else:
             kind = "scorecard"
-            _check_scorecard(_parse(Scorecard, header), arrays, metrics, order, found, site)
-        parcel = Parcel(kind, order.run, order.round, order.about.operator, header, arrays, metrics)
-        if why := check_size(site.policy, parcel.size):
-            raise ContractError(f"{site.name}: {why}")
-        if kind == "update" and parcel.size > found.bytes_round:
-            raise ContractError(f"it has {parcel.size} bytes; the contract of the run has at most {found.bytes_round}")
-        return parcel
-
-    def _error(self, request: Message, code: int, text: str) -> Parcel:
-        order = _order_of(request)
-        about = (order.run, order.round, order.about.operator) if order else ("", 0, "")
-        return Parcel("error", *about, error=(code, safe_text(text)))
-
-    def _stopped(self, request: Message, error: Exception) -> Parcel:
-        # only a ContractError's text is known to be about the exchange: others may quote what was in the reply or the folder
-        why = str(error) if isinstance(error, ContractError) else type(error).__name__
-        return self._error(request, REFUSED, f"stopped at the plant's door: {why}.")
-
-    def _check_count(self, parcel: Parcel, left: Mapping[tuple[str, str], set[str]]) -> None:
-        """A question may be asked again and is answered with the same bytes; how many different answers there are is bounded."""
-        if parcel.kind == "error":
-            return
-        found = read(self.state, parcel.run, self._seal)
-        rounds = found.request.total_rounds if found else 0
-        most = {"update": REPEATS * rounds, "fit": FIT_QUERIES * rounds}.get(parcel.kind, ONCE)
-        before = left.get((parcel.run, parcel.kind), set())
-        if len(before) >= most and parcel.digest() not in before:
+            _check_scorecard(
+                _parse(Scorecard, header), arrays, metrics, order, consent, site, self.describe(site.tasks)
+            )
+        outgoing = Outgoing(kind, order.run, order.round, order.about.operator, header, arrays, metrics)
+        if objections := check_size(site.policy, outgoing.size):
+            raise ContractError(f"{site.name}: {objections}")
+        if kind == "update" and outgoing.size > consent.bytes_round:
             raise ContractError(
-                f"{len(before)} different answers of the kind {parcel.kind} have left in run {parcel.run!r} of {rounds} rounds, and "
+                f"it has {outgoing.size} bytes; the contract of the run has at most {consent.bytes_round}"
+            )
+        return outgoing
+
+    def _error(self, request: Message, code: int, text: str) -> Outgoing:
+        order = _request_in(request)
+        about = (order.run, order.round, order.about.operator) if order else ("", 0, "")
+        return Outgoing("error", *about, error=(code, safe_text(text)))
+
+    def _stopped(self, request: Message, error: Exception) -> Outgoing:
+        # only a ContractError's text is known to be about the exchange: others may quote what was in the reply or the folder
+        cause = str(error) if isinstance(error, ContractError) else type(error).__name__
+        return self._error(request, REFUSED, f"stopped by the plant's egress filter: {cause}.")
+
+    def _check_count(self, outgoing: Outgoing, left: Mapping[tuple[str, str], set[str]]) -> None:
+        """Limit the different answers of a kind in a run. The same answer may leave again: a request may be repeated."""
+        if outgoing.kind == "error":
+            return
+        consent = read(self.state, outgoing.run, self._seal)
+        rounds = consent.request.total_rounds if consent else 0
+        most = {"update": REPEATS * rounds, "fit": FIT_QUERIES * rounds}.get(outgoing.kind, ONCE)
+        before = left.get((outgoing.run, outgoing.kind), set())
+        if len(before) >= most and outgoing.digest() not in before:
+            raise ContractError(
+                f"{len(before)} different answers of the kind {outgoing.kind} have left in run {outgoing.run!r} of {rounds} rounds, and "
                 f"no more than {most} may"
             )
 
@@ -231,8 +238,8 @@ def _tensor(name: str, array: NDArray[Any]) -> list[Any]:
     return [name, list(array.shape), array.dtype.name, array.nbytes, norm_of(Arrays({name: array})), digest]
 
 
-def _order_of(request: Message) -> Request | None:
-    """The order of a question; None where it is none, or its content never came."""
+def _request_in(request: Message) -> Request | None:
+    """The request in a message; None where it holds none, or its content was lost."""
     try:
         _, header, _ = open_records(request.content)
         order = parse_request(header)
@@ -255,20 +262,26 @@ def _parse(kind: type[Header], text: str) -> Header:
     return header
 
 
-def _same(what: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ContractError(f"its {what} is not what the contract of the run says")
+def _compare(field: str, value: object, expected: object) -> None:
+    if value != expected:
+        raise ContractError(f"its {field} is not what the contract of the run says")
 
 
 def _check_offer(
-    offer: Offer, arrays: Arrays, metrics: Mapping[str, float], order: OfferRequest, found: Consent, site: SiteConfig
+    offer: Offer,
+    arrays: Arrays,
+    metrics: Mapping[str, float],
+    order: OfferRequest,
+    consent: Consent,
+    site: SiteConfig,
+    tasks: Mapping[str, TaskDescription],
 ) -> None:
-    for what, one, expected in (
+    for field_, value, expected in (
         ("version", offer.version, trunkline.__version__),
-        *((key, getattr(offer, key), getattr(found, key)) for key in ("run", "arrays", "once", "metrics", "tasks", "inputs")),
+        *((key, getattr(offer, key), getattr(consent, key)) for key in ("run", "arrays", "once", "metrics", "tasks", "inputs")),
         ("site", offer.site, site.name), ("hours", offer.hours, site.hours),
     ):  # fmt: skip
-        _same(what, one, expected)
+        _compare(field_, value, expected)
     # and, whatever the contract was made of, nothing but what the run lends and the plant's own files name
     for spec in offer.arrays:
         if not _lent(spec.name, order.lend):
@@ -278,7 +291,7 @@ def _check_offer(
     for spec in offer.once:
         if not statistics or spec.name not in (*SCALER_ARRAYS, *labels):
             raise ContractError(f"`{spec.name}` may not leave: only statistics that run and policy both lend")
-    _cards(tuple(offer.tasks), site)
+    _check_descriptions(offer.tasks, tasks)
     if lets_go(site.policy, offer.metrics) != offer.metrics:
         raise ContractError("it offers metrics that the policy lets nobody have")
     if offer.inputs is not None and not (statistics or "stem" in order.lend):
@@ -292,7 +305,7 @@ def _check_update(
     arrays: Arrays,
     metrics: Mapping[str, float],
     order: TrainRequest | FitQuery,
-    found: Consent,
+    consent: Consent,
     site: SiteConfig,
 ) -> None:
     last = order.total_rounds + (1 if isinstance(order, FitQuery) else 0)
@@ -300,62 +313,54 @@ def _check_update(
         raise ContractError(
             f"run {order.run!r} has {order.total_rounds} rounds; this is an answer to round {order.round}"
         )
-    digest = found.contract.digest()
-    for what, one, expected in (
+    digest = consent.contract.digest()
+    for field_, value, expected in (
         ("site", reply.site, site.name), ("run", reply.run, order.run), ("round", reply.round, order.round),
         ("contract", reply.contract, digest), ("question", order.contract, digest),
     ):  # fmt: skip
-        _same(what, one, expected)
+        _compare(field_, value, expected)
     if not (0 < reply.weight <= order.weight_cap and reply.weight == int(reply.weight)):
         raise ContractError(f"its weight is no whole number of rows from 1 to {order.weight_cap}")
-    (FIT_CONTRACT if isinstance(order, FitQuery) else found.contract).check(arrays, metrics)
+    (FIT_CONTRACT if isinstance(order, FitQuery) else consent.contract).check(arrays, metrics)
     if lets_go(site.policy, tuple(metrics)) != tuple(metrics):
         raise ContractError("it holds metrics that the policy lets nobody have")
     at_server(guards_of(order.about.guards), arrays)
 
 
 def _check_scorecard(
-    card: Scorecard,
-    arrays: Arrays,
-    metrics: Mapping[str, float],
-    order: DecideRequest | ScoreRequest,
-    found: Consent,
-    site: SiteConfig,
-) -> None:
+    card: Scorecard, arrays: Arrays, metrics: Mapping[str, float], order: DecideRequest | ScoreRequest, consent: Consent,
+    site: SiteConfig, tasks: Mapping[str, TaskDescription],
+) -> None:  # fmt: skip
     Contract(arrays=(), metrics=()).check(arrays, metrics)
-    for what, one, expected in (
-        ("site", card.site, site.name), ("run", card.run, order.run), ("question", order.contract, found.contract.digest())
+    for field_, value, expected in (
+        ("site", card.site, site.name), ("run", card.run, order.run), ("question", order.contract, consent.contract.digest())
     ):  # fmt: skip
-        _same(what, one, expected)
-    if card.rows and (isinstance(order, DecideRequest) or not (found.report and site.policy.report)):
+        _compare(field_, value, expected)
+    if card.rows and (isinstance(order, DecideRequest) or not (consent.report and site.policy.report)):
         raise ContractError("it holds results, which were not agreed on")
-    tasks = _cards(card.rows, site)
-    if not set(tasks) <= {one.task for one in found.tasks} or len(tasks) < len(card.rows):
+    _check_descriptions(card.rows, tasks)
+    names = {row.task for row in card.rows}
+    if not names <= {task.task for task in consent.tasks} or len(names) < len(card.rows):
         raise ContractError("it holds results of tasks that were not agreed on")
     for row in card.rows:
-        known = set(tasks[row.task].METRICS) | set(tasks[row.task].metrics)
-        keys = {row.chosen, *row.candidates, *(who for one in row.more.values() for who in one)}
-        if not set(row.more) <= known or not keys <= set(MODELS):
+        models = {row.chosen, *row.candidates, *(model for values in row.more.values() for model in values)}
+        if not set(row.more) <= tasks[row.task].metrics or not models <= set(MODELS):
             raise ContractError("it holds results under names that are no metric's or model's")
 
 
-def _cards(offered: tuple[Any, ...], site: SiteConfig) -> dict[str, Task]:
-    """The tasks of these cards or rows, each as site.toml has it: a card's words are no place for others."""
-    tasks: dict[str, Task] = {}
-    for one in offered:
-        if one.task not in site.tasks:
+def _check_descriptions(entries: Iterable[TaskCard | TaskRow], tasks: Mapping[str, TaskDescription]) -> None:
+    """Raise ContractError unless each card or row describes its task as site.toml does: it has no room for other words."""
+    for entry in entries:
+        if entry.task not in tasks:
             raise ContractError("it names a task that site.toml has not")
-        task = tasks[one.task] = make_task(one.task, site.tasks[one.task])
-        own = task.card
-        said = (one.kind, one.metric, one.unit, one.better)
-        if said != (own.kind, own.metric, own.unit, own.better):
-            raise ContractError(f"what it says of task `{one.task}` is not what site.toml says")
-    return tasks
+        card = tasks[entry.task].card
+        if (entry.kind, entry.metric, entry.unit, entry.better) != (card.kind, card.metric, card.unit, card.better):
+            raise ContractError(f"what it says of task `{entry.task}` is not what site.toml says")
 
 
 def _lent(name: str, lend: tuple[str, ...]) -> bool:
     """Whether the array belongs to a module that a run names."""
-    part, _, rest = name.partition(".")
+    part, _, parameter = name.partition(".")
     if part == "head":
-        return "heads" in lend or f"head.{rest.partition('.')[0]}" in lend
+        return "heads" in lend or f"head.{parameter.partition('.')[0]}" in lend
     return part in ("trunk", "stem") and part in lend

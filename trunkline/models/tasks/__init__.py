@@ -1,5 +1,7 @@
 """Task kinds: one file each, and one line here."""
 
+from collections.abc import Mapping
+
 from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, nearest
 from trunkline.models.tasks.anomaly import Anomaly
@@ -10,6 +12,7 @@ from trunkline.models.tasks.multilabel import Multilabel
 from trunkline.models.tasks.ordinal import Ordinal
 from trunkline.models.tasks.regression import Regression
 from trunkline.models.tasks.task import Metric, Task
+from trunkline.protocol.contract import TaskDescription
 
 TASKS: dict[str, type[Task]] = {
     "regression": Regression,
@@ -35,4 +38,12 @@ def make_task(name: str, config: TaskConfig) -> Task:
     return TASKS[config.kind](name, config)
 
 
-__all__ = ["TASKS", "Metric", "Task", "make_task"]
+def describe_tasks(tasks: Mapping[str, TaskConfig]) -> dict[str, TaskDescription]:
+    """What offers and scorecards may report about the tasks of a site.toml."""
+    made = {name: make_task(name, config) for name, config in tasks.items()}
+    return {
+        name: TaskDescription(task.card, frozenset(task.METRICS) | set(task.metrics)) for name, task in made.items()
+    }
+
+
+__all__ = ["TASKS", "Metric", "Task", "describe_tasks", "make_task"]
