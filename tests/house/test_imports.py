@@ -17,7 +17,7 @@ MAY: dict[str, tuple[str, ...]] = {
     "errors": (),
     "protocol": ("errors",),
     "runtime": ("errors",),
-    "config": VALUES,
+    "config": (*VALUES, "privacy"),
     "privacy": VALUES,
     "security": (*VALUES, "runtime"),
     "flower": ("errors", "runtime"),
@@ -66,7 +66,7 @@ MAY: dict[str, tuple[str, ...]] = {
     "simulations/newcomers": (*VALUES, "config", "release", "client/"),
     "simulations/search": (*VALUES, "config", "runtime", "strategies", "server/rounds"),
     "simulations/simulate": (*STATE, "config", "privacy", "release", "strategies", "client/", "server/", "simulations/"),
-    "egress_audit": (*STATE, "config", "flower", "models", "client/", "server/"),
+    "egress_audit": (*STATE, "config", "flower", "models", "privacy", "client/", "server/"),
     # ---- the outermost rooms: nothing imports them
     "api": ("*",),
     "cli": ("*",),

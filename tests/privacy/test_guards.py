@@ -1,6 +1,10 @@
 """What a guard promises, on drawn updates, against the slow obvious way."""
 
+import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 
 from tests.loopback import arrays_in, federate, refusals_of, trunk_of
 from trunkline.errors import ContractError
-from trunkline.privacy.guards import Clip, at_server, at_site, guards_of, names, norm_of
+from trunkline.privacy.clip import Clip, norm_of
+from trunkline.privacy.guards import at_server, at_site, at_sum, guards_of, objection, settings_that_meet, words
+from trunkline.privacy.settings import GuardDemands, GuardSettings
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.plan import GuardSettings
 
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
 
@@ -80,9 +85,9 @@ def test_an_update_with_nan_is_left_for_the_server_to_name() -> None:
 
 
 def test_guards_have_names_with_their_parameters() -> None:
-    assert names(GuardSettings(clip_norm=10.0)) == ("clip(10)",)
-    assert names(GuardSettings(clip_norm=0.25)) == ("clip(0.25)",)
-    assert names(GuardSettings()) == () == guards_of(GuardSettings())
+    assert words(GuardSettings(clip_norm=10.0)) == ("clip(10)",)
+    assert words(GuardSettings(clip_norm=0.25)) == ("clip(0.25)",)
+    assert words(GuardSettings()) == () == guards_of(GuardSettings())
 
 
 def test_guards_are_applied_in_order_and_undone_in_reverse() -> None:
@@ -90,7 +95,7 @@ def test_guards_are_applied_in_order_and_undone_in_reverse() -> None:
         def __init__(self, number: int) -> None:
             self.number = number
 
-        def name(self) -> str:
+        def words(self) -> str:
             return f"mark({self.number})"
 
         def at_site(self, delta: Arrays) -> Arrays:
@@ -152,3 +157,36 @@ def test_a_simulation_with_a_guard_trains_every_site_by_itself_and_ends_with_the
     simulate(parse_run(dict(settings), "test"), many, tmp_path / "simulated", workers=0)
     federate(many, tmp_path / "loop", **settings)
     assert trunk_of(tmp_path / "simulated").digest() == trunk_of(tmp_path / "loop").digest()
+
+
+def test_a_guard_is_one_file_and_one_line_of_the_table(plants: list[Path], tmp_path: Path) -> None:
+    """Applied at the site, the server and the sum; named in the contract and on the release's card."""
+    folders = [Path(shutil.copytree(plant, tmp_path / "sites" / plant.name)) for plant in plants[:2]]
+    program = [sys.executable, "-m", "tests.privacy.toy_guard", str(tmp_path / "out"), *map(str, folders)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["calls"]["site"] == [told["arrays"]] * 2
+    assert told["calls"]["sum"] == [sorted(folder.name for folder in folders)]
+    assert len(told["calls"]["server"]) == 4  # where each reply leaves, and where it arrives
+    assert told["contract"] == "toy(0.25)"
+    assert told["card"] == [{"name": "toy", "parameters": {"share": 0.25}}]
+    assert not told["moved"], "the sum was replaced before it moved the trunk"
+
+
+def test_a_setting_of_no_guard_is_named_with_the_side_to_update() -> None:
+    with pytest.raises(ContractError, match="`noise`, which this Trunkline does not know"):
+        guards_of({"noise": 1.0})
+    with pytest.raises(ContractError, match=r"guard setting `clip_norm`"):
+        guards_of({"clip_norm": -1.0})
+
+
+def test_a_policy_that_demands_a_guard_accepts_the_settings_that_meet_it() -> None:
+    for demands in (GuardDemands(), GuardDemands(guards=("clip",)), GuardDemands(guards=("clip",), max_clip_norm=2.0)):
+        assert objection(settings_that_meet(demands), demands) == ""
+    assert "demands the guard" in objection({}, GuardDemands(guards=("clip",)))
+
+
+def test_the_mean_of_clipped_updates_stays_as_it_is() -> None:
+    total = Arrays({"a": np.ones(3)})
+    assert at_sum(guards_of({"clip_norm": 1.0}), total, ["plant-1"]) is total

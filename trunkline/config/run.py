@@ -10,8 +10,9 @@ from trunkline.config.parsing import parse, read
 from trunkline.config.renames import RenamedKey, RenamedWord, Renaming, rename, rename_overrides
 from trunkline.config.world import WorldConfig
 from trunkline.errors import ConfigError
+from trunkline.privacy.settings import GuardSettings
 from trunkline.protocol.frozen import Frozen
-from trunkline.protocol.plan import PLAIN, SITE_NAME, GuardSettings, LocalPlan, SelectionSettings, TrunkSpec
+from trunkline.protocol.plan import PLAIN, SITE_NAME, LocalPlan, SelectionSettings, TrunkSpec
 
 
 class StrategyConfig(BaseModel):

@@ -12,6 +12,7 @@ from trunkline.config.parsing import parse, read
 from trunkline.config.renames import RenamedKey, RenamedWord, Renaming, rename
 from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ConfigError, nearest
+from trunkline.privacy.settings import GuardDemands
 from trunkline.protocol.frozen import Frozen
 from trunkline.protocol.opening_hours import PlantHours
 from trunkline.protocol.plan import SITE_NAME, TASK_NAME
@@ -122,7 +123,7 @@ class DataConfig(Frozen):
         return self
 
 
-class PolicyConfig(Frozen):
+class PolicyConfig(GuardDemands):
     """`[policy]`, or policy.toml beside site.toml: the site's own word on what a run may take; it wins over the server."""
 
     RENAMED: ClassVar[tuple[Renaming, ...]] = (RenamedWord("strategies", "cohorts", "clustered"),)
@@ -135,19 +136,11 @@ class PolicyConfig(Frozen):
         default=True, description="numbers that travel with an update: all the run has, none, or these"
     )
     report: bool = Field(default=True, description="whether results by task go to the report of the run")
-    guards: tuple[Literal["clip"], ...] = Field(default=(), description="what a run must have")
-    max_clip_norm: float | None = Field(default=None, gt=0.0, description="largest bound of a clip guard")
     max_bytes_round: int | None = Field(default=None, ge=1, description="largest reply, in bytes")
     max_rounds: int | None = Field(default=None, ge=1, description="most rounds of a run, all passes together")
     strategies: tuple[str, ...] = Field(default=(), description="the only ones allowed; empty: any")
     operators: tuple[str, ...] = Field(default=(), description="whose runs alone are allowed; empty: anybody's")
     runs: tuple[str, ...] = Field(default=(), description="names of runs that need no person's yes")
-
-    @model_validator(mode="after")
-    def _bound_of_a_guard(self) -> Self:
-        if self.max_clip_norm is not None and "clip" not in self.guards:
-            raise ValueError("`max_clip_norm` is the bound of a guard that is not demanded: add `guards = ['clip']`")
-        return self
 
 
 SITE_SCHEMA = (

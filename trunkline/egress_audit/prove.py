@@ -37,7 +37,7 @@ from trunkline.egress_audit.private_values import canaries_of, data_of, look_for
 from trunkline.egress_audit.recorder import Recorder
 from trunkline.egress_audit.sockets import SocketWatch
 from trunkline.errors import ConfigError, DeploymentError
-from trunkline.protocol.plan import GuardSettings
+from trunkline.privacy.guards import settings_that_meet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,8 +93,10 @@ def _small_run(site: SiteConfig, run_toml: Path | None) -> RunConfig:
     if run_toml is not None:
         run = read_run(run_toml)
     else:
-        guards = {"clip_norm": policy.max_clip_norm or 10.0} if "clip" in policy.guards else {}
-        table: dict[str, Any] = {"guards": guards, "trunk": {"backbone": "tcn" if site.data.window else "mlp"}}
+        table: dict[str, Any] = {
+            "guards": settings_that_meet(policy),
+            "trunk": {"backbone": "tcn" if site.data.window else "mlp"},
+        }
         if policy.strategies:
             table["strategy"] = {"name": policy.strategies[0]}
         if policy.operators:
@@ -114,7 +116,7 @@ def _small_run(site: SiteConfig, run_toml: Path | None) -> RunConfig:
     fresh = RunConfig(name="prove-egress", rounds=2, seed=run.seed, operator=run.operator)
     return fresh.model_copy(
         update={"lend": run.lend, "trunk": run.trunk, "training": training, "strategy": run.strategy,
-                "guards": GuardSettings(**run.guards.model_dump()), "cohort": cohort, "report": run.report}
+                "guards": run.guards, "cohort": cohort, "report": run.report}
     )  # fmt: skip
 
 

@@ -1,108 +1,89 @@
-"""Privacy mechanisms: what one of them does at the site and what at the server, side by side.
+"""The table of guards, and the guards of a run applied in order.
 
-A guard is applied to an update between training and contract, and again, as its counterpart, where the centre admits it.
-Sites apply the guards of a run in order, the server in reverse. What a run's guards are travels in its orders, so that a
-plant's policy can demand one; see `GuardSettings`.
+Sites apply them in the order of the table, the server in reverse. A run's guard settings travel in its requests, so that
+a plant's policy can demand a guard.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from trunkline.errors import ContractError
+from trunkline.privacy.clip import Clip
+from trunkline.privacy.guard import Demands, Guard
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.plan import GuardSettings
 
-TOLERANCE = 1e-5  # relative: how far beyond the bound a norm may be when another machine adds it up in another order
-
-
-class Guard(Protocol):
-    """One mechanism, at both ends."""
-
-    def name(self) -> str:
-        """With its parameters, as a plant reads it: `clip(10)`."""
-        ...
-
-    def at_site(self, delta: Arrays) -> Arrays:
-        """What may leave in place of `delta`."""
-        ...
-
-    def at_server(self, delta: Arrays) -> Arrays:
-        """What is added up in place of what came.
-
-        Raises:
-            ContractError: what came cannot have passed `at_site`.
-        """
-        ...
+GUARDS: dict[str, type[Guard]] = {
+    Clip.NAME: Clip,
+}
+Settings = Mapping[str, Any] | BaseModel  # `[guards]` of a run, as a model or as it travels
 
 
-def norm_of(delta: Arrays) -> float:
-    """The L2 norm over all arrays together, in float64."""
-    flat = (array.ravel().astype(np.float64) for array in delta.values())
-    return math.sqrt(sum(float(np.dot(one, one)) for one in flat))
+def guards_of(settings: Settings) -> tuple[Guard, ...]:
+    """The guards of a run, in the order in which a site applies them.
 
-
-@dataclass(frozen=True)
-class Clip:
-    """Scale a whole update to at most an L2 norm, so that no site can pull the mean further than the others may.
-
-    The bound of differentially private training too (McMahan et al. 2018, arXiv:1710.06963), which adds noise to it; by
-    itself it promises nothing about what an update tells of the rows behind it.
-
-    Args:
-        norm: the bound, over all lent arrays together.
+    Raises:
+        ContractError: a setting belongs to no guard here, or is out of its range.
     """
-
-    norm: float
-
-    def name(self) -> str:
-        return f"clip({self.norm:g})"
-
-    def at_site(self, delta: Arrays) -> Arrays:
-        """Clipping twice is clipping once, to the bit. An update with NaN or infinity stays as it is: the server names it."""
-        found = norm_of(delta)
-        # rounding may leave the scaled norm a hair above the bound, which would be clipped again: aim a hair below
-        short = 2.0 * max((float(np.finfo(array.dtype).eps) for array in delta.values()), default=0.0)
-        while math.isfinite(found) and found > self.norm:
-            factor = max(0.0, 1.0 - short) * (self.norm / found)
-            # in float64: float16 cannot hold the factor of a large update
-            delta = Arrays(
-                {name: (array.astype(np.float64) * factor).astype(array.dtype) for name, array in delta.items()}
-            )
-            found = norm_of(delta)
-            short *= 2.0  # the smallest numbers of a dtype do not get smaller by a factor near 1
-        return delta
-
-    def at_server(self, delta: Arrays) -> Arrays:
-        found = norm_of(delta)
-        if found > self.norm * (1.0 + TOLERANCE):
-            raise ContractError(
-                f"its change has the L2 norm {found:.6g}; this run's guard {self.name()} lets {self.norm:g} pass. "
-                "The site's Trunkline did not clip: update it"
-            )
-        return delta
+    table = settings_table(settings)
+    kinds = {key: kind for kind in GUARDS.values() for key in kind.Settings.model_fields}
+    if unknown := [key for key in table if key not in kinds]:
+        raise ContractError(
+            f"this run has the guard setting `{unknown[0]}`, which this Trunkline does not know. It is older: update it"
+        )
+    guards = []
+    for kind in GUARDS.values():
+        keys = {key: value for key, value in table.items() if kinds[key] is kind}
+        try:
+            checked = kind.Settings.model_validate(keys).model_dump()
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            raise ContractError(f"guard setting `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+        if (guard := kind.of(checked)) is not None:
+            guards.append(guard)
+    return tuple(guards)
 
 
-def guards_of(settings: GuardSettings) -> tuple[Guard, ...]:
-    """The guards of a run, in the order in which a site applies them."""
-    return (Clip(settings.clip_norm),) if settings.clip_norm is not None else ()
+def settings_table(settings: Settings) -> dict[str, Any]:
+    """The settings that are set, by key, as they travel."""
+    table = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    return {key: value for key, value in table.items() if value is not None}
 
 
-def names(settings: GuardSettings) -> tuple[str, ...]:
-    """The guards of a run in words, such as ("clip(10)",)."""
-    return tuple(guard.name() for guard in guards_of(settings))
+def words(settings: Settings) -> tuple[str, ...]:
+    """The guards of a run as a contract names them, such as ("clip(10)",)."""
+    return tuple(guard.words() for guard in guards_of(settings))
+
+
+def objection(settings: Settings, demands: Demands) -> str:
+    """Why a policy refuses a run with these guards; empty where it does not."""
+    guards = {guard.NAME: guard for guard in guards_of(settings)}
+    objections = (kind.objection(guards.get(name), demands) for name, kind in GUARDS.items())
+    return next(filter(None, objections), "")
+
+
+def settings_that_meet(demands: Demands) -> dict[str, Any]:
+    """Settings of a run whose guards a policy accepts."""
+    return {key: value for kind in GUARDS.values() for key, value in kind.meet(demands).items()}
 
 
 def at_site(guards: Sequence[Guard], delta: Arrays) -> Arrays:
+    """What leaves a site in place of its update."""
     for guard in guards:
         delta = guard.at_site(delta)
     return delta
 
 
 def at_server(guards: Sequence[Guard], delta: Arrays) -> Arrays:
+    """What enters the sum in place of an update that arrived. Raises ContractError where a guard refuses it."""
     for guard in reversed(guards):
         delta = guard.at_server(delta)
     return delta
+
+
+def at_sum(guards: Sequence[Guard], total: Arrays, survivors: Sequence[str]) -> Arrays:
+    """What moves the trunk in place of the finished mean of a round, which holds the updates of `survivors`."""
+    for guard in reversed(guards):
+        total = guard.at_sum(total, survivors)
+    return total

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trunkline.protocol.frozen import Frozen
 
@@ -154,12 +154,7 @@ class Conditions(Frozen):
     drift: float = Field(default=0.0, ge=0.0, description="how far the scaled inputs have moved, root mean square")
 
 
-class GuardSettings(Frozen):
-    """`[guards]` of run.toml: what is done to every update before it leaves a site; `trunkline/privacy/guards.py` does it."""
-
-    clip_norm: float | None = Field(
-        default=None, gt=0.0, le=1e6, description="largest L2 norm of what a site sends in a round; absent: no limit"
-    )
+GuardSetting = bool | int | float | str
 
 
 class About(Frozen):
@@ -169,4 +164,14 @@ class About(Frozen):
     name: str = Field(default="", max_length=64, pattern=PLAIN)
     strategy: str = Field(default="", max_length=64, pattern=PLAIN)
     rounds: int = Field(default=0, ge=0, description="of all passes together; 0: as many as the order's own")
-    guards: GuardSettings = GuardSettings()
+    guards: dict[str, GuardSetting] = Field(
+        default={}, max_length=32, description="settings of the run's guards that are set; see `trunkline/privacy`"
+    )
+
+    @field_validator("guards", mode="before")
+    @classmethod
+    def _set_ones(cls, guards: object) -> object:
+        """Protocol 3 sent null for a guard that is not set."""
+        return (
+            {key: value for key, value in guards.items() if value is not None} if isinstance(guards, dict) else guards
+        )

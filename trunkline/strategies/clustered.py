@@ -4,7 +4,7 @@ After Sattler et al. 2021, arXiv:1910.01991 (cosines of the sites' updates decid
 move later, Ghosh et al. 2020, arXiv:2006.04088 (IFCA: a site belongs where its loss is lowest).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from trunkline.protocol.arrays import Arrays, seed_of
 from trunkline.protocol.messages import Update
-from trunkline.strategies.strategy import Averaging, StrategyState
+from trunkline.strategies.strategy import Averaging, StrategyState, unchanged
 from trunkline.strategies.streaming import Streamed, weighted_mean
 
 TRUNK = "cohort-"  # and the number: a cluster's trunk among the moments. Checkpoints and reports hold this word
@@ -115,12 +115,15 @@ class Clustered(Averaging):
         cluster = state.notes["cohorts"].get(site)
         return state.moments["common" if cluster is None else f"{TRUNK}{cluster}"]
 
-    def advance(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
-        return (
-            self._advance_clusters(state, updates) if "cohorts" in state.notes else self._advance_common(state, updates)
-        )
+    def advance(
+        self, state: StrategyState, updates: Iterable[Update], finish: Callable[[Update], Update] = unchanged
+    ) -> tuple[StrategyState, Update]:
+        advance = self._advance_clusters if "cohorts" in state.notes else self._advance_common
+        return advance(state, updates, finish)
 
-    def _advance_common(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
+    def _advance_common(
+        self, state: StrategyState, updates: Iterable[Update], finish: Callable[[Update], Update]
+    ) -> tuple[StrategyState, Update]:
         """A round of the common trunk; the last of them ends with the split."""
         sketches = dict(state.moments.get("sketches", {}))
 
@@ -129,7 +132,7 @@ class Clustered(Averaging):
                 sketches[update.site] = sketches.get(update.site, np.zeros(SKETCH)) + sketch(update.delta)
                 yield update
 
-        mean = weighted_mean(add_sketches())
+        mean = finish(weighted_mean(add_sketches()))
         after = self.step(state, mean)
         seen = Arrays({site: sketches[site] for site in sorted(sketches)})
         after = replace(after, moments={"sketches": seen})
@@ -140,7 +143,9 @@ class Clustered(Averaging):
         notes = {"cohorts": dict(zip(seen, member.tolist(), strict=True))}
         return replace(after, moments={"sketches": seen, "common": after.trunk, **trunks}, notes=notes), mean
 
-    def _advance_clusters(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
+    def _advance_clusters(
+        self, state: StrategyState, updates: Iterable[Update], finish: Callable[[Update], Update]
+    ) -> tuple[StrategyState, Update]:
         """A round of the clusters, each its own exact mean, all of them streamed at once."""
         assigned: dict[str, int] = dict(state.notes["cohorts"])
         sums: dict[int, Streamed] = {}
@@ -156,7 +161,7 @@ class Clustered(Averaging):
         moments = dict(state.moments)
         means: list[tuple[float, Arrays]] = []
         for cluster, streamed in sorted(sums.items()):
-            mean = streamed.value()
+            mean = finish(streamed.value())
             moved = self.step(replace(state, trunk=moments[f"{TRUNK}{cluster}"]), mean).trunk
             moments[f"{TRUNK}{cluster}"] = moved
             means.append((mean.weight, moved))

@@ -1,6 +1,6 @@
 """What a strategy is: a state, and how a round's updates change it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -26,6 +26,10 @@ class StrategyState:
     moments: dict[str, Arrays] = field(default_factory=dict)
     round: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+def unchanged(mean: Update) -> Update:
+    return mean
 
 
 class Strategy(Protocol):
@@ -67,8 +71,12 @@ class Strategy(Protocol):
         """The lent arrays this site gets next; its update is the change to exactly these."""
         ...
 
-    def advance(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
+    def advance(
+        self, state: StrategyState, updates: Iterable[Update], finish: Callable[[Update], Update] = unchanged
+    ) -> tuple[StrategyState, Update]:
         """One round: the state after it, and the combined update (its metrics go into the progress line).
+
+        `finish` is applied to each mean before it moves a trunk; the server hands in the guards of the run.
 
         Sums of several updates come only to a strategy that is `summable`.
         """
@@ -131,6 +139,8 @@ class Averaging(Frozen):
         moved = {name: array + mean.delta[name] if name in mean.delta else array for name, array in state.trunk.items()}
         return replace(state, trunk=Arrays(moved), round=state.round + 1)
 
-    def advance(self, state: StrategyState, updates: Iterable[Update]) -> tuple[StrategyState, Update]:
-        mean = self.combine(updates)
+    def advance(
+        self, state: StrategyState, updates: Iterable[Update], finish: Callable[[Update], Update] = unchanged
+    ) -> tuple[StrategyState, Update]:
+        mean = finish(self.combine(updates))
         return self.step(state, mean), mean

@@ -26,7 +26,7 @@ from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.contract import FIT_CONTRACT
 from trunkline.protocol.messages import FitQuery, ScoreRequest
 from trunkline.protocol.opening_hours import PlantHours
-from trunkline.protocol.plan import About, GuardSettings, LocalPlan, TrunkSpec
+from trunkline.protocol.plan import About, LocalPlan, TrunkSpec
 from trunkline.security.encryption import make_seal
 
 SPEC = TrunkSpec(width=16)
@@ -369,7 +369,7 @@ def test_the_policy_counts_from_when_it_is_written(joined: Plant, policy: str, w
 
 
 def test_a_guard_is_held_at_the_door_too(plant: Plant) -> None:
-    about = About(operator="hannes", name="quick", strategy="fedper", rounds=3, guards=GuardSettings(clip_norm=0.01))
+    about = About(operator="hannes", name="quick", strategy="fedper", rounds=3, guards={"clip_norm": 0.01})
     plant.base = {"about": about}
     plant.join()
     request, reply = plant.trained()

@@ -24,7 +24,7 @@ from trunkline.flower.records import open_records
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.contract import metric_names
 from trunkline.protocol.messages import ScoreRequest
-from trunkline.protocol.plan import About, Conditions, GuardSettings, LocalPlan, TrunkSpec
+from trunkline.protocol.plan import About, Conditions, LocalPlan, TrunkSpec
 from trunkline.runtime.programs import account_name
 from trunkline.security.encryption import is_sealed, make_seal, sealing_key_name
 from trunkline.server.reporting.report import read_report
@@ -338,7 +338,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "another operator": ({"about": About(operator="eve", name="quick", strategy="fedper", rounds=3)}, '"hannes", is "eve"'),
     "a guard dropped": ({"about": About(name="quick", strategy="fedper", rounds=3)}, "`about.operator`"),
     "another guard": (
-        {"about": About(operator="hannes", name="quick", strategy="fedper", rounds=3, guards=GuardSettings(clip_norm=9.0))},
+        {"about": About(operator="hannes", name="quick", strategy="fedper", rounds=3, guards={"clip_norm": 9.0})},
         "`about.guards.clip_norm` was null, is 9.0",
     ),
     "another seed": ({"seed": 2}, "`seed` was 1, is 2"),
@@ -427,9 +427,7 @@ def test_a_contract_goes_with_the_state_when_it_is_sealed_and_when_its_key_chang
 
 def test_a_contract_says_in_words_what_the_run_would_take(plant: Site) -> None:
     lend = ("trunk", "stem")
-    evil = About(
-        operator="hannes \x9b31m"[:7], name="quick", strategy="fedper", rounds=3, guards=GuardSettings(clip_norm=2.5)
-    )
+    evil = About(operator="hannes \x9b31m"[:7], name="quick", strategy="fedper", rounds=3, guards={"clip_norm": 2.5})
     request = order_of(0, lend=lend, about=evil, trunk=SPEC)
     offer, _ = answer_offer(plant, request)
     words = dict(contracts.in_words(contracts.known(plant.state, "quick-1")))

@@ -10,6 +10,7 @@ from pathlib import Path
 from trunkline.client.policy.contracts import Consent, Verdict, bytes_round, in_bytes, known, read, write
 from trunkline.config.site import PolicyConfig
 from trunkline.errors import ContractError, Declined, Pending
+from trunkline.privacy import guards
 from trunkline.protocol.contract import FIT_METRIC, changed_terms
 from trunkline.protocol.messages import AgreedRequest, FitQuery, Offer, OfferRequest, RoundRequest
 from trunkline.protocol.plan import Conditions
@@ -34,11 +35,8 @@ def objection(policy: PolicyConfig, request: RoundRequest, size: int | None = No
         return f"its policy caps a run at {policy.max_rounds} rounds; this run has {request.total_rounds}"
     if size is not None and policy.max_bytes_round is not None and size > policy.max_bytes_round:
         return f"its policy caps a round at {in_bytes(policy.max_bytes_round)}; this run takes {in_bytes(size)}"
-    bound = about.guards.clip_norm
-    if "clip" in policy.guards and bound is None:
-        return "its policy demands the guard `clip`; this run has none. Set [guards] clip_norm in the run"
-    if policy.max_clip_norm is not None and bound is not None and bound > policy.max_clip_norm:
-        return f"its policy demands the guard clip({policy.max_clip_norm:g}) or tighter; this run has clip({bound:g})"
+    if of_guards := guards.objection(about.guards, policy):
+        return of_guards
     if policy.strategies and about.strategy not in policy.strategies:
         return f"its policy allows the strategies {', '.join(policy.strategies)}; this run uses {about.strategy or 'one it does not name'}"
     if policy.operators and about.operator not in policy.operators:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from trunkline.errors import ContractError, StorageError
-from trunkline.privacy.guards import names
+from trunkline.privacy.guards import words as guard_words
 from trunkline.protocol.arrays import ArraySpec
 from trunkline.protocol.contract import Contract, TaskCard, terms_digest
 from trunkline.protocol.frozen import Frozen
@@ -171,7 +171,7 @@ def in_words(consent: Consent) -> list[tuple[str, str]]:
         ("metrics", ", ".join(consent.metrics) or "none"),
         ("once", ", ".join(spec.name for spec in consent.once) or "nothing"),
         ("sensor names", ", ".join(consent.inputs.channels) if consent.inputs else "none"),
-        ("guards", ", ".join(names(about.guards)) or "none"),
+        ("guards", ", ".join(guard_words(about.guards)) or "none"),
         ("at the end", _cards(consent)),
         ("verdict", f"{consent.verdict}{f' by {consent.by}' if consent.by else ''}{f': {consent.why}' if consent.why else ''}"),
         ("asked", consent.asked),

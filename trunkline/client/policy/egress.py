@@ -28,7 +28,8 @@ from trunkline.config.tasks import TaskConfig
 from trunkline.errors import ContractError
 from trunkline.flower.errors import AWAY, CRASHED, DECLINED, FULL, PENDING, REFUSED, RESTARTED, error_reply, safe_text
 from trunkline.flower.records import open_records, to_records
-from trunkline.privacy.guards import at_server, guards_of, norm_of
+from trunkline.privacy.clip import norm_of
+from trunkline.privacy.guards import at_server, guards_of
 from trunkline.protocol.arrays import SCALER_ARRAYS, Arrays
 from trunkline.protocol.contract import FIT_CONTRACT, Contract, TaskCard, TaskDescription
 from trunkline.protocol.messages import (

@@ -1,13 +1,15 @@
 """Replies -> admitted Updates, or a refusal that names its site. Nothing a site sends is trusted before it passed here."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 from pydantic import BaseModel
 
 from trunkline.errors import ContractError, Refused
-from trunkline.privacy.guards import at_server, guards_of
+from trunkline.privacy.guards import Settings, at_server, at_sum, guards_of
 from trunkline.protocol import header as headers
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.contract import Contract
@@ -83,3 +85,13 @@ def admit(
         what = "answer" if isinstance(request, FitQuery) else "update"
         raise Refused(f"{site}, round {request.round}: {what} set aside. {error}.") from None
     return Update(site=site, run=reply.run, round=reply.round, delta=arrays, weight=reply.weight, metrics=metrics)
+
+
+def finish_sum(guards: Settings, mean: Update, survivors: Sequence[str]) -> Update:
+    """The mean of a round as the guards of the run let it move a trunk.
+
+    Args:
+        guards: their settings.
+        survivors: the sites whose updates are in the mean.
+    """
+    return replace(mean, delta=at_sum(guards_of(guards), mean.delta, survivors))

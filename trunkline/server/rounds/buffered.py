@@ -25,6 +25,7 @@ from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import TrainRequest, Update
 from trunkline.protocol.plan import LocalPlan
 from trunkline.runtime.events import BufferedRoundEnded, RoundStarted
+from trunkline.server.rounds.admission import finish_sum
 from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.context import RunContext
 from trunkline.server.rounds.messaging import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, Answer, is_far, now, pause
@@ -151,7 +152,11 @@ class BufferedRounds:
         context.availability.available(context.cohort.members)  # absences by the hours are reported
         context.on_event(RoundStarted(round, context.config.total_rounds))
         step = _Step(round, size, context.on_event)
-        after, mean = context.strategy.advance(state, self._updates(state, step))
+        after, mean = context.strategy.advance(
+            state,
+            self._updates(state, step),
+            lambda mean: finish_sum(context.config.guards, mean, list(step.staleness)),
+        )
         self.state_round = after.round
         staleness = {site: sorted(step.staleness[site]) for site in sorted(step.staleness)}
         record = replace(step.record(time.monotonic() - started, mean), buffer=size, staleness=staleness)

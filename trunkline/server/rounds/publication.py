@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from trunkline.privacy.guards import guards_of
 from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.plan import GuardSettings
 from trunkline.release import COHORT_RELEASE, RELEASE, Figure, GuardUsed
 from trunkline.security.signatures import Sign
 from trunkline.server.releases.lineage import figures_of, parts_of
@@ -18,13 +18,16 @@ def publish(context: RunContext, out: Path, state: StrategyState, sign: Sign | N
     """Write the trunk of all sites to `out`, and each cohort's with the statistics and parts of its own sites."""
     requests, members = context.requests, context.cohort.members
     run = context.config.model_copy(update={"trunk": requests.trunk})
+    guards = tuple(
+        GuardUsed(name=guard.NAME, parameters=guard.parameters()) for guard in guards_of(context.config.guards)
+    )
 
     def write(trunk: Arrays, sites: list[Member], file: str, figures: dict[str, Figure]) -> None:
         contracts = {member.site: member.digest for member in sites}
         release(
             out, trunk, run, requests.key, requests.lend, [(member.offer, member.once) for member in sites], file,
             rounds=state.round, parts=parts_of(context.records, [member.offer for member in sites], contracts),
-            figures=figures, guards=_guards_used(context.config.guards), sign=sign,
+            figures=figures, guards=guards, sign=sign,
         )  # fmt: skip
 
     # figures go with this one only: a cohort's mean beside that of all sites would reveal the difference, which may be one site
@@ -33,10 +36,3 @@ def publish(context: RunContext, out: Path, state: StrategyState, sign: Sign | N
         present = [members[site] for site in sites if site in members]
         trunk = context.strategy.serve(state, sites[0]).only({name for member in present for name in member.lends})
         write(trunk, present, COHORT_RELEASE.format(cohort), {})
-
-
-def _guards_used(settings: GuardSettings) -> tuple[GuardUsed, ...]:
-    """The guards of a run as the card of its release has them."""
-    if settings.clip_norm is None:
-        return ()
-    return (GuardUsed(name="clip", parameters={"norm": settings.clip_norm}),)

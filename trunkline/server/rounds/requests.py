@@ -9,6 +9,7 @@ from flwr.app import RecordDict
 
 from trunkline.config.run import RunConfig, with_settings
 from trunkline.flower.records import to_records
+from trunkline.privacy.guards import settings_table
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import (
     AgreedRequest,
@@ -64,7 +65,7 @@ class RequestFactory:
             lend = (*lend, "scaler")
         about = About(
             operator=run.operator or operator(), name=run.name, strategy=run.strategy.name, rounds=run.total_rounds,
-            guards=run.guards,
+            guards=settings_table(run.guards),
         )  # fmt: skip
         return cls(run, strategy, key, about, strategy.trunk(run.trunk), lend)
 

@@ -16,7 +16,7 @@ from trunkline.protocol.arrays import Arrays, seed_of
 from trunkline.protocol.contract import FIT_CONTRACT, FIT_METRIC
 from trunkline.protocol.messages import TrainRequest, Update
 from trunkline.runtime.events import FederatedRoundEnded, RoundStarted, SiteRecovered
-from trunkline.server.rounds.admission import admit
+from trunkline.server.rounds.admission import admit, finish_sum
 from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.context import RunContext, Serve
 from trunkline.server.rounds.messaging import Answer, ask, flush_stacks
@@ -54,7 +54,9 @@ class SynchronousRounds:
         context.on_event(RoundStarted(round, context.config.total_rounds))
         # sums come only to a strategy that is summable, whose mean takes them like single updates
         updates = cast(Iterator[Update], self._updates(state, members, tally, admitted))
-        after, mean = context.strategy.advance(state, updates)
+        after, mean = context.strategy.advance(
+            state, updates, lambda mean: finish_sum(context.config.guards, mean, tally.sites)
+        )
         if asked and not members:
             return state
         self._check_quorum(tally, len(members))

@@ -4,7 +4,7 @@ from trunkline.client.handlers import apart
 from trunkline.client.site import Site
 from trunkline.client.training.loop import steps_of
 from trunkline.protocol.messages import TrainRequest
-from trunkline.protocol.plan import GuardSettings, LocalPlan
+from trunkline.protocol.plan import LocalPlan
 
 Kind = tuple[object, ...]
 # Fields of LocalPlan that a stack honours. Every other field at anything but its default sends a site to single training,
@@ -20,7 +20,7 @@ HONOURED = frozenset(
 def kind_of(site: Site, request: TrainRequest) -> Kind | None:
     """Sites with equal kinds can be trained together; None: this one is trained alone, as `answer_train` does it."""
     requests = [request] + ([apart(request)] if request.baseline else [])
-    if request.about.guards != GuardSettings() or site.config.policy.metrics is not True:
+    if request.about.guards or site.config.policy.metrics is not True:
         return None  # guards and policies are kept where each site answers for itself
     if any(unsupported(role.plan) for role in requests):
         return None
