@@ -28,25 +28,25 @@ from trunkline.flower.private import (
 
 
 @contextlib.contextmanager
-def answers(address: str, what: str, remedy: str) -> Iterator[None]:
+def answers(address: str, action: str, remedy: str) -> Iterator[None]:
     """Every way in which a call over HTTP can fail, as one DeploymentError."""
     try:
         yield
     except httpx.HTTPStatusError as error:
         text = error.response.text[:300].strip()
         raise DeploymentError(
-            f"{address}: {what} was refused ({error.response.status_code}: {text}). {remedy}"
+            f"{address}: {action} was refused ({error.response.status_code}: {text}). {remedy}"
         ) from error
     except (httpx.HTTPError, ValueError, OSError) as error:
-        raise DeploymentError(f"{address}: {what} failed ({type(error).__name__}: {error}). {remedy}") from error
+        raise DeploymentError(f"{address}: {action} failed ({type(error).__name__}: {error}). {remedy}") from error
 
 
 Answer = TypeVar("Answer")
 
 
-def _control(address: str, ca: bytes | None, what: str, call: Callable[[ControlHttpClient], Answer]) -> Answer:
+def _control(address: str, ca: bytes | None, action: str, call: Callable[[ControlHttpClient], Answer]) -> Answer:
     remedy = "Is the server running there? `trunkline server status` tells."
-    with answers(address, what, remedy), contextlib.closing(_control_client(address, ca)) as client:
+    with answers(address, action, remedy), contextlib.closing(_control_client(address, ca)) as client:
         return call(client)
 
 

@@ -30,9 +30,9 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> Message
         code = PENDING if isinstance(error, Pending) else DECLINED if isinstance(error, Declined) else AWAY
         return error_reply(message, safe_text(str(error)), code)
     except Exception as error:
-        if why := disk_error_text(error):
+        if problem := disk_error_text(error):
             logger.error("node %d: %s", context.node_id, error)
-            return error_reply(message, f"{why}; ask again", FULL)
+            return error_reply(message, f"{problem}; ask again", FULL)
         logger.exception("node %d: the ClientApp failed on %s", context.node_id, message.metadata.message_type)
         return error_reply(message, reason_of(error))
 

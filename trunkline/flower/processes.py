@@ -30,10 +30,11 @@ def supernode_main(key_file: Path | None = None, identity: Path | None = None) -
 
     It polls every 0.2 s within a minute of a message and every 3 s otherwise, where stock Flower waits 3 s always. A
     restart after a kill signs off its former self at once: stock Flower would leave that one "online" for a minute, and a
-    round would wait for it. A message that came by half is forgotten (`whole_or_nothing`). And it never follows a redirect: where a plant's answers go is not the centre's to say.
+    round would wait for it. A message that arrived by half is forgotten
+    (`whole_or_nothing`). No redirect is followed: the server does not decide where a plant's answers go.
 
     Args:
-        key_file: where it keeps what it takes to sign a former session off.
+        key_file: where it keeps the node and key with which it signs off a former session.
         identity: folder of a site that has joined (`authority.crt`, `site.crt`, `site.key`): TLS 1.3 with its certificate,
             which is read again when it has been renewed. Without it the node registers itself with a key of the day.
     """
@@ -75,21 +76,21 @@ def whole_or_nothing(pull: Callable[..., int | None]) -> Callable[..., int | Non
     comes, and for hours nothing of any other run is answered.
     """
 
-    def pulled(*, state: Any, object_store: Any, receive: Callable[[], Any], **others: Any) -> int | None:
-        came: list[Any] = []
+    def pulled(*, state: Any, object_store: Any, receive: Callable[[], Any], **options: Any) -> int | None:
+        received_metadata: list[Any] = []
 
         def receiving() -> Any:
             if (received := receive()) is not None:
-                came.append(received[0].metadata)
+                received_metadata.append(received[0].metadata)
             return received
 
-        run = pull(state=state, object_store=object_store, receive=receiving, **others)
-        if run is None and came:
-            state.delete_messages(message_ids=[came[0].message_id])
-            object_store.delete(came[0].message_id)
-            for task in state.get_tasks(run_ids=[came[0].run_id]):
-                why = "the run ended while this message came"
-                state.finish_task(task.task_id, SubStatus.FAILED, why)  # one that has finished stays as it is
+        run = pull(state=state, object_store=object_store, receive=receiving, **options)
+        if run is None and received_metadata:
+            state.delete_messages(message_ids=[received_metadata[0].message_id])
+            object_store.delete(received_metadata[0].message_id)
+            for task in state.get_tasks(run_ids=[received_metadata[0].run_id]):
+                cause = "the run ended while this message came"
+                state.finish_task(task.task_id, SubStatus.FAILED, cause)  # one that has finished stays as it is
         return run
 
     return pulled
@@ -154,9 +155,9 @@ def _put_in_place(**ours: Any) -> None:
     """Replace names of the module that a SuperNode speaks to the fleet interface through."""
     from flwr.supernode import fleet_http_connection as connection
 
-    for name, one in ours.items():
+    for name, replacement in ours.items():
         getattr(connection, name)  # a name that has moved must fail here, not be set in vain
-        setattr(connection, name, one)
+        setattr(connection, name, replacement)
 
 
 def _keep(path: Path, record: Mapping[str, Any]) -> None:
@@ -196,7 +197,7 @@ def _remember_node(key_file: Path) -> None:
             return response
 
         def _sign_off(self) -> None:
-            own: Any = self._interceptors
+            interceptors: Any = self._interceptors
             try:
                 record = json.loads(key_file.read_bytes())
                 key = bytes_to_private_key(record["key"].encode())
@@ -210,7 +211,7 @@ def _remember_node(key_file: Path) -> None:
             except (httpx.HTTPStatusError, ValueError, KeyError, OSError) as error:  # it is gone, or was never there
                 logger.warning("could not sign off a former session (%s)", type(error).__name__)
             finally:
-                self._interceptors = own
+                self._interceptors = interceptors
 
     _put_in_place(generate_key_pairs=lambda: pair, FleetHttpClient=RememberingClient)
 
@@ -240,10 +241,10 @@ if __name__ == "__main__":
         sys.exit(
             "usage: python -m trunkline.flower.processes supernode [--node-file FILE] [--identity DIR] FLAGS OF flower-supernode"
         )
-    _given: dict[str, Path] = {}
+    _options: dict[str, Path] = {}
     _flags = sys.argv[2:]
     while _flags[:1] in (["--node-file"], ["--identity"]):
-        _given[_flags[0]] = Path(_flags[1])
+        _options[_flags[0]] = Path(_flags[1])
         _flags = _flags[2:]
     sys.argv = ["flower-supernode", *_flags]
-    supernode_main(_given.get("--node-file"), _given.get("--identity"))
+    supernode_main(_options.get("--node-file"), _options.get("--identity"))

@@ -111,8 +111,8 @@ class NodeTask:
         self._client = _runtime_client(address, RuntimeTokenHttpInterceptor(token))
 
     @contextlib.contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        with answers(self.address, what, "The task is lost if its token has expired; the centre sends it again."):
+    def _asking(self, action: str) -> Iterator[None]:
+        with answers(self.address, action, "The task is lost if its token has expired; the centre sends it again."):
             yield
 
     def pull_input(self) -> None:

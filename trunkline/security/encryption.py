@@ -75,34 +75,36 @@ class Seal:
             TrustError: not sealed, or sealed with a key that is not here: no damage, so no reason to pass it over.
             StorageError: altered, or sealed as something else. `where` is named.
         """
-        key = next((one for one in self.keys if is_sealed(data) and key_name(one) == sealing_key_name(data)), None)
+        key = next(
+            (own_key for own_key in self.keys if is_sealed(data) and key_name(own_key) == sealing_key_name(data)), None
+        )
         if key is not None:
-            found = _decrypted(key, data, about)
-        elif any(_decrypted(one, data, about) is not None for one in self.keys):
-            found = None  # the damage is in its first bytes: ours all the same
+            plain = _decrypt(key, data, about)
+        elif any(_decrypt(own_key, data, about) is not None for own_key in self.keys):
+            plain = None  # the damage is in its first bytes; the file is sealed with one of these keys all the same
         elif not is_sealed(data):
             raise TrustError(
                 f"{where}: is not encrypted, and everything here should be. If it lay here before the folder was sealed, "
                 "`trunkline client vault seal SITE_DIR` encrypts it; if not, somebody put it there: restore a backup."
             )
         else:
-            known = ", ".join(key_name(one) for one in self.keys)
+            names = ", ".join(key_name(own_key) for own_key in self.keys)
             raise TrustError(
-                f"{where}: sealed with key {sealing_key_name(data)}; {self.source} holds {known}. Nothing was changed. Give the key it "
+                f"{where}: sealed with key {sealing_key_name(data)}; {self.source} holds {names}. Nothing was changed. Give the key it "
                 "was sealed with."
             )
-        if found is None:
+        if plain is None:
             raise StorageError(
                 f"{where}: altered, damaged, or moved here from another place (its seal does not match). Restore a backup of it."
             )
-        return found
+        return plain
 
     def newest(self, data: bytes) -> bool:
         """Whether `data` is sealed with the newest key."""
         return data[: len(MAGIC) + NAME] == MAGIC + _name(self.keys[0])
 
 
-def _decrypted(key: bytes, data: bytes, about: str) -> bytes | None:
+def _decrypt(key: bytes, data: bytes, about: str) -> bytes | None:
     """What `data` holds if this key sealed it as `about`, whatever its first bytes say."""
     head = MAGIC + _name(key)
     nonce, body = data[len(head) : len(head) + NONCE], data[len(head) + NONCE :]
@@ -114,8 +116,8 @@ def _decrypted(key: bytes, data: bytes, about: str) -> bytes | None:
 
 def environment_without_key(environment: Mapping[str, str], state: Path) -> dict[str, str]:
     """An environment for a process that seals nothing: where the key comes from the environment, it is not in this one."""
-    found = find_seal(state)
-    kind, _, name = found.source.partition(":") if found is not None else ("", "", "")
+    seal = find_seal(state)
+    kind, _, name = seal.source.partition(":") if seal is not None else ("", "", "")
     return {key: value for key, value in environment.items() if kind != "env" or key != name}
 
 
@@ -134,8 +136,8 @@ def find_seal(state: Path) -> Seal | None:
     """
     settings = state / SETTINGS
     try:
-        found = tomllib.loads(settings.read_text(encoding="utf-8"))
-        source, name = str(found["source"]), str(found["key"])
+        table = tomllib.loads(settings.read_text(encoding="utf-8"))
+        source, name = str(table["source"]), str(table["key"])
     except FileNotFoundError:
         return None
     except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
@@ -155,14 +157,14 @@ def make_seal(state: Path, source: str | None = None) -> Seal:
     Raises:
         TrustError: as `find_seal`; or another source is named than the one in use.
     """
-    found = find_seal(state)
+    current = find_seal(state)
     source = absolute_source(source, state) if source is not None else None
-    if found is not None:
-        if source is not None and source != found.source:
+    if current is not None:
+        if source is not None and source != current.source:
             raise TrustError(
-                f"{state} is sealed by {found.source}, not {source}. `trunkline client vault rekey` moves it to another."
+                f"{state} is sealed by {current.source}, not {source}. `trunkline client vault rekey` moves it to another."
             )
-        return found
+        return current
     source = source or default_source(state)
     if source.startswith(("file:", "keyring:")) and not stored_keys(source):
         write_keys(source, (secrets.token_bytes(32),))
@@ -196,10 +198,10 @@ def write_settings(state: Path, seal: Seal, key: str | None = None) -> None:
 
 def absolute_source(source: str, state: Path) -> str:
     """The same source wherever a command or a daemon is started from."""
-    kind, _, rest = source.partition(":")
+    kind, _, name = source.partition(":")
     if kind != "file":
         return source
-    path = Path(rest).expanduser().resolve()
+    path = Path(name).expanduser().resolve()
     if path.is_relative_to(state.resolve()):
         raise TrustError(
             f"{source}: lies in the folder that it should seal, and would be copied with it. Keep it elsewhere."
@@ -210,14 +212,14 @@ def absolute_source(source: str, state: Path) -> str:
 def write_keys(source: str, keys: tuple[bytes, ...]) -> None:
     """Put keys, newest first, where `source` says; only `file:` and `keyring:` can be written."""
     text = "\n".join(base64.b64encode(key).decode() for key in keys) + "\n"
-    kind, _, rest = source.partition(":")
+    kind, _, name = source.partition(":")
     if kind == "file":
-        Path(rest).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(Path(rest), text.encode())
+        Path(name).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(Path(name), text.encode())
     elif kind == "keyring":
         ring = _keyring()
         try:
-            ring.set_password("trunkline", rest, text)
+            ring.set_password("trunkline", name, text)
         except Exception as error:  # each backend has its own
             raise TrustError(
                 f"{source}: the system's keyring refused it ({error}). Unlock it, or name another source."
@@ -234,23 +236,23 @@ def read_keys(source: str) -> tuple[bytes, ...]:
     Raises:
         TrustError: it names nothing that exists, or what is there is no key.
     """
-    kind, _, rest = source.partition(":")
+    kind, _, name = source.partition(":")
     if kind == "file":
-        if not Path(rest).exists():
+        if not Path(name).exists():
             raise TrustError(
-                f"{rest}: the key file is gone. Restore it from where it was backed up; nothing was changed."
+                f"{name}: the key file is gone. Restore it from where it was backed up; nothing was changed."
             )
-        check_private(Path(rest))
+        check_private(Path(name))
         try:
-            text = Path(rest).read_text(encoding="ascii")
+            text = Path(name).read_text(encoding="ascii")
         except (OSError, ValueError) as error:
-            raise TrustError(f"{rest}: the key file cannot be read ({error}).") from None
+            raise TrustError(f"{name}: the key file cannot be read ({error}).") from None
     elif kind == "env":
-        text = os.environ.get(rest, "")
+        text = os.environ.get(name, "")
         if not text:
-            raise TrustError(f"{source}: the environment has no {rest}. Set it to the key, base64.")
+            raise TrustError(f"{source}: the environment has no {name}. Set it to the key, base64.")
     elif kind == "keyring":
-        text = _stored_in_keyring(rest, source)
+        text = _stored_in_keyring(name, source)
         if not text:
             raise TrustError(f"{source}: the system's keyring has no such entry.")
     else:
@@ -266,11 +268,11 @@ def read_keys(source: str) -> tuple[bytes, ...]:
 
 def stored_keys(source: str) -> tuple[bytes, ...]:
     """As `read_keys`, and none where there is nothing yet: no file, no variable, no entry."""
-    kind, _, rest = source.partition(":")
+    kind, _, name = source.partition(":")
     nothing = (
-        (kind == "file" and not Path(rest).exists())
-        or (kind == "env" and not os.environ.get(rest))
-        or (kind == "keyring" and not _stored_in_keyring(rest, source))
+        (kind == "file" and not Path(name).exists())
+        or (kind == "env" and not os.environ.get(name))
+        or (kind == "keyring" and not _stored_in_keyring(name, source))
     )
     return () if nothing else read_keys(source)
 

@@ -126,7 +126,7 @@ class Code:
         text = (
             base64.b32encode(self.secret + self.authority + _check(self.secret + self.authority)).decode().rstrip("=")
         )
-        return "-".join(text[at : at + 5] for at in range(0, len(text), 5))
+        return "-".join(text[start : start + 5] for start in range(0, len(text), 5))
 
     def names(self, authority: x509.Certificate) -> bool:
         """Whether this is the authority that the code was made by."""
@@ -145,7 +145,7 @@ class Code:
         key = self.key
         public = key.public_key()
         digest = hashlib.sha256(public.public_bytes_raw()).digest()[:16]
-        number = int.from_bytes(digest, "big")
+        serial_number = int.from_bytes(digest, "big")
         # OpenSSL finds a trusted certificate by its subject: two that share one, and only the first is ever found
         name = x509.Name(
             [
@@ -158,7 +158,7 @@ class Code:
             .subject_name(name)
             .issuer_name(name)
             .public_key(public)
-            .serial_number(number | 1)
+            .serial_number(serial_number | 1)
             .not_valid_before(datetime(2020, 1, 1, tzinfo=UTC))
             .not_valid_after(datetime(2120, 1, 1, tzinfo=UTC))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

@@ -78,7 +78,7 @@ def fingerprint(certificate: x509.Certificate) -> str:
 
 def group_digits(digits: str) -> str:
     """Hexadecimal digits in groups of four, for two people on the telephone."""
-    return " ".join(digits[at : at + 4] for at in range(0, len(digits), 4)).upper()
+    return " ".join(digits[start : start + 4] for start in range(0, len(digits), 4)).upper()
 
 
 def common_name(certificate: x509.Certificate) -> str:
@@ -123,23 +123,23 @@ def needs_renewal(certificate: x509.Certificate) -> bool:
     return time_left(certificate) < (certificate.not_valid_after_utc - certificate.not_valid_before_utc) / 3
 
 
-def check_clock(*here: x509.Certificate) -> None:
+def check_clock(*certificates: x509.Certificate) -> None:
     """Refuse to do what depends on the time while the clock of this machine is plainly wrong.
 
     A machine whose battery is empty wakes up in 1970. Nothing would be valid yet by its clock, and what it made and signed
     would be over for everybody else; the remedy is the clock, and not another certificate.
 
     Args:
-        here: certificates that lie on this machine, so they were made before now.
+        certificates: those that lie on this machine, so they were made before now.
 
     Raises:
         TrustError: it is earlier than Trunkline itself, or than one of these.
     """
-    by = max([MADE, *(one.not_valid_before_utc for one in here)])
+    by = max([MADE, *(certificate.not_valid_before_utc for certificate in certificates)])
     if now() < by:
-        what = "what lies here was made" if by > MADE else "Trunkline was made"
+        subject = "what lies here was made" if by > MADE else "Trunkline was made"
         raise TrustError(
-            f"the clock of this machine says {_day(now())}, and {what} on {_day(by)}: the clock is wrong. Set it (NTP), then try "
+            f"the clock of this machine says {_day(now())}, and {subject} on {_day(by)}: the clock is wrong. Set it (NTP), then try "
             "again. Nothing was changed; no key or certificate has to be made anew for this."
         )
 
@@ -160,12 +160,12 @@ def expiry_warning(certificate: x509.Certificate, whose: str, remedy: str) -> st
     return ""
 
 
-def skew_warning(theirs: datetime) -> str:
+def skew_warning(server_time: datetime) -> str:
     """A sentence when this clock and the centre's differ enough to matter; empty when all is well.
 
     Flower refuses what is signed more than 5 s in the future or 305 s in the past.
     """
-    ahead = (now() - theirs).total_seconds()
+    ahead = (now() - server_time).total_seconds()
     if abs(ahead) < SKEW_S / 2:
         return ""
     way = "ahead of" if ahead > 0 else "behind"
@@ -212,16 +212,16 @@ def load_public(pem: bytes, where: str) -> Any:
 def check_private(path: Path) -> None:
     """Raise TrustError when another account may read or replace `path`."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise TrustError(f"{path}: {error.strerror}.") from None
-    if found.st_mode & 0o077:
+    if status.st_mode & 0o077:
         raise TrustError(
-            f"{path}: other accounts may read it (mode {found.st_mode & 0o777:o}). `chmod 600 {path}`, and if somebody may "
+            f"{path}: other accounts may read it (mode {status.st_mode & 0o777:o}). `chmod 600 {path}`, and if somebody may "
             "have read it already, make a new one."
         )
-    if found.st_uid not in (os.getuid(), 0):
-        raise TrustError(f"{path}: belongs to another account (uid {found.st_uid}). `chown` it to this one.")
+    if status.st_uid not in (os.getuid(), 0):
+        raise TrustError(f"{path}: belongs to another account (uid {status.st_uid}). `chown` it to this one.")
 
 
 def _load(path: Path, parse: Any, private: bool = False) -> Any:

@@ -75,10 +75,10 @@ def digest_arrays(arrays: Arrays) -> str:
 
 
 def sign_release(
-    key: Ed25519PrivateKey, certificate: x509.Certificate, card: str, arrays: str, at: datetime
+    key: Ed25519PrivateKey, certificate: x509.Certificate, card: str, arrays: str, moment: datetime
 ) -> Signature:
     """The signature of a release; equal arguments give equal bytes, as Ed25519 has no chance in it."""
-    signed_at = at.isoformat(timespec="seconds")
+    signed_at = moment.isoformat(timespec="seconds")
     value = sign(key, PURPOSE, _statement(card, arrays, signed_at))
     return Signature(
         card=card, arrays=arrays, signed_at=signed_at, certificate=certificate_pem(certificate).decode(), value=value
@@ -124,9 +124,9 @@ class Verdict:
             )
 
 
-def unsigned_verdict(where: str, why: str = "nobody signed it") -> Verdict:
+def unsigned_verdict(where: str, cause: str = "nobody signed it") -> Verdict:
     """On a file that carries no signature."""
-    text = f"{where}: {why}, so anybody may have made or altered it."
+    text = f"{where}: {cause}, so anybody may have made or altered it."
     return Verdict(text, TrustError(text))
 
 
@@ -142,21 +142,21 @@ def verify_signature(
     """
     claim = Verdict("", signed_at=signature.signed_at)
     try:
-        certificate, public, at, issuer = _open(where, signature)
+        certificate, public, moment, issuer = _open(where, signature)
         claim = replace(claim, signer=fingerprint(certificate), federation=issuer)
         _check_hashes(where, signature, public, card, arrays)
         if authority is None:
             raise TrustError(
-                f"{where}: signed on {_day(at)}, by its own words for {issuer!r}, but there is nothing to check that against: "
+                f"{where}: signed on {_day(moment)}, by its own words for {issuer!r}, but there is nothing to check that against: "
                 "this needs the federation's authority.crt."
             )
-        check_certificate(where, certificate, authority, at)
+        check_certificate(where, certificate, authority, moment)
     except TrustError as error:
         return replace(claim, text=str(error), problem=error)
     federation = common_name(authority)
     until = _day(certificate.not_valid_after_utc)
     text = (
-        f"{where}: as the centre of {federation!r} signed it on {_day(at)}, with certificate {group_digits(claim.signer[:16])} "
+        f"{where}: as the centre of {federation!r} signed it on {_day(moment)}, with certificate {group_digits(claim.signer[:16])} "
         f"(valid until {until})."
     )
     return replace(claim, text=text, federation=federation)
@@ -169,8 +169,8 @@ def _open(where: str, signature: Signature) -> tuple[x509.Certificate, Ed25519Pu
             warnings.simplefilter("error", CryptographyDeprecationWarning)
             certificate = load_certificate(signature.certificate.encode(), where)
             public = certificate.public_key()
-        at = datetime.fromisoformat(signature.signed_at)
-        if at.tzinfo is None:
+        moment = datetime.fromisoformat(signature.signed_at)
+        if moment.tzinfo is None:
             raise ValueError("its time has no zone")
         names = certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     except (TrustError, ValueError, TypeError, *ODD) as error:
@@ -180,7 +180,7 @@ def _open(where: str, signature: Signature) -> tuple[x509.Certificate, Ed25519Pu
     return (
         certificate,
         public if isinstance(public, Ed25519PublicKey) else None,
-        at,
+        moment,
         str(names[0].value) if names else "",
     )
 
@@ -192,9 +192,9 @@ def _check_hashes(where: str, signature: Signature, public: Ed25519PublicKey | N
             "Do not use it; fetch the file from the centre again."
         )
     altered = [
-        what
-        for what, found, told in (("card", card, signature.card), ("arrays", arrays, signature.arrays))
-        if found != told
+        part
+        for part, digest, signed_digest in (("card", card, signature.card), ("arrays", arrays, signature.arrays))
+        if digest != signed_digest
     ]
     if len(altered) == 2:
         raise TamperError(
@@ -207,13 +207,13 @@ def _check_hashes(where: str, signature: Signature, public: Ed25519PublicKey | N
         )
 
 
-def check_certificate(where: str, certificate: x509.Certificate, authority: x509.Certificate, at: datetime) -> None:
-    """Raise TrustError unless `authority` issued this certificate, for releases, and it was valid `at` that moment."""
-    ours, theirs = common_name(authority), certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
-    issuer = str(theirs[0].value) if theirs else ""
+def check_certificate(where: str, certificate: x509.Certificate, authority: x509.Certificate, moment: datetime) -> None:
+    """Raise TrustError unless `authority` issued this certificate, for releases, and it was valid at `moment`."""
+    name, issuers = common_name(authority), certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    issuer = str(issuers[0].value) if issuers else ""
     if not is_issued_by(certificate, authority):
-        other = f"another authority that calls itself {ours!r} too" if issuer == ours else f"{issuer!r}"
-        raise TrustError(f"{where}: signed by another federation: its certificate is of {other}, expected {ours!r}.")
+        other = f"another authority that calls itself {name!r} too" if issuer == name else f"{issuer!r}"
+        raise TrustError(f"{where}: signed by another federation: its certificate is of {other}, expected {name!r}.")
     try:
         usage = list(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except x509.ExtensionNotFound:
@@ -225,13 +225,13 @@ def check_certificate(where: str, certificate: x509.Certificate, authority: x509
         or not isinstance(certificate.public_key(), Ed25519PublicKey)
     ):
         raise TrustError(
-            f"{where}: its certificate is of {ours!r}, for {named!r}, and not for signing releases: a site's or the gateway's key "
+            f"{where}: its certificate is of {name!r}, for {named!r}, and not for signing releases: a site's or the gateway's key "
             "signed it, if anybody's. Tell the centre's operator."
         )
     since, until = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not since <= at <= until:
+    if not since <= moment <= until:
         raise TrustError(
-            f"{where}: signed on {_day(at)}, and its certificate is valid from {_day(since)} to {_day(until)}. "
+            f"{where}: signed on {_day(moment)}, and its certificate is valid from {_day(since)} to {_day(until)}. "
             "The centre has to renew it (`release.crt`) and sign again."
         )
 
