@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -98,10 +96,15 @@ def federate(
     table = {**QUICK, **settings}
     parse_run(dict(table), "test")
     grid = grid or WatchedGrid(folders, out, tamper, plant)
-    config = {"run-toml": json.dumps(table), "out": str(out), "resume": int(resume), "state": str(centre or "")}
+    config = {
+        "run-toml": json.dumps(table),
+        "out": str(out),
+        "resume": int(resume),
+        "state": str(centre or ""),
+        "page": int(page),
+    }
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
-    with nullcontext() if page else patch("trunkline.server.reporting.html.page", lambda report, predictions: ""):
-        server_app(grid=grid, context=context)
+    server_app(grid=grid, context=context)
     return grid
 
 

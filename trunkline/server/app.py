@@ -43,6 +43,7 @@ def main(grid: Grid, context: Context) -> None:
     run_config:
         run-toml: the text of a run.toml (or the same as JSON), or the path of one on this machine; empty: all defaults.
         out: folder of the run; empty: a folder of the run's name below the home of the server's user.
+        page: 0 to write report.json without report.html, for a caller that draws the page itself or has no use for it.
         resume: 1 to go on from the newest checkpoint in `out`.
         state: the server's folder. Where it holds a federation, only sites that are enrolled there take part, each under the
             name it was invited as, and the release is signed. Empty: neither.
@@ -79,7 +80,7 @@ def main(grid: Grid, context: Context) -> None:
         report = run_rounds(
             grid, run, out, resume=resume, on_event=on_event, roster=_roster(state), sign=_signer(state, on_event)
         )
-        disk_wait(lambda: write_report(report, out))
+        disk_wait(lambda: write_report(report, out, page=bool(config.get("page", 1))))
         _audit(state, "run finished", run, rounds=run.total_rounds, trunk=_digest_of(out / RELEASE))
         on_event(ReportWritten(str(out)))
         write_end()

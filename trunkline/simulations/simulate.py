@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    run: RunConfig, folders: list[Path], out: Path, *, workers: int | None, resume: bool = False, address: str | None = None,
+    run: RunConfig, folders: list[Path], out: Path, *, workers: int | None, resume: bool = False,
+    address: str | None = None, page: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the whole federation; returns the report, which also lies in `out` with the plots of the predictions.
 
     Args:
         workers: processes on Ray; 0: everything in this process, without Ray; None: one for every CPU of the cluster.
         address: of a Ray cluster to join.
+        page: draw report.html too.
     """
     newcomers: list[Path] = []
     world: WorldGrid | None = None
@@ -61,7 +63,7 @@ def simulate(
 
         with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
             report = run_central(folders, states, run, lambda event: _write(events.write, event))
-        write_report(report, out)
+        write_report(report, out, page=False)
     else:
         from trunkline.server.app import app
 
@@ -80,6 +82,7 @@ def simulate(
                 "run-toml": run.model_dump_json(),
                 "out": str(out),
                 "resume": int(resume),
+                "page": 0,  # drawn below, with the predictions
             }
             context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
             if run.world != WorldConfig():  # after a search, which has all sites at its disposal
@@ -96,7 +99,7 @@ def simulate(
         from trunkline.simulations.newcomers import onboard
 
         report["newcomers"] = onboard(newcomers, out / RELEASE, run.newcomers, out)
-    write_report(report, out, predictions_below(out))
+    write_report(report, out, predictions_below(out) if page else None, page=page)
     return report
 
 

@@ -136,20 +136,24 @@ def verdict(row: TaskRow) -> str:
     return verdict_of(row.model_dump())
 
 
-def write_report(report: Report, out: Path, predictions: "Mapping[tuple[str, str], Predictions] | None" = None) -> None:
+def write_report(
+    report: Report, out: Path, predictions: "Mapping[tuple[str, str], Predictions] | None" = None, *, page: bool = True
+) -> None:
     """Write `out`/report.json and `out`/report.html; equal arguments give equal bytes.
 
     Args:
         predictions: (site, task) -> test rows, drawn into the page only; report.json never contains a row.
+        page: False writes report.json only; the plots cost a second or more.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    from trunkline.server.reporting.html import page
-
     text = json.dumps(plain(report), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(out / "report.json", f"{text}\n".encode())
-    write_atomic(out / "report.html", page(report, predictions or {}).encode())
+    if page:
+        from trunkline.server.reporting import html  # here, because it brings matplotlib
+
+        write_atomic(out / "report.html", html.page(report, predictions or {}).encode())
 
 
 def read_report(out: Path) -> Report:
