@@ -1,18 +1,18 @@
 """Every error Trunkline raises on purpose.
 
     TrunklineError                 its text is for a person: who, when, expected, found, what to do next
-    ├── ConfigError                site.toml or run.toml says something that cannot be meant
+    ├── ConfigError                site.toml or run.toml has an invalid or contradictory value
     ├── DataError                  a plant's files cannot be read as its site.toml describes them
     │   └── SensorMismatch         a batch has other columns than the site declares
     ├── ContractError              something would cross the wire that the run's contract does not name
     │   ├── Refused                the server set one site's reply aside; the round goes on
-    │   ├── Declined               the plant's policy, or a person there, says no to a run
-    │   ├── Pending                a person at the plant has not said yes or no yet
-    │   └── Away                   the plant is outside its hours, or somebody there asked it to pause
+    │   ├── Declined               the plant's policy, or a person there, refuses a run
+    │   ├── Pending                a person at the plant has not decided yet
+    │   └── Away                   the plant is outside its hours, or a person there has paused it
     ├── StorageError               a vault or checkpoint cannot be written or read
-    │   └── ForeignState           it is intact, and of another run or site, or of a newer Trunkline
-    ├── TrustError                 a key, certificate or invitation is missing, over, or not whose it should be
-    │   └── TamperError            a signed record or release is not what was written
+    │   └── ForeignState           it is intact, but of another run or site, or of a newer Trunkline
+    ├── TrustError                 a key, certificate or invitation is missing, expired, or of another owner
+    │   └── TamperError            a signed record or release was changed
     ├── StateLost                  a process died with the state of the sites it trained; the run goes back to its checkpoint
     ├── QuorumError                too few sites answered; the run stopped with its state on disk
     └── DeploymentError            a daemon or one of its children cannot start or be reached
@@ -26,15 +26,15 @@ from collections.abc import Iterable
 
 
 class TrunklineError(Exception):
-    """The root: one `except` for who embeds Trunkline."""
+    """The root: one `except` for a program that embeds Trunkline."""
 
 
 class ConfigError(TrunklineError):
-    """A configuration file names file, key, found value and what is allowed."""
+    """A configuration file is invalid; the text names file, key, found value and allowed values."""
 
 
 class DataError(TrunklineError):
-    """A plant's data names file, line or column, what was found and the remedy."""
+    """A plant's data is invalid; the text names file, line or column, the found value and the remedy."""
 
 
 class SensorMismatch(DataError):
@@ -54,12 +54,11 @@ class Declined(ContractError):
 
 
 class Pending(ContractError):
-    """A plant's policy leaves a run to a person, who has not decided yet; not a failure, so the centre asks again."""
+    """A plant's policy leaves a run to a person, who has not decided yet; not a failure, so the server asks again."""
 
 
 class Away(ContractError):
-    """A plant does not train now, by its hours or because somebody there asked for a pause; not a failure, so the centre
-    asks again when it is back. The text is `SITE: reason`."""
+    """A plant does not train now, because of its hours or a pause; not a failure, so the server asks again later. The text is `SITE: reason`."""
 
 
 class StorageError(TrunklineError):
@@ -67,7 +66,7 @@ class StorageError(TrunklineError):
 
 
 class ForeignState(StorageError):
-    """A file of state is intact and not for who reads it; it is neither passed over nor overwritten."""
+    """A file of state is intact, but of another run, site or version; it is neither skipped nor overwritten."""
 
 
 class TrustError(TrunklineError):
@@ -75,11 +74,11 @@ class TrustError(TrunklineError):
 
 
 class TamperError(TrustError):
-    """A signed record or release is not what its signer wrote; the text names the first place."""
+    """A signed record or release was changed after it was signed; the text names the first change."""
 
 
 class StateLost(TrunklineError):
-    """A process of a simulation died with the state of its sites; what is on disk is of the last checkpoint."""
+    """A process of a simulation died with the state of its sites; the state on disk is of the last checkpoint."""
 
 
 class QuorumError(TrunklineError):
@@ -114,7 +113,7 @@ class TrunklineDeprecation(FutureWarning):
     """
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word closest to `word`, or a full stop when none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the candidate closest to `word`, or a full stop when none is close."""
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else "."
