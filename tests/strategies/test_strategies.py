@@ -12,7 +12,7 @@ from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import Update
 from trunkline.protocol.plan import LocalPlan, TrunkSpec
 from trunkline.strategies import STRATEGIES, build_strategy
-from trunkline.strategies.exact_sum import ExactSum
+from trunkline.strategies.exact_sum import ExactNumber, ExactSum
 from trunkline.strategies.streaming import Streamed, weighted_mean
 
 TRUNK = Arrays({"trunk.b": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "trunk.a": np.ones(4, np.float32)})
@@ -268,3 +268,38 @@ def test_stacks_and_sums_of_sums_give_the_bits_of_one_by_one(sites: int, size: i
             dict(plain.metrics),
             dict(plain.weights),
         )
+
+
+def test_fedrep_goes_as_far_beyond_the_mean_as_its_server_rate_says() -> None:
+    trunk = Arrays({"w": np.zeros(2, np.float32), "kept": np.ones(1, np.float32)})
+    updates = [laws.update("a", {"w": np.array([1.0, -2.0], np.float32)})]
+    for rate in (1.0, 2.5):
+        strategy = build_strategy("fedrep", {"server_rate": rate}, LocalPlan())
+        state = laws.step(strategy, strategy.start(trunk), updates)
+        np.testing.assert_allclose(state.trunk["w"], [rate, -2.0 * rate])
+        assert (state.trunk["w"].dtype, state.trunk["kept"][0]) == (np.float32, 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_a_second_pass_begins_as_the_first_with_its_rounds_counted_on(name: str) -> None:
+    strategy = build_strategy(name, {}, LocalPlan())
+    state = laws.step(strategy, strategy.start(TRUNK), drawn_updates(3))
+    again = strategy.restart(state, TRUNK)
+    assert again.round == 1
+    assert laws.bytes_of(replace(again, round=0)) == laws.bytes_of(strategy.start(TRUNK))
+
+
+@pytest.mark.parametrize("term", [2.0**52, -(2.0**53), float("inf"), float("nan")])
+def test_an_exact_number_refuses_what_its_units_cannot_hold(term: float) -> None:
+    total = ExactNumber()
+    with pytest.raises(ContractError, match=r"expected a number below 2\^52"):
+        total.add(term)
+    assert total.value() == 0.0
+
+
+def test_sums_of_many_processes_are_merged_without_overflow() -> None:
+    total, part = ExactSum((2,)), ExactSum((2,))
+    part.add(np.array([0.75, -0.5], np.float32))
+    for _ in range(3 * ExactSum.CARRY_EVERY):
+        total.merge(part)
+    assert total.value().tolist() == [0.75 * 3 * ExactSum.CARRY_EVERY, -0.5 * 3 * ExactSum.CARRY_EVERY]
