@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from tests.loopback import trunk_of
-from tests.requests import as_kind
+from tests.typed_requests import as_kind
 from trunkline.client.app import app as client_app
 from trunkline.client.handlers import answer_score, answer_train
 from trunkline.client.site import open_site

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.requests import as_kind, request_of
+from tests.typed_requests import as_kind, request_of
 from trunkline.client.handlers import answer_offer, answer_score, answer_train, contract_of
 from trunkline.client.site import Site, open_site
 from trunkline.client.training.device_dataset import DeviceDataset

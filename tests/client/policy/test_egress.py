@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from tests.requests import as_kind, request_of
+from tests.typed_requests import as_kind, request_of
 from trunkline.client.app import app
 from trunkline.client.policy import consent, contracts, manifest
 from trunkline.client.policy.egress import ONCE, EgressFilter

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from tests.loopback import QUICK, WatchedGrid, arrays_in, events_of, federate, refusals_of
-from tests.requests import as_kind, request_of
+from tests.typed_requests import as_kind, request_of
 from trunkline.client.handlers import answer_offer, answer_score, answer_train
 from trunkline.client.policy import consent, contracts
 from trunkline.client.site import Site, open_site

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import trunkline.runtime.storage
 import trunkline.security.encryption
 from tests.loopback import federate, trunk_of
-from tests.requests import as_kind, request_of
+from tests.typed_requests import as_kind, request_of
 from trunkline.cli.app import app
 from trunkline.client.handlers import answer_offer, answer_score, answer_train
 from trunkline.client.site import Site, open_site
