@@ -144,7 +144,7 @@ def test_a_site_that_missed_the_choice_says_so_and_is_scored_all_the_same(
     federate(plants, tmp_path, tamper={2: deaf}, **SETTINGS, cohort=cohort)
     name = open_site({"site": str(plants[0]), "state": str(tmp_path / "state" / plants[0].name)}).name
     assert any(
-        name in record.message and "was not there when the sites chose" in record.message for record in caplog.records
+        name in record.message and "was absent when the sites chose" in record.message for record in caplog.records
     )
     assert name in {row["site"] for row in read_report(tmp_path)["sites"]}
     assert np.isfinite([row["federated"] for row in read_report(tmp_path)["sites"]]).all()

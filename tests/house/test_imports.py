@@ -36,9 +36,10 @@ MAY: dict[str, tuple[str, ...]] = {
     "client/adaptation": (
         *STATE, "config", "models", "release", "client/data", "client/model_selection", "client/state", "client/training",
     ),
+    "client/round_models": (*VALUES, "models", "client/model_selection", "client/site", "client/state"),
     "client/handlers": (
-        *VALUES, "models", "privacy", "client/data", "client/model_selection", "client/policy", "client/site", "client/state",
-        "client/training",
+        *VALUES, "models", "privacy", "client/data", "client/model_selection", "client/policy", "client/round_models",
+        "client/site", "client/state", "client/training",
     ),
     "client/app": (*VALUES, "flower", "client/handlers", "client/policy", "client/site"),
     # `models`: the kinds of task, which it hands to its egress filter

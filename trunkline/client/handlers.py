@@ -1,21 +1,27 @@
-"""What a site does with each order: offer, train, evaluate. Pure of Flower; the vault is the only memory between calls."""
+"""What a site does with each kind of request. Free of Flower; the vault is the only memory between two requests."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from dataclasses import asdict
 
 import numpy as np
 
 import trunkline
 from trunkline.client.data.statistics import lent_statistics, names_of
-from trunkline.client.model_selection.candidates import finish
 from trunkline.client.model_selection.evaluation import Decision, curve, decide_site, score_site
 from trunkline.client.policy.consent import ask_consent, check_consent, lets_go
+from trunkline.client.round_models import (
+    BestModels,
+    curve_loss,
+    federated_model,
+    finished_models,
+    local_model,
+    local_request,
+    models_by_role,
+    personal_model,
+)
 from trunkline.client.site import Site
-from trunkline.client.state.vault import Entry, Question, State, Vault
+from trunkline.client.state.vault import Entry, Question, Vault
 from trunkline.client.training.loop import train_site
-from trunkline.models.trunk import TrunkModel
 from trunkline.privacy.guards import at_site, guards_of
 from trunkline.protocol.arrays import Arrays, seed_of, specs_of
 from trunkline.protocol.contract import FIT_CONTRACT, FIT_METRIC, Contract, metric_names
@@ -31,9 +37,6 @@ from trunkline.protocol.messages import (
     TrainRequest,
     open_stored_training,
 )
-from trunkline.protocol.plan import LocalPlan, Phase
-
-Agreed = TypeVar("Agreed", bound=AgreedRequest)
 
 
 def answer_offer(site: Site, request: OfferRequest) -> tuple[Offer, Arrays]:
@@ -71,16 +74,15 @@ def contract_of(site: Site, lent: Arrays) -> Contract:
 def answer_train(site: Site, request: TrainRequest, arrays: Arrays) -> tuple[Reply, Entry]:
     """One round: adopt what came, train, put everything private on disk, and only then answer.
 
-    A question that was answered before (same order, same arrays) is answered from the vault, byte for byte.
+    A question that was answered before (same request, same arrays) is answered from the vault, byte for byte.
 
     Raises:
-        ContractError: the order is not what the plant agreed to, or the trunk is another than the site builds.
+        ContractError: the request is not what the plant agreed to, or the trunk is another than the site builds.
         StorageError: the vault cannot be read or written; nothing was sent.
         Away: nothing of it is in the vault yet, and the plant is outside its hours or paused.
     """
-    site.meet(request)
-    check_consent(site.name, site.config.policy, site.contracts, request)
-    vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
+    _check(site, request)
+    vault = _vault(site, request)
     question = _digest(request, arrays)
     entry = vault.answered(request.round, question)
     if entry is None:  # what is in the vault may be had at any hour
@@ -100,22 +102,30 @@ def answer_fit(site: Site, request: FitQuery, arrays: Arrays) -> tuple[Reply, di
     Trains nothing and writes nothing, so any number of queries changes no answer that follows.
 
     Raises:
-        ContractError: the order is not what the plant agreed to, or the trunk is another than the site builds.
+        ContractError: the request is not what the plant agreed to, or the trunk is another than the site builds.
         StorageError: the vault cannot be read.
         Away: the plant is outside its hours, or paused.
     """
-    site.meet(request)
-    check_consent(site.name, site.config.policy, site.contracts, request)
+    _check(site, request)
     site.admit()
-    before = _before(site, request, Vault(site.state, request.run, site.tell, site.seal, site.name))
-    model, _ = _models(site, request.model_copy(update={"baseline": False}), arrays, before)
-    metrics = {FIT_METRIC: curve(model, site.resident("curve"), site.data.tasks).loss}
+    before = _before(site, request, _vault(site, request))
+    metrics = {FIT_METRIC: curve_loss(federated_model(site, request, arrays, before), site)}
     FIT_CONTRACT.check(Arrays(), metrics)
     return Reply(site=site.name, run=request.run, round=request.round, contract=request.contract, weight=1.0), metrics
 
 
+def _check(site: Site, request: AgreedRequest) -> None:
+    """Raise where the plant did not agree to this; from now on the site's rows are those under the request's conditions."""
+    site.apply_conditions(request)
+    check_consent(site.name, site.config.policy, site.contracts, request)
+
+
+def _vault(site: Site, request: AgreedRequest) -> Vault:
+    return Vault(site.state, request.run, site.tell, site.seal, site.name)
+
+
 def _digest(request: AgreedRequest, arrays: Arrays) -> str:
-    """Of a question: the same order with the same arrays."""
+    """Digest of a request with its lent arrays."""
     return hashlib.sha256(f"{request.model_dump_json()}|{arrays.digest()}".encode()).hexdigest()
 
 
@@ -129,112 +139,61 @@ def _before(site: Site, request: AgreedRequest, vault: Vault) -> Entry | None:
 
 
 def _train(site: Site, request: TrainRequest, arrays: Arrays, vault: Vault, before: Entry | None) -> Entry:
-    model, twin = _models(site, request, arrays, before)
+    model, local = federated_model(site, request, arrays, before), local_model(site, request, before)
     tasks, plan = site.data.tasks, request.plan
     metrics: dict[str, float] = {}
     balance = dict(before.balance) if before is not None else {}
-    best = _Best.of(before, _planned(vault, request))
-    personal = _personal(site, request, before)
-    for who, one in (("federated", model), ("personal", personal), ("local", twin)):
-        if one is not None and request.passed:  # what trains on the validation rows cannot be judged by them
-            best.arrive(who, one, request)
-        elif one is not None and request.done > 0:  # before round 1 nothing has learnt anything
-            point = curve(one, site.resident("curve"), tasks)
-            best.see(who, one, point.loss, request)
+    best = BestModels.of(before, _planned(vault, request))
+    personal = personal_model(site, request, before)
+    for role, trainee in (("federated", model), ("personal", personal), ("local", local)):
+        if trainee is not None and request.passed:  # what trains on the validation rows cannot be judged by them
+            best.keep_if_planned(role, trainee, request)
+        elif trainee is not None and request.done > 0:  # before round 1 nothing has learnt anything
+            point = curve(trainee, site.resident("curve"), tasks)
+            best.keep_if_better(role, trainee, point.loss, request)
             # the curves called federated are those of the model the site uses: the personal one where there is one
-            name = "federated" if who == "personal" else who
+            name = "federated" if role == "personal" else role
             metrics["validation_loss" if name == "federated" else "local_validation_loss"] = point.loss
             metrics |= {f"{task}.{name}": value for task, value in point.metrics.items()}
     seed = seed_of(request.seed, site.name, request.round)
     data, done = site.resident(site.rows(request)), request.done
     arrived = [parameter.detach().clone() for parameter in model.parameters_of("trunk")] if personal else None
-    if request.lend or best.hopeful("federated", request):
+    if request.lend or best.may_improve("federated", request):
         trained = train_site(
             model, data, tasks, plan, seed=seed, done=done, rounds=request.rounds, balance=balance.get("federated")
         )
         metrics |= {"train_loss": trained.loss, **trained.conflicts}
         balance["federated"] = trained.balance
-    if personal is not None and best.hopeful("personal", request):
+    if personal is not None and best.may_improve("personal", request):
         pulled = plan.model_copy(update={"proximal": plan.personal})
         balance["personal"] = train_site(
             personal, data, tasks, pulled, seed=seed, done=done, rounds=request.rounds,
             toward=arrived, balance=balance.get("personal"),
         ).balance  # fmt: skip
-    if twin is not None and best.hopeful("local", request):
+    if local is not None and best.may_improve("local", request):
         balance["local"] = train_site(
-            twin, data, tasks, apart(request).plan, seed=seed, done=done, rounds=request.rounds,
+            local, data, tasks, local_request(request).plan, seed=seed, done=done, rounds=request.rounds,
             balance=balance.get("local"),
         ).balance  # fmt: skip
     after = model.share(request.lend)
     delta = Arrays({name: np.subtract(array, arrays[name]) for name, array in after.items()})
     delta = at_site(guards_of(request.about.guards), delta)
     contract = contract_of(site, arrays)
-    metrics = {name: number for name, number in metrics.items() if name in contract.metrics}
+    metrics = {name: metric for name, metric in metrics.items() if name in contract.metrics}
     contract.check(delta, metrics)
     return Entry(
         question=_digest(request, arrays),
         private=model.private(request.lend),
-        local=twin.private(()) if twin is not None else {},
+        local=local.private(()) if local is not None else {},
         best=best.state,
         best_loss=best.loss,
         best_round=best.round,
         personal=personal.private(()) if personal is not None else {},
-        balance={who: state for who, state in balance.items() if state},
+        balance={role: state for role, state in balance.items() if state},
         delta=delta,
         metrics=metrics,
         weight=float(min(len(data), request.weight_cap)),
     )
-
-
-@dataclass
-class _Best:
-    """The best model so far of each kind, by validation loss: early stopping, alike for who federates and who does not.
-
-    Args:
-        planned: in a second pass, who -> the round of a pass that was best in the first; its model is kept again.
-    """
-
-    state: dict[str, State]
-    loss: dict[str, float]
-    round: dict[str, int]
-    planned: Mapping[str, int]
-
-    @classmethod
-    def of(cls, before: Entry | None, planned: Mapping[str, int] | None = None) -> "_Best":
-        kept = (dict(before.best), dict(before.best_loss), dict(before.best_round)) if before else ({}, {}, {})
-        return cls(*kept, planned or {})
-
-    def see(self, who: str, model: TrunkModel, loss: float, request: AgreedRequest) -> None:
-        if request.plan.keep == "best" and np.isfinite(loss) and loss < self.loss.get(who, np.inf):
-            self.state[who], self.loss[who], self.round[who] = model.private(()), loss, request.done
-
-    def arrive(self, who: str, model: TrunkModel, request: AgreedRequest) -> None:
-        if self.planned.get(who) == request.done:
-            self.state[who], self.loss[who], self.round[who] = (
-                model.private(()),
-                0.0,
-                request.done,
-            )  # no loss tells here
-
-    def hopeful(self, who: str, request: AgreedRequest) -> bool:
-        """Whether one that trains alone should go on; who lends trains on for the others."""
-        if request.passed:
-            return request.done < self.planned.get(who, request.rounds)
-        patience = request.plan.patience_rounds
-        return not patience or who not in self.round or request.done - self.round[who] < patience
-
-    def put_back(self, who: str, model: TrunkModel, site: Site, request: AgreedRequest) -> None:
-        """The best state of `model`, where one before the last round was better."""
-        if who in self.state and (request.passed or self.loss[who] < self._last(model, site)):
-            model.restore(self.state[who], ())
-
-    def plan(self, who: str, model: TrunkModel, site: Site, request: AgreedRequest) -> int:
-        """At which round of a pass the best model of this one was reached."""
-        return self.round[who] if who in self.state and self.loss[who] < self._last(model, site) else request.done
-
-    @staticmethod
-    def _last(model: TrunkModel, site: Site) -> float:
-        return curve(model, site.resident("curve"), site.data.tasks).loss
 
 
 def _planned(vault: Vault, request: AgreedRequest) -> dict[str, int]:
@@ -243,108 +202,44 @@ def _planned(vault: Vault, request: AgreedRequest) -> dict[str, int]:
     return dict((vault.decisions() or {}).get("planned", {}))
 
 
-def alone(plan: LocalPlan) -> LocalPlan:
-    """The local twin's plan: the same steps and settings, everything trained together at full rate, no pull to anybody."""
-    return plan.model_copy(
-        update={"phases": (Phase(parts=("stem", "trunk", "heads")),), "proximal": 0.0, "private_rate": 1.0}
-    )
-
-
-def apart(request: Agreed) -> Agreed:
-    """The order as the local twin takes it: lending nothing, and with its own settings where a search chose some for it."""
-    own = request.local_baseline
-    settings = {"plan": alone(own.plan), "trunk": own.trunk} if own else {"plan": alone(request.plan)}
-    return request.model_copy(update={**settings, "lend": ()})
-
-
-def _models(
-    site: Site, request: AgreedRequest, arrays: Arrays, before: Entry | None
-) -> tuple[TrunkModel, TrunkModel | None]:
-    """The federated model with what arrived, and the local twin, both as the round before left them."""
-    model = site.model(request)
-    model.adopt(arrays, request.lend)
-    twin = site.model(apart(request)) if request.baseline else None
-    if before is not None:
-        model.restore(before.private, request.lend)
-        if twin is not None:
-            twin.restore(before.local, ())
-    return model, twin
-
-
-def _personal(site: Site, request: AgreedRequest, before: Entry | None) -> TrunkModel | None:
-    """The site's own model beside the shared one (Ditto), as the round before left it; None where the plan has none."""
-    if not request.plan.personal:
-        return None
-    model = site.model(request)
-    if before is not None and before.personal:
-        model.restore(before.personal, ())
-    return model
-
-
 def answer_decide(site: Site, request: DecideRequest, arrays: Arrays) -> Scorecard:
-    """Settle by validation rows, before they are trained on, which model each task uses and where it decides.
+    """Choose by validation rows, before they are trained on, which model each task uses and where it decides.
 
-    The answer says nothing but that it is done: no test row is looked at, and what was settled stays in the vault. Asked
-    again the same, it is done already.
+    The reply has no rows: no test row is read, and the choice stays in the vault. A repeated request changes nothing.
     """
-    site.meet(request)
-    check_consent(site.name, site.config.policy, site.contracts, request)
-    vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
+    _check(site, request)
+    vault = _vault(site, request)
     question = _digest(request, arrays)
     if vault.decisions(question) is None:
         site.admit()
         before = _before(site, request, vault)
-        roles = _roles(site, request, arrays, before)
-        best = _Best.of(before)
-        planned = {who: best.plan(who, one, site, request) for who, one in roles.items()}
-        settled = decide_site(site, _finished(site, request, roles, best), request)
-        kept = {"planned": planned, "tasks": {name: asdict(one) for name, one in settled.items()}}
+        roles = models_by_role(site, request, arrays, before)
+        best = BestModels.of(before)
+        planned = {role: best.best_round(role, model, site, request) for role, model in roles.items()}
+        settled = decide_site(site, finished_models(site, request, roles, best), request)
+        kept = {"planned": planned, "tasks": {name: asdict(decision) for name, decision in settled.items()}}
         vault.keep_decisions(question, kept)
     return Scorecard(site=site.name, run=request.run, rows=())
 
 
 def answer_score(site: Site, request: ScoreRequest, arrays: Arrays) -> Scorecard:
-    """Score the final trunk with this site's stem and heads, the twin, and what else the gate may choose from, on test rows.
+    """Score on test rows the final trunk with this site's stem and heads, the local baseline and the gate's candidates.
 
-    With a personal model beside the shared one (`plan.personal`) it is the personal one that federation gave this site.
+    With a personal model beside the shared one (`plan.personal`), the personal model counts as the federated one.
     """
-    site.meet(request)
-    check_consent(site.name, site.config.policy, site.contracts, request)
+    _check(site, request)
     site.admit()
-    vault = Vault(site.state, request.run, site.tell, site.seal, site.name)
+    vault = _vault(site, request)
     before = _before(site, request, vault)
-    models = _finished(site, request, _roles(site, request, arrays, before), _Best.of(before))
+    models = finished_models(site, request, models_by_role(site, request, arrays, before), BestModels.of(before))
     settled = None
     if request.passed:
         if (kept := vault.decisions()) is not None:
-            settled = {name: Decision(**one) for name, one in kept["tasks"].items()}
+            settled = {name: Decision(**decision) for name, decision in kept["tasks"].items()}
         else:
             site.tell(
-                "was not there when the sites chose by their validation rows, so it chooses by rows its models have seen: "
+                "was absent when the sites chose by their validation rows, so it chooses by rows its models have seen: "
                 "thresholds and the choice of the gate are too hopeful. Run it again with all sites there."
             )
     rows = score_site(site, models, request, settled=settled)  # its predictions stay here as evidence, report or not
     return Scorecard(site=site.name, run=request.run, rows=rows if site.config.policy.report else ())
-
-
-def _roles(site: Site, request: AgreedRequest, arrays: Arrays, before: Entry | None) -> dict[str, TrunkModel]:
-    """The models of this site as the last round left them: "federated" with what arrived, "personal", "local"."""
-    model, twin = _models(site, request, arrays, before)
-    roles = {"federated": model}
-    if before is not None and before.personal:
-        roles["personal"] = site.model(request)
-        roles["personal"].restore(before.personal, ())
-    if twin is not None:
-        roles["local"] = twin
-    return roles
-
-
-def _finished(site: Site, request: AgreedRequest, roles: dict[str, TrunkModel], best: _Best) -> dict[str, TrunkModel]:
-    """`roles` at their best round, with what a strategy leaves for the end; the personal model is what federation gave."""
-    for who, one in roles.items():
-        best.put_back(who, one, site, request)
-    finish(site, roles["federated"], request)
-    if "personal" not in roles:
-        return roles
-    others = {who: one for who, one in roles.items() if who != "personal"}
-    return {**others, "shared": roles["federated"], "federated": roles["personal"]}

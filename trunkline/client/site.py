@@ -92,8 +92,8 @@ class Site:
         """What `order` trains on: in the second pass of a run that refits, the validation rows too."""
         return "all" if request.passed else "train"
 
-    def meet(self, request: AgreedRequest) -> None:
-        """From now on `resident` gives rows under the conditions of `order`, which are any but the plain ones in a simulation only."""
+    def apply_conditions(self, request: AgreedRequest) -> None:
+        """From now on `resident` gives rows under the conditions of the request; only a simulation has any."""
         now = request.conditions, request.seed if request.conditions != Conditions() else 0
         if now != self._conditions:
             self._conditions = now
@@ -114,10 +114,10 @@ class Site:
         if self._conditions[0] == Conditions():
             return self._resident[part]
         if part not in self._now:
-            self._now[part] = self._met(self._resident[part], part)
+            self._now[part] = self._under_conditions(self._resident[part], part)
         return self._now[part]
 
-    def _met(self, rows: DeviceDataset, part: RowSubset) -> DeviceDataset:
+    def _under_conditions(self, rows: DeviceDataset, part: RowSubset) -> DeviceDataset:
         """Rows of `part` as the conditions have them. The order of groups, and of rows in them, is that in which labels come."""
         conditions, seed = self._conditions
         if part in ("train", "all") and conditions.labelled < 1.0 and len(rows):

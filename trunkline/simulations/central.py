@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trunkline.client.handlers import alone
 from trunkline.client.model_selection.evaluation import Decision, decide_site, score_site
+from trunkline.client.round_models import local_plan
 from trunkline.client.site import Site, open_site
 from trunkline.client.training.device_dataset import DeviceDataset
 from trunkline.client.training.loop import steps_of, train_site
@@ -79,10 +79,10 @@ def _one_pass(
     names = [site.name for site in sites]
     model = pooled[0].model(request)
     for site in sites:
-        site.meet(request)
+        site.apply_conditions(request)
     parts = [site.resident(site.rows(request)) for site in sites]
     data, tasks = DeviceDataset.joined(parts), pooled[0].data.tasks
-    plan = alone(run.training)
+    plan = local_plan(run.training)
     plan = plan.model_copy(
         update={"epochs": None, "steps": steps_of(plan, len(data)) * (1 if plan.epochs else len(sites))}
     )
@@ -99,7 +99,7 @@ def _one_pass(
         for site, part, twin in zip(sites, parts, twins, strict=True):
             if twin is not None:
                 balances[site.name] = train_site(
-                    twin, part, site.data.tasks, alone(run.training), seed=seed_of(run.seed, site.name, round), done=done,
+                    twin, part, site.data.tasks, local_plan(run.training), seed=seed_of(run.seed, site.name, round), done=done,
                     rounds=run.rounds, balance=balances.get(site.name),
                 ).balance  # fmt: skip
         seconds = time.monotonic() - began

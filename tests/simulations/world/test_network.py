@@ -473,9 +473,9 @@ def test_inputs_move_by_the_week_each_sites_in_its_own_direction(benches: list[P
         site = open_site(grid.inner.contexts[node].node_config)
         plain = TrainRequest(run="r", seed=5, round=1, rounds=3, trunk=TrunkSpec(), plan=LocalPlan(), lend=())
         for part in ("train", "curve", "test"):
-            site.meet(plain)
+            site.apply_conditions(plain)
             before = site.resident(part).values
-            site.meet(plain.model_copy(update={"conditions": Conditions(drift=0.2)}))
+            site.apply_conditions(plain.model_copy(update={"conditions": Conditions(drift=0.2)}))
             moved = site.resident(part).values - before
             assert torch.allclose(moved, moved[:1].expand_as(moved), atol=1e-6)  # every row alike
             assert float(moved.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-5)

@@ -1,6 +1,6 @@
 """Which sites can be trained in one stack, and which are trained alone."""
 
-from trunkline.client.handlers import apart
+from trunkline.client.round_models import local_request
 from trunkline.client.site import Site
 from trunkline.client.training.loop import steps_of
 from trunkline.protocol.messages import TrainRequest
@@ -19,14 +19,14 @@ HONOURED = frozenset(
 
 def kind_of(site: Site, request: TrainRequest) -> Kind | None:
     """Sites with equal kinds can be trained together; None: this one is trained alone, as `answer_train` does it."""
-    requests = [request] + ([apart(request)] if request.baseline else [])
+    requests = [request] + ([local_request(request)] if request.baseline else [])
     if request.about.guards or site.config.policy.metrics is not True:
         return None  # guards and policies are kept where each site answers for itself
     if any(unsupported(role.plan) for role in requests):
         return None
     if any(role.trunk.norm == "private" for role in requests):
         return None  # its running statistics follow one site's batches
-    site.meet(request)
+    site.apply_conditions(request)
     data = site.resident(site.rows(request))
     if not len(data) or data.goes is not None:
         return None

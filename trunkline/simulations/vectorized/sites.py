@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trunkline.client.handlers import apart
+from trunkline.client.round_models import local_request
 from trunkline.client.site import Site
 from trunkline.client.state.vault import Entry, State, Vault
 from trunkline.client.training.device_dataset import device
@@ -141,7 +141,9 @@ class VectorizedSites:
 
     def _load(self) -> None:
         """What the vaults hold, stacked; a site new to the run starts as `site.model` does."""
-        requests = {"federated": self.request} | ({"local": apart(self.request)} if self.request.baseline else {})
+        requests = {"federated": self.request} | (
+            {"local": local_request(self.request)} if self.request.baseline else {}
+        )
         entries: list[Entry | None] = []
         for index, site in enumerate(self.sites):
             vault = Vault(site.state, self.request.run, site.tell, site.seal, site.name)
@@ -198,7 +200,7 @@ class VectorizedSites:
         """Train these sites in stacks, one after the other."""
         waiting = [self.index_of[name] for name in names]
         for name, role in self.roles.items():
-            role.request = request if name == "federated" else apart(request)
+            role.request = request if name == "federated" else local_request(request)
         while waiting:
             size = self.stack_size.next(len(waiting), len(self.sites))
             indices, waiting = waiting[:size], waiting[size:]
