@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trunkline.client.adaptation import evidence
-from trunkline.client.adaptation.adapt import adapt_data, label_of
+from trunkline.client.adaptation.adapt import adapt_data
+from trunkline.client.adaptation.choice import label_of
 from trunkline.client.data.site_data import open_newcomer
 from trunkline.config.run import NewcomersConfig
 from trunkline.config.site import read_site

@@ -144,7 +144,7 @@ def test_ridge_is_the_minimum_that_a_slow_descent_finds(pull: float) -> None:
     x, y = torch.randn(40, 3, generator=random), torch.randn(40, generator=random)
     head = nn.Linear(3, 1)
     start = torch.cat([head.weight[0], head.bias]).detach().double()
-    ridge(head, x, torch.where(torch.arange(40) == 7, torch.nan, y), pull, came=True)
+    ridge(head, x, torch.where(torch.arange(40) == 7, torch.nan, y), pull, released=True)
     solved = torch.cat([head.weight[0], head.bias]).detach().double()
     keep = torch.arange(40) != 7
     wide = torch.cat([x, torch.ones(40, 1)], dim=1)[keep].double()

@@ -15,9 +15,8 @@ where groups that were held out say so beyond their noise.
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trunkline.client.adaptation.choice import Choice, Tried, choose_by_losses
 from trunkline.client.adaptation.probe import probe
 from trunkline.client.data import SiteData, WindowSet
 from trunkline.client.data.site_data import open_newcomer
@@ -101,34 +101,6 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which candidate, why, and what every candidate lost on groups it did not see.
-
-    Args:
-        name: a candidate; "interpolated" has its `share` of fine-tuned weights beside it.
-        losses: candidate -> mean over held-out groups of the site's training loss; empty where none could be held out.
-        outputs: task -> what the chosen candidate gave for `rows`, which it did not see; empty like `losses`.
-        reference: as `outputs`, of the candidate that had to be beaten.
-    """
-
-    name: str
-    share: float
-    why: str
-    losses: dict[str, float] = field(default_factory=dict)
-    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    reference: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        return label_of(self.name, self.share)
-
-
-def label_of(name: str, share: float) -> str:
-    return f"interpolated {share:.2f}" if name == "interpolated" else name
-
-
-@dataclass(frozen=True)
 class Adapted:
     """What `adapt` made of a release for one site."""
 
@@ -161,17 +133,17 @@ class CandidateBuilder:
         self.card = card
         self.seed = seed_of(card.seed, data.config.name, "adapt")
         self.window = data.config.data.window
-        known = data.train.labelled()
-        if not len(known):
+        with_labels = data.train.labelled()
+        if not len(with_labels):
             raise DataError(
                 f"{data.config.name}: no training row has a label, so there is nothing to adapt to or to judge by. "
                 "Label one group at least; which one would tell most, `trunkline check` cannot know."
             )
-        grouped = groups_of(known, in_time=data.config.data.group is None or data.config.data.split.by == "time")
+        grouped = groups_of(with_labels, in_time=data.config.data.group is None or data.config.data.split.by == "time")
         names = np.unique(grouped)
         order = np.random.default_rng(seed_of(self.seed, "groups", draw)).permutation(len(names))
         self.labelled: Groups = names[order][:labelled]  # in the order in which fewer of them would be taken
-        self.samples: WindowSet = known.subset(np.isin(grouped, self.labelled))
+        self.samples: WindowSet = with_labels.subset(np.isin(grouped, self.labelled))
         self.groups: Groups = grouped[np.isin(grouped, self.labelled)]
         self.resident = DeviceDataset.of(self.samples, device())
         self.tasks = {name: copy.copy(task) for name, task in data.tasks.items()}
@@ -194,9 +166,9 @@ class CandidateBuilder:
             notes.append("No stem was released: one is learnt here.")
         elif card.channels != self.data.channels:
             stem = False
-            theirs = ", ".join(card.channels) if card.channels else "called differently at each of its sites"
+            released_channels = ", ".join(card.channels) if card.channels else "called differently at each of its sites"
             notes.append(
-                f"The released stem reads other channels: {theirs}. This site has {', '.join(self.data.channels)}. "
+                f"The released stem reads other channels: {released_channels}. This site has {', '.join(self.data.channels)}. "
                 "A stem is learnt here; were they the same in the same order, the released one could be used."
             )
         elif not stem:
@@ -205,17 +177,17 @@ class CandidateBuilder:
             parts.append("stem")
             if card.window not in (None, self.window):
                 notes.append(f"The release was trained on windows of {card.window} rows; this site has {self.window}.")
-        cards = {one.task: one for one in card.tasks}
+        cards = {entry.task: entry for entry in card.tasks}
         heads = []
         for name, task in sorted(self.tasks.items()):
             shapes = {key: array.shape for key, array in model.share((f"head.{name}",)).items()}
-            came = {key: arrays[key].shape for key in arrays if key.startswith(f"head.{name}.")}
-            if not came:
+            released_shapes = {key: arrays[key].shape for key in arrays if key.startswith(f"head.{name}.")}
+            if not released_shapes:
                 notes.append(f"No head for task {name!r} was released: one is learnt here.")
             elif (
                 name not in cards
                 or (cards[name].kind, cards[name].unit) != (task.kind, task.card.unit)
-                or came != shapes
+                or released_shapes != shapes
             ):
                 notes.append(
                     f"The released head {name!r} is of another kind, unit or number of outputs: one is learnt here."
@@ -291,16 +263,16 @@ class CandidateBuilder:
     def _probe(self, model: TrunkModel, data: DeviceDataset, groups: int, train: Callable[[LocalPlan], None]) -> None:
         if not self.fit.stem:
             train(LEARN)  # a stem cannot be solved for: it is learnt below the frozen trunk, together with the heads
-            probe(model, data, self.tasks, groups, came=tuple(self.tasks))
+            probe(model, data, self.tasks, groups, released=tuple(self.tasks))
         else:
-            probe(model, data, self.tasks, groups, came=self.fit.heads)
+            probe(model, data, self.tasks, groups, released=self.fit.heads)
 
     def blend(self, tuned: TrunkModel, share: float) -> TrunkModel:
         """(1 - share) of the released weights and `share` of `tuned`'s."""
         model = copy.deepcopy(self._start)
         with torch.no_grad():
-            for ours, theirs in zip(model.parameters(), tuned.parameters(), strict=True):
-                ours.lerp_(theirs, share)
+            for ours, tuned_values in zip(model.parameters(), tuned.parameters(), strict=True):
+                ours.lerp_(tuned_values, share)
             for name in self.tasks:  # nothing was released to stay near to
                 if name not in self.fit.heads:
                     model.heads[name].load_state_dict(tuned.heads[name].state_dict())
@@ -314,115 +286,72 @@ class CandidateBuilder:
 
     def choose(self) -> Choice:
         """The candidate to use, by groups held out; by a prior where there are too few of them for an honest choice."""
-        number = len(self.labelled)
-        name, share = self.prior(number)
-        if number >= HONEST:
-            return self._decide(self._held_out(share), share)
-        what = f"{number} labelled group{'s' if number != 1 else ''} cannot be held out and learnt from at once"
+        count = len(self.labelled)
+        name, share = self.prior(count)
+        if count >= HONEST:
+            return choose_by_losses(self._held_out(share), share, as_is=self.fit.as_is)
+        too_few = f"{count} labelled group{'s' if count != 1 else ''} cannot be held out and learnt from at once"
         if name == "interpolated":
             how = f"{share:.0%} of the way from the released weights to fine-tuned ones, a share that cost nothing on average where it was measured."
         else:
             how = "the trunk stays as it came, and only what was not released is learnt."
-        return Choice(name, share, f"{what}: {how}")
+        return Choice(name, share, f"{too_few}: {how}")
 
     def prior(self, groups: int) -> tuple[str, float]:
         """The candidate and share for so few labelled groups that no choice between candidates would be honest."""
         return ("interpolated", groups / (groups + HALF)) if self.fit.as_is else ("probe", 1.0)
 
-    def _held_out(self, prior: float) -> dict[tuple[str, float], "Tried"]:
+    def _held_out(self, prior: float) -> dict[tuple[str, float], Tried]:
         """Every candidate on groups it was not made from."""
         shuffled = self.labelled
-        folds = [shuffled[place::FOLDS] for place in range(min(FOLDS, len(shuffled)))]
+        folds = [shuffled[start::FOLDS] for start in range(min(FOLDS, len(shuffled)))]
         tried: dict[tuple[str, float], Tried] = {}
         for held in folds:
-            rest = shuffled[~np.isin(shuffled, held)]
+            remaining = shuffled[~np.isin(shuffled, held)]
             rows = self._spread(held)
             data = DeviceDataset.of(self.samples.subset(rows), device())
-            made = {(name, 1.0): self.make(name, rest) for name in TRAINED if not tried or (name, 1.0) in tried}
+            candidates = {
+                (name, 1.0): self.make(name, remaining) for name in TRAINED if not tried or (name, 1.0) in tried
+            }
             if self.fit.as_is:
-                made["as_is", 0.0] = self.as_is(rest)
+                candidates["as_is", 0.0] = self.as_is(remaining)
                 for share in BLENDS:
-                    made["interpolated", share] = self.blend(made["full", 1.0], share)
+                    candidates["interpolated", share] = self.blend(candidates["full", 1.0], share)
                 # judged as it would be used: with the share that so few groups as a fold leaves are worth
-                made["interpolated", prior] = self.blend(made["full", 1.0], self.prior(len(rest))[1])
-            for key, model in made.items():
+                candidates["interpolated", prior] = self.blend(candidates["full", 1.0], self.prior(len(remaining))[1])
+            for key, model in candidates.items():
                 outputs = outputs_of(model, data, self.tasks)
                 tried.setdefault(key, Tried()).add(rows, outputs, self._losses(outputs, rows))
             if self.fit.as_is:
                 least = HOPELESS * float(tried["as_is", 0.0].losses.mean())
-                tried = {key: one for key, one in tried.items() if key[0] not in LATE or one.losses.mean() <= least}
+                tried = {
+                    key: result for key, result in tried.items() if key[0] not in LATE or result.losses.mean() <= least
+                }
         return tried
 
     def _spread(self, held: Groups) -> NDArray[np.int64]:
         """At most ROWS samples of each held-out group, evenly over its time."""
         rows = [np.flatnonzero(self.groups == group) for group in held.tolist()]
         return np.concatenate(
-            [one[np.unique(np.linspace(0, len(one) - 1, min(ROWS, len(one))).round().astype(int))] for one in rows]
+            [
+                members[np.unique(np.linspace(0, len(members) - 1, min(ROWS, len(members))).round().astype(int))]
+                for members in rows
+            ]
         )
 
     def _losses(self, outputs: dict[str, Tensor], rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """The site's training loss, one figure a group: what is compared is the plant's whole wish, not one task of it."""
         labels = {name: torch.from_numpy(column[rows]) for name, column in self.samples.labels.items()}
-        found = []
+        losses = []
         for group in np.unique(self.groups[rows]).tolist():
-            here = torch.from_numpy(np.flatnonzero(self.groups[rows] == group))
-            one = total_loss(
-                {name: output[here] for name, output in outputs.items()},
-                {name: column[here] for name, column in labels.items()},
+            members = torch.from_numpy(np.flatnonzero(self.groups[rows] == group))
+            loss = total_loss(
+                {name: output[members] for name, output in outputs.items()},
+                {name: column[members] for name, column in labels.items()},
                 self.tasks,
             )
-            found.append(float(one))
-        return np.array(found)
-
-    def _decide(self, tried: dict[tuple[str, float], "Tried"], prior: float) -> Choice:
-        losses = {key: one.losses for key, one in tried.items()}
-        means = {label_of(*key): float(loss.mean()) for key, loss in losses.items()}
-        number = len(next(iter(losses.values())))
-        reference = ("as_is", 0.0) if self.fit.as_is else ("scratch", 1.0)
-        fallback, named = reference, "the released model as it is" if self.fit.as_is else "training from scratch"
-        best, best_mean = fallback, math.inf
-        for key, loss in losses.items():
-            gain = losses[reference] - loss
-            noise = float(gain.std(ddof=1)) / math.sqrt(number)
-            if key != reference and gain.mean() > noise and loss.mean() < best_mean:
-                best, best_mean = key, float(loss.mean())
-        held = f"{number} held-out group{'s' if number != 1 else ''}"
-        # Few held-out groups prove little, and on average over draws interpolating by the prior was level with the release
-        # at one engine and ahead from ten. Single draws lost up to 18 %, so it is not taken against held-out groups.
-        as_well = self.fit.as_is and losses["interpolated", prior].mean() <= losses[reference].mean()
-        if best == reference and as_well:
-            best = ("interpolated", prior)
-        if best == ("interpolated", prior) and means[label_of(*best)] >= means[label_of(*reference)] - float(
-            (losses[reference] - losses[best]).std(ddof=1)
-        ) / math.sqrt(number):
-            why = f"On {held} nothing beat {named} beyond noise, and nothing speaks against going {prior:.0%} of the way to fine-tuned weights."
-        elif best == reference:
-            why = f"On {held} nothing beat {named} beyond noise."
-        else:
-            gain = losses[reference] - losses[best]
-            error = float(gain.std(ddof=1)) / math.sqrt(number)
-            why = (
-                f"On {held} its loss is {losses[best].mean():.3g} where {named} has {losses[reference].mean():.3g}, "
-                f"better by {gain.mean():.2g} with a standard error of {error:.2g}."
-            )
-        chosen, other = tried[best], tried[reference]
-        return Choice(best[0], best[1], why, means, chosen.rows, chosen.outputs, other.outputs)
-
-
-@dataclass
-class Tried:
-    """A candidate's outputs on rows it did not see, over the folds so far, and its loss on each held-out group."""
-
-    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-
-    def add(self, rows: NDArray[np.int64], outputs: dict[str, Tensor], losses: NDArray[np.float64]) -> None:
-        self.rows = np.concatenate([self.rows, rows])
-        self.outputs = {
-            name: torch.cat([*([self.outputs[name]] if self.outputs else []), one]) for name, one in outputs.items()
-        }
-        self.losses = np.concatenate([self.losses, losses])
+            losses.append(float(loss))
+        return np.array(losses)
 
 
 def groups_of(samples: WindowSet, *, in_time: bool) -> Groups:
@@ -431,8 +360,8 @@ def groups_of(samples: WindowSet, *, in_time: bool) -> Groups:
     if not in_time:
         return groups
     _, start, size = np.unique(groups, return_index=True, return_counts=True)
-    place = np.arange(len(groups)) - np.repeat(start, size)  # samples are sorted by group, then order
-    return groups * BLOCKS + place * BLOCKS // np.repeat(size, size)
+    position = np.arange(len(groups)) - np.repeat(start, size)  # samples are sorted by group, then order
+    return groups * BLOCKS + position * BLOCKS // np.repeat(size, size)
 
 
 def adapt(

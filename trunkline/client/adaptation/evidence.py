@@ -19,7 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from trunkline import __version__
-from trunkline.client.adaptation.adapt import HONEST, Adapted, CandidateBuilder, label_of
+from trunkline.client.adaptation.adapt import HONEST, Adapted, CandidateBuilder
+from trunkline.client.adaptation.choice import label_of
 from trunkline.client.adaptation.model_file import MODEL, write_model
 from trunkline.client.adaptation.probe import embeddings
 from trunkline.client.data import WindowSet
@@ -65,7 +66,7 @@ def collect(adapted: Adapted, *, curve: bool = True) -> Evidence:
             "signer": verdict.signer if verdict is not None and verdict.right else None,
         },
         "labelled_groups": len(workshop.labelled),
-        "choice": {"name": choice.name, "share": choice.share, "why": choice.why, "held_out_loss": choice.losses},
+        "choice": {"name": choice.name, "share": choice.share, "why": choice.reason, "held_out_loss": choice.losses},
         "notes": list(adapted.fit.notes),
         "tasks": _gains(adapted, models),
         "curve": _curve(adapted, models) if curve else [],
@@ -88,44 +89,49 @@ def _gains(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, An
     test = adapted.site.test
     rows = []
     resident = DeviceDataset.of(test, device()) if len(test) else None
-    outputs = {who: outputs_of(model, resident, workshop.tasks) if resident else {} for who, model in models.items()}
+    outputs = {
+        candidate: outputs_of(model, resident, workshop.tasks) if resident else {}
+        for candidate, model in models.items()
+    }
     for name, task in workshop.tasks.items():
         labels, groups, on = (test.labels[name], test.groups, "test rows")
-        found = {who: one[name] for who, one in outputs.items()} if resident else {}
+        outputs_by_model = {candidate: result[name] for candidate, result in outputs.items()} if resident else {}
         if not known(labels).any():
             labels, groups = workshop.samples.labels[name][choice.rows], workshop.groups[choice.rows].astype(np.int32)
-            found = {"adapted": choice.outputs[name]} if choice.outputs else {}
-            if found:
-                found["as_is" if adapted.fit.as_is else "scratch"] = choice.reference[name]
+            outputs_by_model = {"adapted": choice.outputs[name]} if choice.outputs else {}
+            if outputs_by_model:
+                outputs_by_model["as_is" if adapted.fit.as_is else "scratch"] = choice.reference[name]
             on = "held-out groups"
         scored = {}
-        for who, output in found.items():
-            calibrated = settled(task, models[who], workshop)
-            scored[who] = Scored(calibrated, calibrated.predict(output))
+        for candidate, output in outputs_by_model.items():
+            calibrated = settled(task, models[candidate], workshop)
+            scored[candidate] = Scored(calibrated, calibrated.predict(output))
         seed = seed_of(workshop.seed, "evidence", name)
         gains = {
-            who: {
-                "difference": _minus(scored["adapted"], other, labels),
-                "interval": paired_bootstrap(scored["adapted"], other, labels, groups, seed),
+            candidate: {
+                "difference": _minus(scored["adapted"], second, labels),
+                "interval": paired_bootstrap(scored["adapted"], second, labels, groups, seed),
             }
-            for who, other in scored.items()
-            if who != "adapted"
+            for candidate, second in scored.items()
+            if candidate != "adapted"
         }
         rows.append(
             {
                 **task.card.model_dump(),
                 "on": on if scored else "nothing: no test row has a label, and too few groups to hold one out",
                 "groups": len(np.unique(groups[known(labels)])) if scored else 0,
-                "figures": {who: one.task.score(one.prediction, labels) for who, one in scored.items()},
+                "figures": {
+                    candidate: result.task.score(result.prediction, labels) for candidate, result in scored.items()
+                },
                 "gains": gains,
             }
         )
     return rows
 
 
-def _minus(one: Scored, other: Scored, labels: NDArray[np.float32]) -> float | None:
-    mine, theirs = (each.task.score(each.prediction, labels) for each in (one, other))
-    return None if mine is None or theirs is None else mine - theirs
+def _minus(first: Scored, second: Scored, labels: NDArray[np.float32]) -> float | None:
+    score, other_score = (result.task.score(result.prediction, labels) for result in (first, second))
+    return None if score is None or other_score is None else score - other_score
 
 
 def _curve(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, Any]]:
@@ -145,27 +151,31 @@ def _curve(adapted: Adapted, models: dict[str, TrunkModel]) -> list[dict[str, An
         scored, full = workshop.samples.subset(np.isin(workshop.groups, kept)).spread(SCORED), False
     resident = DeviceDataset.of(scored, device())
     points = []
-    for size in [*(one for one in SIZES if one < len(groups)), len(groups)]:
-        some = groups[:size]
+    for size in [*(size_before for size_before in SIZES if size_before < len(groups)), len(groups)]:
+        labelled_groups = groups[:size]
         name, share = workshop.prior(size) if size < 5 else (choice.name, choice.share)
         if name == "interpolated" and size < len(groups):
             share = workshop.prior(size)[1]
         last = full and size == len(groups)
-        made = {"adapted": models["adapted"] if last else workshop.build(name, share, some)}
+        models_of_point = {"adapted": models["adapted"] if last else workshop.build(name, share, labelled_groups)}
         if adapted.fit.as_is:
-            made["as_is"] = models["as_is"] if last else workshop.as_is(some)
-        made["scratch"] = models["scratch"] if last else workshop.make("scratch", some)
+            models_of_point["as_is"] = models["as_is"] if last else workshop.as_is(labelled_groups)
+        models_of_point["scratch"] = models["scratch"] if last else workshop.make("scratch", labelled_groups)
         point: dict[str, Any] = {
             "groups": size,
             "adapted_by": choice.label if last else label_of(name, share),
             "tasks": {},
         }
-        outputs = {who: outputs_of(model, resident, workshop.tasks) for who, model in made.items()}
+        outputs = {
+            candidate: outputs_of(model, resident, workshop.tasks) for candidate, model in models_of_point.items()
+        }
         for task in workshop.tasks.values():
             values = {}
-            for who, model in made.items():
+            for candidate, model in models_of_point.items():
                 calibrated = settled(task, model, workshop)
-                values[who] = calibrated.score(calibrated.predict(outputs[who][task.name]), scored.labels[task.name])
+                values[candidate] = calibrated.score(
+                    calibrated.predict(outputs[candidate][task.name]), scored.labels[task.name]
+                )
             point["tasks"][task.name] = values
         points.append(point)
     return points
@@ -185,14 +195,14 @@ def label_next(workshop: CandidateBuilder) -> list[dict[str, Any]]:
         return []
     places = {group: _place(workshop, train, group) for group in [*sorted(labelled), *unlabelled]}
     left = np.stack([places[group] for group in unlabelled])
-    known_ = np.stack([places[group] for group in sorted(labelled)])
-    distance = np.linalg.norm(left[:, None] - known_[None], axis=2).min(axis=1)
+    labelled_places = np.stack([places[group] for group in sorted(labelled)])
+    distance = np.linalg.norm(left[:, None] - labelled_places[None], axis=2).min(axis=1)
     unit = float(np.median(distance)) or 1.0
     chosen = []
     for _ in range(min(NEXT, len(unlabelled))):
-        at = int(distance.argmax())
-        chosen.append({"group": str(names[unlabelled[at]]), "distance": float(distance[at]) / unit})
-        distance = np.minimum(distance, np.linalg.norm(left - left[at], axis=1))
+        farthest = int(distance.argmax())
+        chosen.append({"group": str(names[unlabelled[farthest]]), "distance": float(distance[farthest]) / unit})
+        distance = np.minimum(distance, np.linalg.norm(left - left[farthest], axis=1))
     return chosen
 
 
@@ -233,12 +243,12 @@ def read(folder: Path) -> Evidence:
     """
     path = folder / EVIDENCE
     try:
-        found: Evidence = json.loads(read_private(path, *find_seal_of(path)))
+        evidence: Evidence = json.loads(read_private(path, *find_seal_of(path)))
     except FileNotFoundError:
         raise StorageError(f"{path}: no such file. `trunkline adapt` writes it; --from names another folder.") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"{path}: damaged ({type(error).__name__}: {error}). Adapt again.") from None
-    return found
+    return evidence
 
 
 def sealed(folder: Path) -> bool:
@@ -262,7 +272,7 @@ def render(evidence: Evidence, console: Console) -> None:
     for row in evidence["tasks"]:
         figures = row["figures"]
         gain = row["gains"].get("as_is") or row["gains"].get("scratch") or {"difference": None, "interval": None}
-        cells = [figure(figures.get(who)) for who in ("adapted", "as_is", "scratch")]
+        cells = [figure(figures.get(candidate)) for candidate in ("adapted", "as_is", "scratch")]
         table.add_row(row["task"], f"{row['metric']} {row['unit']}".strip(), *cells, spread(gain))
     console.print(table)
     if evidence["curve"]:
@@ -272,17 +282,19 @@ def render(evidence: Evidence, console: Console) -> None:
             table.add_column(heading, justify="left" if heading == "by" else "right")
         for point in evidence["curve"]:
             values = point["tasks"][lead]
-            cells = [figure(values.get(who)) for who in ("adapted", "as_is", "scratch")]
+            cells = [figure(values.get(candidate)) for candidate in ("adapted", "as_is", "scratch")]
             table.add_row(str(point["groups"]), *cells, point["adapted_by"])
         console.print(table)
     console.print(next_line(evidence), highlight=False, markup=False)
 
 
 def next_line(evidence: Evidence) -> str:
-    found = evidence["label_next"]
-    if not found:
+    groups = evidence["label_next"]
+    if not groups:
         return "Label next: every group that trains has labels; new groups would add most."
-    return "Label next: " + ", ".join(one["group"] for one in found) + " (least like what is labelled, first first)."
+    return (
+        "Label next: " + ", ".join(group["group"] for group in groups) + " (least like what is labelled, first first)."
+    )
 
 
 def figure(value: float | None) -> str:
@@ -308,8 +320,8 @@ def page(evidence: Evidence) -> str:
         "<table><tr><th>task<th>metric<th>adapted<th>as is<th>scratch<th>gain over as is (95 %)<th>over scratch<th>on</tr>",
     ]
     for row in evidence["tasks"]:
-        cells = [figure(row["figures"].get(who)) for who in ("adapted", "as_is", "scratch")]
-        gains = [spread(row["gains"].get(who, {"difference": None})) for who in ("as_is", "scratch")]
+        cells = [figure(row["figures"].get(candidate)) for candidate in ("adapted", "as_is", "scratch")]
+        gains = [spread(row["gains"].get(candidate, {"difference": None})) for candidate in ("as_is", "scratch")]
         about = [
             row["task"],
             f"{row['metric']} {row['unit']}".strip(),
@@ -340,14 +352,16 @@ def _plot(evidence: Evidence, row: dict[str, Any]) -> str:
     ):
         drawing = Figure(figsize=(4.2, 2.8), layout="constrained")
         axes = drawing.add_subplot()
-        for who, style in (("as_is", "--"), ("scratch", ":"), ("adapted", "-")):
-            found = [(point["groups"], point["tasks"][row["task"]].get(who)) for point in evidence["curve"]]
-            found = [(groups, value) for groups, value in found if value is not None]
-            if found:
-                axes.plot(*zip(*found, strict=True), style, marker="o", markersize=3, label=who.replace("_", " "))
+        for candidate, style in (("as_is", "--"), ("scratch", ":"), ("adapted", "-")):
+            points = [(point["groups"], point["tasks"][row["task"]].get(candidate)) for point in evidence["curve"]]
+            points = [(groups, value) for groups, value in points if value is not None]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), style, marker="o", markersize=3, label=candidate.replace("_", " ")
+                )
         axes.set_xscale("log")
         ticks = [point["groups"] for point in evidence["curve"]]
-        axes.set_xticks(ticks, [str(one) for one in ticks], minor=False)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.minorticks_off()
         axes.set(xlabel="labelled groups", ylabel=f"{row['metric']} {row['unit']}".strip(), title=row["task"])
         axes.legend(frameon=False)

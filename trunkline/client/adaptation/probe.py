@@ -1,7 +1,7 @@
-"""New heads on a trunk that stays as it is: solved, not trained, and pulled to the heads that came with it.
+"""New heads on a trunk that stays as it is: solved, not trained, and pulled to the heads that were released with it.
 
 A linear probe learns from the fewest labels, but one fitted to the windows of a single engine fits that engine. So each
-head is pulled to the federation's (or, where none came, to nothing), the harder the fewer groups there are.
+head is pulled to the federation's (or, where none was released, to nothing), the harder the fewer groups there are.
 """
 
 import torch
@@ -30,7 +30,7 @@ def embeddings(model: TrunkModel, data: DeviceDataset) -> Tensor:
 
 
 def probe(
-    model: TrunkModel, data: DeviceDataset, tasks: dict[str, Task], groups: int, *, came: tuple[str, ...] = ()
+    model: TrunkModel, data: DeviceDataset, tasks: dict[str, Task], groups: int, *, released: tuple[str, ...] = ()
 ) -> None:
     """Fit the heads of `model` to `data`, in place; stem and trunk stay to the bit.
 
@@ -39,7 +39,7 @@ def probe(
 
     Args:
         groups: labelled groups behind `data`: samples of one group repeat each other.
-        came: heads that were released with the trunk; the others are pulled to zero.
+        released: heads that were released with the trunk; the others are pulled to zero.
     """
     embedded = embeddings(model, data)
     size = float(embedded.square().mean())
@@ -49,39 +49,39 @@ def probe(
         head, labels = model.heads[name], data.labels[name]
         if isinstance(task, Regression) and task.config.loss != "pinball" and isinstance(head, nn.Linear):
             level = labels if task.config.cap is None else labels.clamp(max=task.config.cap)
-            ridge(head, embedded, (level - task.mean) / task.std, PULL / groups, came=name in came)
+            ridge(head, embedded, (level - task.mean) / task.std, PULL / groups, released=name in released)
         else:
-            _solve(head, embedded, labels, task, size * PULL / groups, came=name in came)
+            _solve(head, embedded, labels, task, size * PULL / groups, released=name in released)
 
 
-def ridge(head: nn.Linear, x: Tensor, target: Tensor, pull: float, *, came: bool = False) -> None:
+def ridge(head: nn.Linear, x: Tensor, target: Tensor, pull: float, *, released: bool = False) -> None:
     """The weights that minimise mean squared error + pull * scale of x * squared distance to where they are pulled.
 
     Args:
         x: (n, width); target: (n,), NaN where missing, or (n, outputs).
-        came: pull to the weights that `head` has; otherwise to zero.
+        released: pull to the weights that `head` has; otherwise to zero.
     """
-    there = ~(target.isnan() if target.ndim == 1 else target.isnan().any(dim=1))
-    wide = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)[there].double()
+    labelled = ~(target.isnan() if target.ndim == 1 else target.isnan().any(dim=1))
+    wide = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)[labelled].double()
     if not len(wide):
         return
     start = torch.cat([head.weight, head.bias[:, None]], dim=1).detach().double().T  # (width + 1, outputs)
-    if not came:
+    if not released:
         start = torch.zeros_like(start)
-    rest = target[there].double().reshape(len(wide), -1) - wide @ start
+    residual = target[labelled].double().reshape(len(wide), -1) - wide @ start
     gram = wide.T @ wide / len(wide)
     strength = pull * gram.diagonal()[:-1].mean().clamp(min=1e-12)
     # the bias is pulled too: at one engine the level of its labels is that engine's
-    step = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), wide.T @ rest / len(wide))
+    step = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), wide.T @ residual / len(wide))
     solved = (start + step).T.float()
     with torch.no_grad():
         head.weight.copy_(solved[:, :-1])
         head.bias.copy_(solved[:, -1])
 
 
-def _solve(head: nn.Module, x: Tensor, labels: Tensor, task: Task, pull: float, *, came: bool) -> None:
+def _solve(head: nn.Module, x: Tensor, labels: Tensor, task: Task, pull: float, *, released: bool) -> None:
     parameters = list(head.parameters())
-    start = [parameter.detach().clone() if came else torch.zeros_like(parameter) for parameter in parameters]
+    start = [parameter.detach().clone() if released else torch.zeros_like(parameter) for parameter in parameters]
     before = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -89,7 +89,9 @@ def _solve(head: nn.Module, x: Tensor, labels: Tensor, task: Task, pull: float, 
 
     def closure() -> Tensor:
         solver.zero_grad()
-        far = torch.stack([(one - other).square().sum() for one, other in zip(parameters, start, strict=True)]).sum()
+        far = torch.stack(
+            [(value - other).square().sum() for value, other in zip(parameters, start, strict=True)]
+        ).sum()
         loss = task.loss(head(x), labels) + pull * far
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

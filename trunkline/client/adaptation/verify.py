@@ -36,12 +36,12 @@ def authority_of(file: Path | None, site: Path | None) -> x509.Certificate | Non
         return read_certificate(file)
     if site is None:
         return None
-    found = Identity.of(site / ".trunkline").read_authority()
-    if found is None:
+    authority = Identity.of(site / ".trunkline").read_authority()
+    if authority is None:
         raise TrustError(
             f"{site}: has not joined a federation (no {Identity.of(site / '.trunkline').authority}). Give --authority instead."
         )
-    return found
+    return authority
 
 
 def render(card: Card, verdict: Verdict, console: Console) -> None:
@@ -66,7 +66,7 @@ def _facts(card: Card, verdict: Verdict) -> list[tuple[str, str]]:
         ("lent", ", ".join(card.lend)),
     ]
     if card.tasks:
-        facts.append(("heads", ", ".join(f"{one.task} ({one.kind})" for one in card.tasks)))
+        facts.append(("heads", ", ".join(f"{entry.task} ({entry.kind})" for entry in card.tasks)))
     if lineage is None:
         facts += [("rounds", str(card.rounds)), ("sites", _some(card.sites)), ("Trunkline", ", ".join(card.versions))]
     else:
@@ -75,12 +75,12 @@ def _facts(card: Card, verdict: Verdict) -> list[tuple[str, str]]:
             ("rounds", f"{lineage.rounds} done"),
             (
                 "sites",
-                f"{sites}, of which {sum(len(one.sites) for one in lineage.parts if one.rounds == lineage.rounds)} in every round",
+                f"{sites}, of which {sum(len(entry.sites) for entry in lineage.parts if entry.rounds == lineage.rounds)} in every round",
             ),
             ("centre ran", ", ".join(f"{name} {version}" for name, version in lineage.versions.items())),
             ("speaks", f"protocol {lineage.protocol}, site.toml schema {lineage.site_schema}"),
             *_figures(lineage.figures),
-            ("guards", "; ".join(_guard(one.name, one.parameters) for one in lineage.guards) or "none"),
+            ("guards", "; ".join(_guard(entry.name, entry.parameters) for entry in lineage.guards) or "none"),
             ("privacy budget", _guard("", lineage.budget) or "none spent"),
             ("digest", lineage.digest),
             ("made", lineage.created),
@@ -107,9 +107,9 @@ def _figures(figures: dict[str, Figure]) -> list[tuple[str, str]]:
     return [
         (
             f"loss {NAMES.get(name, name)}",
-            f"{one.mean:.4g} (mean of {one.sites} sites on validation rows, round {one.round})",
+            f"{figure.mean:.4g} (mean of {figure.sites} sites on validation rows, round {figure.round})",
         )
-        for name, one in figures.items()
+        for name, figure in figures.items()
     ]
 
 
@@ -128,8 +128,8 @@ def _parts(lineage: Lineage) -> Table:
     for site, part in list(parts.items())[:MOST]:
         cells = (site, f"{part.rounds} of {lineage.rounds}", part.contract[:16], part.version)
         table.add_row(*(Text(_plain(cell)) for cell in cells))
-    if (rest := len(parts) - MOST) > 0:
-        table.add_row(Text(f"... and {rest} further", "dim"))
+    if (hidden := len(parts) - MOST) > 0:
+        table.add_row(Text(f"... and {hidden} further", "dim"))
     return table
 
 

@@ -43,9 +43,9 @@ def kind_of(path: Path) -> str:
     try:
         return SUFFIXES[path.suffix.lower()]
     except KeyError:
-        known = ", ".join(SUFFIXES)
+        suffixes = ", ".join(SUFFIXES)
         raise DataError(
-            f"{path}: do not know how to read {path.suffix or 'a file without suffix'!r} files. Known: {known}."
+            f"{path}: do not know how to read {path.suffix or 'a file without suffix'!r} files. Known: {suffixes}."
         ) from None
 
 
@@ -98,8 +98,8 @@ def load(path: Path, roles: dict[str, Role]) -> pl.DataFrame:
             raise DataError(f"{path}: `{name}` has shape {column.shape}; a column is 1-D. Store one array a column.")
     lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:
-        first, *others = columns
-        odd = next(name for name in others if len(columns[name]) != len(columns[first]))
+        first, *further = columns
+        odd = next(name for name in further if len(columns[name]) != len(columns[first]))
         raise DataError(
             f"{path}: `{first}` has {len(columns[first])} rows and `{odd}` has {len(columns[odd])}. Columns of one file must be equally long; export it again."
         )
@@ -145,23 +145,26 @@ def _holders(file: Any) -> list[Any]:
 
 def _datasets(holder: Any) -> dict[str, tuple[Any, int | None]]:
     """Column name -> (dataset, column index in it or None for a 1-D dataset)."""
-    found: dict[str, tuple[Any, int | None]] = {}
+    datasets: dict[str, tuple[Any, int | None]] = {}
     for name, item in holder.items():
         if not isinstance(item, h5py.Dataset):
             continue
         if item.ndim == 2 and "columns" in item.attrs:
-            labels = [one.decode() if isinstance(one, bytes) else str(one) for one in item.attrs["columns"]]
-            found.update({label: (item, place) for place, label in enumerate(labels)})
+            labels = [
+                label_bytes.decode() if isinstance(label_bytes, bytes) else str(label_bytes)
+                for label_bytes in item.attrs["columns"]
+            ]
+            datasets.update({label: (item, index) for index, label in enumerate(labels)})
         elif item.ndim == 1:
-            found[name] = (item, None)
-    return found
+            datasets[name] = (item, None)
+    return datasets
 
 
 def _load_hdf5(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     with h5py.File(path, "r") as file:
         # all columns of one table lie in one place: take the place that has most of them
         tables = [_datasets(holder) for holder in _holders(file)]
-        table = max(tables, key=lambda one: sum(name in one for name in names))
+        table = max(tables, key=lambda datasets: sum(name in datasets for name in names))
         if absent := [name for name in names if name not in table]:
             raise DataError(
                 f"{path}: `{absent[0]}` lies in another group than `{names[0]}`. Put the columns of one table into one group."
@@ -169,10 +172,10 @@ def _load_hdf5(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         return {name: _hdf5_column(*table[name]) for name in names}
 
 
-def _hdf5_column(dataset: Any, place: int | None) -> NDArray[Any]:
+def _hdf5_column(dataset: Any, index: int | None) -> NDArray[Any]:
     if h5py.check_string_dtype(dataset.dtype) is not None:
         dataset = dataset.asstr()
-    return np.asarray(dataset[:] if place is None else dataset[:, place])
+    return np.asarray(dataset[:] if index is None else dataset[:, index])
 
 
 def _load_npz(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]]:

@@ -46,20 +46,20 @@ def read_inputs(
     still: list[str] = []  # channels that never move in training, kept because site.toml says so
     # without windows and without `order` rows are not neighbours in time: there is nothing to carry forward
     unordered = config.data.window is None and config.data.order is None
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         raw = table.frame[name].to_numpy()[layout.rows]
         raw, impossible = clean.possible(raw, rules.valid.get(name))
         raw, outlying = clean.outliers(raw, training, regime, rules)
         report.append(clean.statistics(name, raw, impossible, outlying))
-        count[:, place], mean[:, place], std[:, place] = moments(raw[training], regime[training], len(regimes))
+        count[:, index], mean[:, index], std[:, index] = moments(raw[training], regime[training], len(regimes))
         if config.data.scale == "none":
-            mean[:, place], std[:, place] = 0.0, 1.0
+            mean[:, index], std[:, index] = 0.0, 1.0
         constant = "keep" if prior and prior.knows(name) else rules.constant  # it moves at others, and may on test rows
         if prior is not None:
-            mean[:, place], std[:, place] = prior.shrink(name, count[:, place], mean[:, place], std[:, place])
+            mean[:, index], std[:, index] = prior.shrink(name, count[:, index], mean[:, index], std[:, index])
         if not _judge(name, raw[training], report[-1], constant, findings):
             still.append(name)
-        scaled = scale(raw, mean[:, place], std[:, place], regime)
+        scaled = scale(raw, mean[:, index], std[:, index], regime)
         policy = rules.channels.get(name, rules.missing)
         silent = clean.fill(
             scaled,
@@ -71,14 +71,19 @@ def read_inputs(
         if report[-1].missing and report[-1].minimum is not None:
             left = f"; {silent:,} stay missing and count as a silent sensor" if silent else ""
             findings.info(name, f"{report[-1].missing:.2%} of the values are missing; filled by {policy!r}{left}.")
-        values[:, place] = scaled
+        values[:, index] = scaled
     if still and rules.constant == "keep":
-        what = f"{counted(len(still), 'channel')} never {'moves' if len(still) == 1 else 'move'} in training: {some(still)}."
-        findings.warn("channels", what, "Kept, as `[data.clean] constant` says; nothing can be learnt from them here.")
+        constants = f"{counted(len(still), 'channel')} never {'moves' if len(still) == 1 else 'move'} in training: {some(still)}."
+        findings.warn(
+            "channels", constants, "Kept, as `[data.clean] constant` says; nothing can be learnt from them here."
+        )
     if config.data.reference:
-        here = slice(len(names), 2 * len(names))
-        values[:, here] = reference(values[:, : len(names)], layout, config.data.reference)
-        count[:, here], std[:, here] = count[:, : len(names)], 1.0  # made of what is scaled already
+        reference_columns = slice(len(names), 2 * len(names))
+        values[:, reference_columns] = reference(values[:, : len(names)], layout, config.data.reference)
+        count[:, reference_columns], std[:, reference_columns] = (
+            count[:, : len(names)],
+            1.0,
+        )  # made of what is scaled already
     if config.data.age:
         values[:, -1] = _age(layout, std, count, prior, findings)
     return np.ascontiguousarray(values), Scaler(tuple(inputs), regimes, count, mean, std), report
@@ -107,7 +112,7 @@ def _judge(
     findings: Findings,
 ) -> bool:
     """Problems and notes of one channel, from its training values and its statistics; False where it never moves."""
-    known = training[~np.isnan(training)]
+    values = training[~np.isnan(training)]
     if seen.impossible:
         findings.warn(
             name,
@@ -119,15 +124,15 @@ def _judge(
             f"{counted(seen.outliers, 'outlier')} by `robust_z`.",
             'Look at them; `outliers = "clip"` under [data.clean] would pull them in.',
         )
-    if len(known) and known.min() < known.max():
+    if len(values) and values.min() < values.max():
         return True
     if constant == "refuse":
-        what = (
-            f"`{name}` is constant: {known[0]:g} in all {len(known):,} training values."
-            if len(known)
+        complaint = (
+            f"`{name}` is constant: {values[0]:g} in all {len(values):,} training values."
+            if len(values)
             else f"`{name}` has no value in any training row."
         )
-        findings.problem(f"channel {name}", what, f"Take `{name}` out of `channels`.")
+        findings.problem(f"channel {name}", complaint, f"Take `{name}` out of `channels`.")
     return False
 
 
@@ -135,17 +140,17 @@ def _regimes(table: Table, config: SiteConfig, layout: Layout, findings: Finding
     """The operating regimes of the training rows, and the regime of every row."""
     names = tuple(name for name in config.data.regime if name in table.frame.columns)
     settings = np.empty((len(layout.rows), len(names)))
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         column, _ = clean.possible(table.frame[name].to_numpy()[layout.rows], None)
         if missing := int(np.isnan(column).sum()):
-            known = column[layout.training]
-            middle = float(np.nanmedian(known)) if not np.isnan(known).all() else 0.0
+            training = column[layout.training]
+            middle = float(np.nanmedian(training)) if not np.isnan(training).all() else 0.0
             findings.warn(name, f"{counted(missing, 'row')} without this setting; the last one of the group is taken.")
             gap, left, _ = clean.neighbours(np.isnan(column), layout.first, layout.last)
             column = column.copy()
             column[gap] = column[left]
             column = np.where(np.isnan(column), middle, column)
-        settings[:, place] = column
+        settings[:, index] = column
     regimes = Regimes.find(names, settings[layout.training])
     for name, cuts in zip(regimes.settings, regimes.cuts, strict=True):
         if not cuts:
@@ -161,7 +166,7 @@ def _regimes(table: Table, config: SiteConfig, layout: Layout, findings: Finding
 
 def read_categories(table: Table, config: SiteConfig, layout: Layout) -> tuple[Rows, tuple[tuple[str, ...], ...]]:
     """(rows, k) codes and the names behind them; values that training does not know, and missing ones, are 0."""
-    columns, known = [], []
+    columns, category_names = [], []
     for name in config.data.categorical:
         if name not in table.frame.columns:
             continue
@@ -172,6 +177,6 @@ def read_categories(table: Table, config: SiteConfig, layout: Layout) -> tuple[R
             .fill_null(0)
             .to_numpy()
         )
-        known.append(tuple(names))
+        category_names.append(tuple(names))
     codes = np.stack(columns, axis=1) if columns else np.zeros((len(layout.rows), 0), dtype=np.int64)
-    return np.ascontiguousarray(codes), tuple(known)
+    return np.ascontiguousarray(codes), tuple(category_names)

@@ -75,13 +75,13 @@ def read_groups(
     return group, order, names
 
 
-def _complete(table: Table, empty: pl.Series, what: str, findings: Findings) -> None:
+def _complete(table: Table, empty: pl.Series, column: str, findings: Findings) -> None:
     rows = empty.arg_true()
     if len(rows):
         places = [table.place(int(row)) for row in rows.head(3)]
-        rest = f" and {len(rows) - len(places):,} more" if len(rows) > len(places) else ""
+        more = f" and {len(rows) - len(places):,} more" if len(rows) > len(places) else ""
         findings.problem(
-            places[0], f"no {what} in {counted(len(rows), 'row')}: {'; '.join(places)}{rest}.", "Fill it in or delete the row."
+            places[0], f"no {column} in {counted(len(rows), 'row')}: {'; '.join(places)}{more}.", "Fill it in or delete the row."
         )  # fmt: skip
 
 
@@ -107,17 +107,17 @@ def sort_rows(table: Table, config: SiteConfig, group: NDArray[np.int32], order:
 
 def keep_apart(table: Table, group: NDArray[np.int32], names: tuple[str, ...], findings: Findings) -> None:
     """A problem for each group that is in `files` and in `test_files`."""
-    both = np.intersect1d(group[: table.test_from], group[table.test_from :])
-    for code in both[:5]:
-        here, there = (np.flatnonzero(group == code)[[0, -1]]).tolist()
+    shared = np.intersect1d(group[: table.test_from], group[table.test_from :])
+    for code in shared[:5]:
+        first_row, last_row = (np.flatnonzero(group == code)[[0, -1]]).tolist()
         findings.problem(
             "",
-            f"group {names[code]} is in {table.file_of(here)} and in {table.file_of(there)}: "
+            f"group {names[code]} is in {table.file_of(first_row)} and in {table.file_of(last_row)}: "
             "what is trained on would be tested on.",
             "If these are two machines, give them two names; if it is one, take it out of one of the files.",
         )  # fmt: skip
-    if len(both) > 5:
-        findings.problem("", f"{len(both) - 5} further groups are in `files` and `test_files`.")
+    if len(shared) > 5:
+        findings.problem("", f"{len(shared) - 5} further groups are in `files` and `test_files`.")
 
 
 def lay_out_rows(
@@ -131,12 +131,14 @@ def lay_out_rows(
         hold_out: False: what would be held out for validation trains too; one group is then enough beside test files.
         seal: opens what is at `path`.
     """
-    own = rows < table.test_from  # rows of `files`; those of `test_files` are test rows and take no part in splitting
-    codes, local = np.unique(group[rows[own]], return_inverse=True)
-    present = _present(config, labels, rows[own], local, len(codes))
-    data = SplitInput(tuple(names[code] for code in codes), local.astype(np.int32), order[rows[own]], present)
+    from_files = (
+        rows < table.test_from
+    )  # rows of `files`; those of `test_files` are test rows and take no part in splitting
+    codes, local = np.unique(group[rows[from_files]], return_inverse=True)
+    present = _present(config, labels, rows[from_files], local, len(codes))
+    data = SplitInput(tuple(names[code] for code in codes), local.astype(np.int32), order[rows[from_files]], present)
     part = np.full(len(rows), TEST, dtype=np.int8)
-    part[own] = TRAIN  # where splitting fails, the rest is still looked at as if all rows were for training
+    part[from_files] = TRAIN  # where splitting fails, the rest is still looked at as if all rows were for training
     split: Split | None = None
     stored: Split | None = None
     try:
@@ -152,7 +154,7 @@ def lay_out_rows(
         else:
             dealt = divide(data, config.data.split, by, apart, stored, path or Path("split.json"), findings)
             if dealt is not None:
-                split, part[own] = dealt
+                split, part[from_files] = dealt
     if not hold_out:
         part[part == VALIDATION] = TRAIN
     final = np.argsort(part, kind="stable")
@@ -165,13 +167,13 @@ def _present(
     config: SiteConfig, labels: dict[str, NDArray[np.float32]], rows: Rows, group: NDArray[np.intp], groups: int
 ) -> NDArray[np.bool_]:
     """(groups, classes): whether a group holds a class, over all tasks with classes."""
-    found = [np.zeros((groups, 0), dtype=bool)]
+    blocks = [np.zeros((groups, 0), dtype=bool)]
     for name, label in labels.items():
         if config.tasks[name].kind in CLASSED:
-            here = label[rows]
-            there = ~np.isnan(here)
-            classes, code = np.unique(here[there], return_inverse=True)
-            one = np.zeros((groups, len(classes)), dtype=bool)
-            one[group[there], code] = True
-            found.append(one)
-    return np.concatenate(found, axis=1)
+            values = label[rows]
+            labelled = ~np.isnan(values)
+            classes, code = np.unique(values[labelled], return_inverse=True)
+            block = np.zeros((groups, len(classes)), dtype=bool)
+            block[group[labelled], code] = True
+            blocks.append(block)
+    return np.concatenate(blocks, axis=1)

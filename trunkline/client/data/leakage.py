@@ -41,7 +41,7 @@ def warn_of_leakage(
     config: SiteConfig,
     layout: Layout,
     split: Split,
-    own: int,
+    test_from: int,
     values: NDArray[np.float32],
     labels: dict[str, Labels],
     findings: Findings,
@@ -54,19 +54,19 @@ def warn_of_leakage(
         values: (rows, channels) scaled inputs in the order of `layout`.
         labels: task -> (rows,) or (rows, k) in file order, before `labelled_groups` took any away.
     """
-    mine = np.flatnonzero(layout.rows < own)
-    told = [labels[name] for name in labels if config.tasks[name].kind in KINDS]
-    if config.data.group is None or not told or not len(mine):
+    mine = np.flatnonzero(layout.rows < test_from)
+    columns = [labels[name] for name in labels if config.tasks[name].kind in KINDS]
+    if config.data.group is None or not columns or not len(mine):
         return
     groups, member = np.unique(layout.group[mine], return_inverse=True)
-    code, steady = _labels_of(told, layout.rows[mine], member, len(groups))
+    code, steady = _labels_of(columns, layout.rows[mine], member, len(groups))
     if steady.mean() < STEADY or len(np.unique(code)) < 2:
         return
     part = layout.part[mine]
     if split.by == "time":
         _in_time(config.data.group, code, member, part, findings)
     elif len(groups) >= FEWEST:
-        first = np.full(len(groups), own)
+        first = np.full(len(groups), test_from)
         np.minimum.at(first, member, layout.rows[mine])
         side = np.zeros(len(groups), dtype=np.int8)
         side[member] = part
@@ -78,9 +78,9 @@ def warn_of_leakage(
                     return
 
 
-def _labels_of(told: list[Labels], rows: Codes, member: Codes, groups: int) -> tuple[Codes, NDArray[np.bool_]]:
+def _labels_of(labels: list[Labels], rows: Codes, member: Codes, groups: int) -> tuple[Codes, NDArray[np.bool_]]:
     """(groups,) code of each group's labels of all tasks together, and whether they are the same in all its rows."""
-    columns = np.concatenate([one[rows].reshape(len(rows), -1) for one in told], axis=1)
+    columns = np.concatenate([column[rows].reshape(len(rows), -1) for column in labels], axis=1)
     table = pl.DataFrame(columns).fill_nan(None).with_columns(group=pl.Series(member))
     ends = table.group_by("group").agg(
         pl.exclude("group").min().name.suffix("<"), pl.exclude("group").max().name.suffix(">")
@@ -107,17 +107,17 @@ def _in_time(column: str, code: Codes, member: Codes, part: NDArray[np.int8], fi
 
 def _orders(first: Codes, order: Floats, member: Codes, names: list[str]) -> list[Codes]:
     """The orders in which groups may have come about: of the file, of a clock that runs through them, of their numbers."""
-    found = [np.argsort(first, kind="stable")]
+    orders = [np.argsort(first, kind="stable")]
     low, high = np.full(len(first), np.inf), np.full(len(first), -np.inf)
     np.minimum.at(low, member, order)
     np.maximum.at(high, member, order)
     by_clock = np.argsort(low, kind="stable")
     if (low[by_clock[1:]] > high[by_clock[:-1]]).all():
-        found.append(by_clock)
+        orders.append(by_clock)
     numbers = [re.search(r"\d+(?!.*\d)", name) for name in names]
     if all(numbers):
-        found.append(np.argsort([int(one[0]) for one in numbers if one], kind="stable"))
-    return found
+        orders.append(np.argsort([int(match[0]) for match in numbers if match], kind="stable"))
+    return orders
 
 
 def _centres(values: NDArray[np.float32], member: Codes, groups: int) -> Floats:
@@ -128,15 +128,15 @@ def _centres(values: NDArray[np.float32], member: Codes, groups: int) -> Floats:
 
 def _runs(code: Codes) -> int:
     """How many runs of equal labels groups in this order make; 0 where the runs are short, or what chance would give."""
-    number, runs = len(code), 1 + int((code[1:] != code[:-1]).sum())
+    groups, runs = len(code), 1 + int((code[1:] != code[:-1]).sum())
     of_class = np.bincount(code)
-    by_chance = 1 + (number - 1) * (1 - (of_class * (of_class - 1)).sum() / (number * (number - 1)))
-    return runs if number / runs >= RUN and runs <= RATIO * by_chance else 0
+    by_chance = 1 + (groups - 1) * (1 - (of_class * (of_class - 1)).sum() / (groups * (groups - 1)))
+    return runs if groups / runs >= RUN and runs <= RATIO * by_chance else 0
 
 
 def _torn(column: str, runs: int, code: Codes, side: NDArray[np.int8], centre: Floats, findings: Findings) -> bool:
     """Whether the split parts neighbours that are more alike than their labels ask for; warned of if so."""
-    number = len(code)
+    groups = len(code)
     torn = np.flatnonzero((code[1:] == code[:-1]) & (side[1:] != side[:-1]))
     draw = np.random.default_rng(0)  # any seed: a coin toss a pair
     nearer = further = 0
@@ -145,14 +145,16 @@ def _torn(column: str, runs: int, code: Codes, side: NDArray[np.int8], centre: F
         alike = alike[np.abs(alike - left) > 1]
         if len(alike):
             other = centre[draw.choice(alike)]
-            near, far = (float(np.square(centre[left] - one).sum()) for one in (centre[left + 1], other))
+            near, far = (
+                float(np.square(centre[left] - centre_of_pair).sum()) for centre_of_pair in (centre[left + 1], other)
+            )
             nearer, further = nearer + (near < far), further + (near > far)
     if nearer - further < SIGMAS * np.sqrt(nearer + further) or not nearer:
         return False
     findings.warn(
         f"group `{column}`",
-        f"rows that belong together are on both sides of the split. The {number:,} groups follow each other in {runs:,} runs "
-        f"of equal labels ({number / runs:.0f} groups a run), {len(torn):,} neighbours of one run lie on different sides, "
+        f"rows that belong together are on both sides of the split. The {groups:,} groups follow each other in {runs:,} runs "
+        f"of equal labels ({groups / runs:.0f} groups a run), {len(torn):,} neighbours of one run lie on different sides, "
         "and neighbours are more alike than others with the same labels. The figures will flatter the model.",
         f"`{column}` looks too fine: give each run (batch, set-up, condition) a name in a column and make that the `group`.",
     )

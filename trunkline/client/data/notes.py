@@ -68,12 +68,12 @@ class Findings:
             raise DataError("\n".join(str(problem) for problem in self.problems))
 
 
-def counted(number: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
     """`1 row`, `2,345 rows`: for messages."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def some(words: list[str], most: int = 12) -> str:
     """The first `most` words with commas, and how many were left out."""
-    rest = f", ... ({len(words) - most} more)" if len(words) > most else ""
-    return ", ".join(words[:most]) + rest
+    more = f", ... ({len(words) - most} more)" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

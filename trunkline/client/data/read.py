@@ -88,10 +88,10 @@ def roles_of(config: SiteConfig) -> tuple[dict[str, Role], dict[str, str]]:
 
 def find_files(folder: Path, patterns: str | tuple[str, ...], key: str, findings: Findings) -> list[Path]:
     """The files of the globs, sorted, each once; a problem for each glob that matches none."""
-    found: set[Path] = set()
+    files: set[Path] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:
-            here = {path for path in folder.glob(pattern) if path.is_file() and path.name not in OURS}
+            matching = {path for path in folder.glob(pattern) if path.is_file() and path.name not in OURS}
         except (ValueError, NotImplementedError, IndexError):
             findings.problem(
                 str(folder / "site.toml"),
@@ -99,16 +99,16 @@ def find_files(folder: Path, patterns: str | tuple[str, ...], key: str, findings
                 "Write it like 'sensors/*.parquet'.",
             )
             continue
-        if not here:
-            there = sorted(
+        if not matching:
+            present = sorted(
                 str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name not in OURS
             )
             findings.problem(
                 str(folder), f"no file matches {pattern!r} (`data.{key}`).",
-                (f"Files there: {some(there)}." if there else "The folder holds no data at all.") + " Mend the pattern in site.toml or put the files in place.",
+                (f"Files there: {some(present)}." if present else "The folder holds no data at all.") + " Mend the pattern in site.toml or put the files in place.",
             )  # fmt: skip
-        found |= here
-    return sorted(found)
+        files |= matching
+    return sorted(files)
 
 
 def read_table(folder: Path, config: SiteConfig, findings: Findings) -> Table | None:
@@ -119,13 +119,13 @@ def read_table(folder: Path, config: SiteConfig, findings: Findings) -> Table | 
     """
     training = find_files(folder, config.data.files, "files", findings)
     testing = find_files(folder, config.data.test_files, "test_files", findings)
-    if both := set(training) & set(testing):
+    if shared := set(training) & set(testing):
         findings.problem(
-            str(min(both)),
+            str(min(shared)),
             "is matched by `data.files` and by `data.test_files`.",
             "Test rows must not be trained on: make the patterns disjoint.",
         )
-        testing = [path for path in testing if path not in both]
+        testing = [path for path in testing if path not in shared]
     roles, called = roles_of(config)
     headers = _headers([*training, *testing], findings)
     usable = _present(headers, roles, called, findings)
@@ -142,12 +142,12 @@ def read_table(folder: Path, config: SiteConfig, findings: Findings) -> Table | 
         clock = clock and order is not None and _is_time(frame[order])
         frames[path] = frame.with_columns(_typed(frame[name], roles[name], path, bad) for name in frame.columns)
     for name, cases in bad.items():
-        place, value, expected = cases[0]
+        where, value, expected = cases[0]
         more = f" ({counted(len(cases) - 1, 'further file')} too)" if len(cases) > 1 else ""
         _complain(
             findings,
             _only_for(name, config),
-            place,
+            where,
             f"{called[name]} `{name}` holds {value}{more}; expected {expected}.",
             "Mend or empty the cell, or take the column out of site.toml.",
         )
@@ -178,20 +178,20 @@ def _present(
         if not without:
             continue
         usable.discard(name)
-        there = headers[without[0]]
+        columns_there = headers[without[0]]
         more = f" ({counted(len(without) - 1, 'further file')} neither)" if len(without) > 1 else ""
         holder = next((path for path in headers if path not in without), None)
-        beside = f" {holder} has it." if holder else ""
+        hint = f" {holder} has it." if holder else ""
         findings.problem(
-            str(without[0]), f"has no {called[name]} `{name}`{more}{_near(name, there)}{beside}",
-            f"Columns there: {some(there, 40)}. Correct site.toml or the file.",
+            str(without[0]), f"has no {called[name]} `{name}`{more}{_near(name, columns_there)}{hint}",
+            f"Columns there: {some(columns_there, 40)}. Correct site.toml or the file.",
         )  # fmt: skip
     return usable
 
 
-def _near(name: str, there: list[str]) -> str:
-    alike = [one for one in there if one.strip().casefold() == name.strip().casefold()]
-    return f"; did you mean {alike[0]!r}?" if alike else nearest(name, there)
+def _near(name: str, columns: list[str]) -> str:
+    alike = [column for column in columns if column.strip().casefold() == name.strip().casefold()]
+    return f"; did you mean {alike[0]!r}?" if alike else nearest(name, columns)
 
 
 def _assemble(
@@ -283,15 +283,15 @@ def _only_for(name: str, config: SiteConfig) -> tuple[str, ...]:
     data = config.data
     if name in (*data.channels, *data.categorical, *data.regime, data.group, data.order):
         return ()
-    return tuple(task for task, one in config.tasks.items() if name in one.columns)
+    return tuple(task for task, settings in config.tasks.items() if name in settings.columns)
 
 
-def _complain(findings: Findings, tasks: tuple[str, ...], where: str, what: str, remedy: str) -> None:
+def _complain(findings: Findings, tasks: tuple[str, ...], where: str, complaint: str, remedy: str) -> None:
     """A column that cannot be read costs the tasks that it is the label of, or else the site."""
     for task in tasks:
-        findings.set_aside(task, where, what, remedy)
+        findings.set_aside(task, where, complaint, remedy)
     if not tasks:
-        findings.problem(where, what, remedy)
+        findings.problem(where, complaint, remedy)
 
 
 def _same_kind(
@@ -307,9 +307,9 @@ def _same_kind(
             )
     if len(kinds) < 2:
         return True
-    (first, here), (second, there), *_ = kinds.items()
-    what = f"{called} `{name}` holds {second}, but {first} in {here}."
-    _complain(findings, tasks, str(there), what, "Write it the same way in all files.")
+    (first, first_file), (second, second_file), *_ = kinds.items()
+    complaint = f"{called} `{name}` holds {second}, but {first} in {first_file}."
+    _complain(findings, tasks, str(second_file), complaint, "Write it the same way in all files.")
     return False
 
 

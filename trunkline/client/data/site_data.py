@@ -141,22 +141,23 @@ def survey(
     layout, result.split = lay_out_rows(
         table, config, group, order, names, rows, labels, path, findings, hold_out=newcomer is None, seal=seal
     )
-    result.groups = {name: len(np.unique(layout.group[layout.part == number])) for number, name in enumerate(PARTS)}
-    told = dict(labels)
+    result.groups = {name: len(np.unique(layout.group[layout.part == code])) for code, name in enumerate(PARTS)}
+    all_labels = dict(labels)
     if result.split is not None and config.data.split.labelled_groups is not None:
         _unlabel(result.split, layout, labels)
     values, scaler, result.statistics = read_inputs(table, config, layout, findings, newcomer or ())
     if result.split is not None:
-        warn_of_leakage(config, layout, result.split, table.test_from, values, told, findings)
+        warn_of_leakage(config, layout, result.split, table.test_from, values, all_labels, findings)
     codes, category_names = read_categories(table, config, layout)
     for task in tasks.values():
         task.bind_inputs(_samples(config, table, scaler))
-    train, validation, test = (_window_set(number, config, layout, values, codes, labels, tasks) for number in range(3))
+    train, validation, test = (_window_set(code, config, layout, values, codes, labels, tasks) for code in range(3))
     sets = (train, validation, test)
     tasks = {name: task for name, task in tasks.items() if _fit(task, sets, str(folder), findings)}
     findings.judge_tasks(tasks)
     train, validation, test = (
-        replace(one, labels={name: label for name, label in one.labels.items() if name in tasks}) for one in sets
+        replace(samples, labels={name: label for name, label in samples.labels.items() if name in tasks})
+        for samples in sets
     )
     result.site = SiteData(
         config=config,
@@ -165,7 +166,7 @@ def survey(
         test=test,
         tasks=tasks,
         channels=scaler.channels,
-        categories=tuple(len(known) + 1 for known in category_names),
+        categories=tuple(len(categories) + 1 for categories in category_names),
         category_names=category_names,
         scaler=scaler,
         notes=tuple(findings.notes),
@@ -206,11 +207,11 @@ def _read_labels(config: SiteConfig, table: Table, findings: Findings) -> "tuple
     where = str(table.files[0]) + (
         f" (and {counted(len(table.files) - 1, 'further file')})" if len(table.files) > 1 else ""
     )
-    for name, one in config.tasks.items():
-        if not set(one.columns) <= set(table.frame.columns):
+    for name, settings in config.tasks.items():
+        if not set(settings.columns) <= set(table.frame.columns):
             continue
         try:
-            task = make_task(name, one)
+            task = make_task(name, settings)
             labels[name] = task.read_from(table.frame, where)
             tasks[name] = task
         except ConfigError as error:
@@ -241,7 +242,7 @@ def _window_set(
     start, stop = np.searchsorted(layout.part, [part, part + 1]).tolist()
     first, last = layout.first[start:stop] - start, layout.last[start:stop] - start
     ends = ends_of(first, last, config.data.stride, only_last=part == TEST and config.data.test_at == "last")
-    here = layout.rows[start:stop]
+    rows = layout.rows[start:stop]
     return WindowSet(
         values=values[start:stop],
         categorical=codes[start:stop],
@@ -249,7 +250,7 @@ def _window_set(
         ends=ends,
         window=config.data.window,
         labels={
-            name: task.labels_for_samples(labels[name][here], Places(ends, first, last, layout.order[start:stop]))
+            name: task.labels_for_samples(labels[name][rows], Places(ends, first, last, layout.order[start:stop]))
             for name, task in tasks.items()
         },
         groups=layout.group[start:stop][ends],
@@ -291,13 +292,13 @@ def _fit(task: "Task", sets: tuple[WindowSet, ...], where: str, findings: Findin
             findings.warn(f"task {task.name}", remark)
     for part, samples in list(zip(PARTS, sets, strict=True))[1:]:
         label = samples.labels[task.name]
-        there = label[task.scored_mask(label)]
+        labelled = label[task.scored_mask(label)]
         if complaint := task.unsupported(_longest(samples)):
             findings.warn(f"task {task.name}", f"{part} rows: {complaint}")
-        if not len(there):
+        if not len(labelled):
             target = task.config.columns[0] if task.config.columns else task.name
             findings.warn(f"task {task.name}", f"no {part} sample has a label (`{target}`); it is not scored there.")
-        elif task.kind in CLASSED and there.min() == there.max():
+        elif task.kind in CLASSED and labelled.min() == labelled.max():
             findings.warn(
                 f"task {task.name}", f"all {part} samples are of one class; ranking metrics mean nothing there."
             )

@@ -75,16 +75,21 @@ def read_split(path: Path, seal: Sealing | None = None) -> Split | None:
             raise ValueError(f"no part is called {wrong[0]!r}")
         if stored["by"] not in ("group", "time"):
             raise ValueError(f"cannot split by {stored['by']!r}")
-        until = {str(group): (float(one[0]), float(one[1])) for group, one in stored["until"].items()}
+        until = {str(group): (float(entry[0]), float(entry[1])) for group, entry in stored["until"].items()}
         shares = (float(stored["validation"]), float(stored["test"]))
         split = Split(
-            stored["by"], int(stored["seed"]), *shares, assignment, until, tuple(str(one) for one in stored["labelled"])
+            stored["by"],
+            int(stored["seed"]),
+            *shares,
+            assignment,
+            until,
+            tuple(str(entry) for entry in stored["labelled"]),
         )
         if "folds" not in stored:
             return split
-        share = {str(group): int(place) for group, place in stored["share"].items()}
+        share = {str(group): int(fold) for group, fold in stored["share"].items()}
         split = replace(split, folds=int(stored["folds"]), fold=int(stored["fold"]), share=share)
-        if any(place not in range(int(stored["folds"])) for place in (split.fold, *share.values())):
+        if any(fold not in range(int(stored["folds"])) for fold in (split.fold, *share.values())):
             raise ValueError(f"a share is none of 0 to {int(stored['folds']) - 1}")
         return split
     except FileNotFoundError:
@@ -157,8 +162,8 @@ def divide(
     if split is None:
         return None
     part = _parts(data, split)
-    for number, name in enumerate(PARTS[: 2 if split.test == 0.0 else 3]):
-        if not (part == number).any():
+    for code, name in enumerate(PARTS[: 2 if split.test == 0.0 else 3]):
+        if not (part == code).any():
             findings.problem(
                 str(path) if stored else "data",
                 f"no row is left for {name}.",
@@ -175,12 +180,12 @@ def _ranked(names: tuple[str, ...], *seed: object) -> NDArray[np.intp]:
 
 
 def _by_group(data: SplitInput, base: Split, fresh: bool, findings: Findings) -> Split | None:
-    number = len(data.names)
+    groups = len(data.names)
     need = 3 if base.test > 0.0 else 2
-    if number < need and fresh:
+    if groups < need and fresh:
         parts = "training, validation and test" if need == 3 else "training and validation"
         findings.problem(
-            "data", f"{number} group{'s' if number != 1 else ''} ({', '.join(data.names)}) cannot be split into {parts}: it takes {need}.",
+            "data", f"{groups} group{'s' if groups != 1 else ''} ({', '.join(data.names)}) cannot be split into {parts}: it takes {need}.",
             '`by = "time"` under [data.split] splits each group along its order instead.',
         )  # fmt: skip
         return None
@@ -189,10 +194,10 @@ def _by_group(data: SplitInput, base: Split, fresh: bool, findings: Findings) ->
     assignment = dict(base.assignment)
     count = [sum(assignment.get(name) == part for name in data.names) for part in PARTS]
     share = [1.0 - base.validation - base.test, base.validation, base.test]
-    for place in _ranked(data.names, base.seed, "split"):
-        if (name := data.names[place]) not in assignment:
+    for index in _ranked(data.names, base.seed, "split"):
+        if (name := data.names[index]) not in assignment:
             total = sum(count) + 1
-            part = int(np.argmax([share[one] * total - count[one] for one in range(3)]))
+            part = int(np.argmax([share[code] * total - count[code] for code in range(3)]))
             assignment[name] = PARTS[part]
             count[part] += 1
     return replace(base, assignment=assignment)
@@ -201,7 +206,7 @@ def _by_group(data: SplitInput, base: Split, fresh: bool, findings: Findings) ->
 def _by_fold(data: SplitInput, base: Split, folds: int, fresh: bool, findings: Findings) -> Split | None:
     ranked = _ranked(data.names, base.seed, "folds").tolist()
     share = assign_folds(data, ranked, folds, base.share)
-    learning = [place for place in ranked if share[data.names[place]] != base.fold]
+    learning = [index for index in ranked if share[data.names[index]] != base.fold]
     if fresh and (len(data.names) < folds or len(learning) < 2):
         findings.problem(
             "data",
@@ -215,18 +220,18 @@ def _by_fold(data: SplitInput, base: Split, folds: int, fresh: bool, findings: F
     if fresh:
         # of the rest another such deal, so that validation looks like the whole too
         shares = min(max(2, round(sum(wanted) / base.validation)), len(learning))
-        again = assign_folds(data, learning, shares, {})
-        validate = min(range(shares), key=lambda one: validation_cost(data, learning, again, one))
-        assignment = {data.names[place]: PARTS[TEST] for place in ranked if place not in learning}
-        for name, one in again.items():
-            assignment[name] = PARTS[VALIDATION if one == validate else TRAIN]
+        validation_folds = assign_folds(data, learning, shares, {})
+        validate = min(range(shares), key=lambda fold: validation_cost(data, learning, validation_folds, fold))
+        assignment = {data.names[index]: PARTS[TEST] for index in ranked if index not in learning}
+        for name, fold in validation_folds.items():
+            assignment[name] = PARTS[VALIDATION if fold == validate else TRAIN]
     count = [sum(assignment.get(name) == part for name in data.names) for part in PARTS[:TEST]]
-    for name in [data.names[place] for place in ranked if data.names[place] not in assignment]:
+    for name in [data.names[index] for index in ranked if data.names[index] not in assignment]:
         if share[name] == base.fold:
             assignment[name] = PARTS[TEST]
             continue
         part = int(
-            np.argmax([wanted[one] / sum(wanted) * (sum(count) + 1) - count[one] for one in (TRAIN, VALIDATION)])
+            np.argmax([wanted[code] / sum(wanted) * (sum(count) + 1) - count[code] for code in (TRAIN, VALIDATION)])
         )
         assignment[name] = PARTS[part]
         count[part] += 1
@@ -235,22 +240,22 @@ def _by_fold(data: SplitInput, base: Split, folds: int, fresh: bool, findings: F
 
 def _first_assignment(data: SplitInput, base: Split) -> dict[str, str]:
     """Shares of a seeded shuffle; of up to 20 shuffles the first in which the parts miss the fewest classes."""
-    number = len(data.names)
-    validation = max(1, round(base.validation * number))
-    test = max(1, round(base.test * number)) if base.test > 0.0 else 0
-    while validation + test >= number:  # three groups: one each
+    groups = len(data.names)
+    validation = max(1, round(base.validation * groups))
+    test = max(1, round(base.test * groups)) if base.test > 0.0 else 0
+    while validation + test >= groups:  # three groups: one each
         validation, test = (validation - 1, test) if validation >= test else (validation, test - 1)
     best: tuple[int, dict[str, str]] | None = None
     for attempt in range(ATTEMPTS):
         ranks = _ranked(data.names, base.seed, "split", *([attempt] if attempt else []))
         pieces = (ranks[validation + test :], ranks[:validation], ranks[validation : validation + test])
         # a class no training group has cannot be learnt at all, so that counts more than one that cannot be scored
-        validation_cost = [int((~data.present[piece].any(axis=0)).sum()) if len(piece) else 0 for piece in pieces]
-        cost = 100 * validation_cost[TRAIN] + validation_cost[VALIDATION] + validation_cost[TEST]
+        missing = [int((~data.present[piece].any(axis=0)).sum()) if len(piece) else 0 for piece in pieces]
+        cost = 100 * missing[TRAIN] + missing[VALIDATION] + missing[TEST]
         if best is None or cost < best[0]:
             best = (
                 cost,
-                {data.names[place]: PARTS[part] for part, piece in enumerate(pieces) for place in np.sort(piece)},
+                {data.names[index]: PARTS[part] for part, piece in enumerate(pieces) for index in np.sort(piece)},
             )
         if cost == 0:
             break
@@ -261,10 +266,10 @@ def _first_assignment(data: SplitInput, base: Split) -> dict[str, str]:
 def _by_time(data: SplitInput, base: Split) -> Split:
     until = dict(base.until)
     starts = np.searchsorted(data.group, np.arange(len(data.names) + 1))
-    for place, name in enumerate(data.names):
+    for index, name in enumerate(data.names):
         if name in until:
             continue
-        order = data.order[starts[place] : starts[place + 1]]
+        order = data.order[starts[index] : starts[index + 1]]
         training = max(1, round((1.0 - base.validation - base.test) * len(order)))
         ahead = max(training + 1, round((1.0 - base.test) * len(order)))
         last = len(order) - 1
@@ -283,32 +288,32 @@ def _parts(data: SplitInput, split: Split) -> NDArray[np.int8]:
 
 
 def _labelled(
-    data: SplitInput, split: Split, part: NDArray[np.int8], number: int | None, findings: Findings
+    data: SplitInput, split: Split, part: NDArray[np.int8], wanted: int | None, findings: Findings
 ) -> tuple[str, ...]:
     """The training groups that keep their labels: those stored first, then further ones in seeded order."""
-    if number is None:
+    if wanted is None:
         return ()
     training = set(np.unique(data.group[part == TRAIN]).tolist())
-    if number > len(training):
+    if wanted > len(training):
         findings.warn(
             "site.toml",
-            f"`labelled_groups` = {number}, but the site has {len(training)} training groups; all keep their labels.",
+            f"`labelled_groups` = {wanted}, but the site has {len(training)} training groups; all keep their labels.",
         )
-    code = {name: place for place, name in enumerate(data.names)}
-    known = [name for name in split.labelled if name in code]
+    code = {name: index for index, name in enumerate(data.names)}
+    kept = [name for name in split.labelled if name in code]
     drawn: list[tuple[int, list[str]]] = []
-    for attempt in range(1 if known else ATTEMPTS):
+    for attempt in range(1 if kept else ATTEMPTS):
         ranked = [
-            place
-            for place in _ranked(data.names, split.seed, "labelled", *([attempt] if attempt else []))
-            if place in training
+            index
+            for index in _ranked(data.names, split.seed, "labelled", *([attempt] if attempt else []))
+            if index in training
         ]
-        chosen = (known + [data.names[place] for place in ranked if data.names[place] not in known])[:number]
+        chosen = (kept + [data.names[index] for index in ranked if data.names[index] not in kept])[:wanted]
         places = [code[name] for name in chosen]
         drawn.append((int((~data.present[places].any(axis=0)).sum()), chosen))
         if drawn[-1][0] == 0:
             break
-    return tuple(min(drawn, key=lambda one: one[0])[1])
+    return tuple(min(drawn, key=lambda attempt_result: attempt_result[0])[1])
 
 
 def describe(split: Split | None) -> dict[str, Any]:

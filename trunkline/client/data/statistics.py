@@ -53,7 +53,7 @@ def set_label_scale(task: Task, mean: float, std: float) -> None:
 
 def _of_inputs(scaler: Scaler) -> dict[str, Floats]:
     enough = scaler.count >= FEWEST
-    low, width = (np.array([span[place] for span in scaler.regimes.spans], dtype=np.float64) for place in (0, 1))
+    low, width = (np.array([span[end] for span in scaler.regimes.spans], dtype=np.float64) for end in (0, 1))
     shares = np.array(scaler.regimes.centres, dtype=np.float64).reshape(len(scaler.regimes), len(width))
     return {
         "scaler.count": np.where(enough, scaler.count, 0).astype(np.float64),

@@ -61,13 +61,13 @@ def versions(site: Site, federated: TrunkModel, request: AgreedRequest) -> dict[
     return {"finetuned": tuned, "fused": fused}
 
 
-def mixed(one: TrunkModel, other: TrunkModel, share: float) -> TrunkModel:
+def mixed(start: TrunkModel, tuned: TrunkModel, share: float) -> TrunkModel:
     """The model whose every weight is (1 - share) of `one` and `share` of `other`; counters are those of `one`."""
-    model, theirs = copy.deepcopy(one), other.state_dict()
+    model, tuned_values = copy.deepcopy(start), tuned.state_dict()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():  # views: writing here changes the model
             if tensor.is_floating_point():
-                tensor.lerp_(theirs[name], share)
+                tensor.lerp_(tuned_values[name], share)
     return model
 
 

@@ -63,7 +63,7 @@ class Scored:
 
 
 def paired_bootstrap(
-    one: Scored, other: Scored, labels: NDArray[np.float32], groups: NDArray[np.int32], seed: int
+    first: Scored, second: Scored, labels: NDArray[np.float32], groups: NDArray[np.int32], seed: int
 ) -> tuple[float, float] | None:
     """95 % interval of (one minus other) of the primary metric, resampling whole test groups (Efron 1979).
 
@@ -73,21 +73,21 @@ def paired_bootstrap(
     Returns:
         None below two labelled groups: there is nothing to resample.
     """
-    judged = np.flatnonzero(one.task.scored_mask(labels))
+    judged = np.flatnonzero(first.task.scored_mask(labels))
     codes, member = np.unique(groups[judged], return_inverse=True)
     if len(codes) < 2:
         return None
     by_group = np.split(judged[np.argsort(member, kind="stable")], np.cumsum(np.bincount(member))[:-1])
     draw = np.random.default_rng(seed)
-    numbers = 2 * len(judged) * one.prediction[:1].size
+    numbers = 2 * len(judged) * first.prediction[:1].size
     resamples = min(RESAMPLES, max(FEWEST, WORK // numbers))
     differences = []
     for _ in range(resamples):
-        rows = np.concatenate([by_group[place] for place in draw.integers(0, len(codes), len(codes))])
-        mine = one.task.score(one.prediction[rows], labels[rows])
-        theirs = other.task.score(other.prediction[rows], labels[rows])
-        if mine is not None and theirs is not None:  # a draw without a single failure has no F1
-            differences.append(mine - theirs)
+        rows = np.concatenate([by_group[index] for index in draw.integers(0, len(codes), len(codes))])
+        score = first.task.score(first.prediction[rows], labels[rows])
+        other_score = second.task.score(second.prediction[rows], labels[rows])
+        if score is not None and other_score is not None:  # a draw without a single failure has no F1
+            differences.append(score - other_score)
     if len(differences) < resamples // 2:
         return None
     low, high = np.quantile(differences, [0.025, 0.975])
@@ -102,19 +102,19 @@ class _Judge:
     model: TrunkModel
     tasks: dict[str, Task]
     rows: RowSubset  # what it was trained on
-    _own: dict[str, Task] = field(default_factory=dict)
+    _settled: dict[str, Task] = field(default_factory=dict)
     _outputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def own(self, name: str) -> Task:
+    def settled(self, name: str) -> Task:
         """A copy of the task, settled for this model; `outputs` of training rows are looked at by kinds that want them only."""
-        if not self._own:
-            self._own = {one: copy.copy(task) for one, task in self.tasks.items()}
-            wanting = {one: task for one, task in self._own.items() if task.fits_outputs}
+        if not self._settled:
+            self._settled = {task_name: copy.copy(task) for task_name, task in self.tasks.items()}
+            wanting = {task_name: task for task_name, task in self._settled.items() if task.fits_outputs}
             if wanting:
                 train = self.site.resident(self.rows)
-                for one, output in outputs_of(self.model, train, wanting).items():
-                    wanting[one].fit_outputs(output, train.labels[one].cpu().numpy())
-        return self._own[name]
+                for task_name, output in outputs_of(self.model, train, wanting).items():
+                    wanting[task_name].fit_outputs(output, train.labels[task_name].cpu().numpy())
+        return self._settled[name]
 
     def outputs(self, part: str, name: str) -> Tensor:
         if part not in self._outputs:
@@ -124,7 +124,7 @@ class _Judge:
 
 
 @dataclass(frozen=True)
-class _Alone:
+class _Single:
     """A single model's predictions."""
 
     judge: _Judge
@@ -132,31 +132,31 @@ class _Alone:
 
     @property
     def task(self) -> Task:
-        return self.judge.own(self.name)
+        return self.judge.settled(self.name)
 
     def predict(self, task: Task, part: str) -> NDArray[np.float32]:
         return task.predict(self.judge.outputs(part, self.name))
 
 
 @dataclass(frozen=True)
-class _Together:
+class _Ensemble:
     """An ensemble's predictions: the mean of what two models say, in values, probabilities, quantiles or scores."""
 
-    one: _Alone
-    other: _Alone
+    first: _Single
+    second: _Single
 
     @property
     def task(self) -> Task:
-        return self.one.task
+        return self.first.task
 
     def predict(self, task: Task, part: str) -> NDArray[np.float32]:
         mean: NDArray[np.float32] = (
-            self.one.predict(self.one.task, part) + self.other.predict(self.other.task, part)
+            self.first.predict(self.first.task, part) + self.second.predict(self.second.task, part)
         ) / 2.0
         return mean
 
 
-Predictor = _Alone | _Together
+Predictor = _Single | _Ensemble
 
 
 @dataclass(frozen=True)
@@ -188,23 +188,25 @@ class _Lineup:
         request: AgreedRequest,
         tasks: Mapping[str, dict[str, Task]] | None,
     ) -> None:
-        given, rows = tasks or {}, site.rows(request)
+        own_tasks, rows = tasks or {}, site.rows(request)
         self.judges = {
-            name: [_Judge(site, model, given.get(name, site.data.tasks), rows)] for name, model in models.items()
+            name: [_Judge(site, model, own_tasks.get(name, site.data.tasks), rows)] for name, model in models.items()
         }
-        for candidate, some in versions(site, models["federated"], request).items():
-            self.judges[candidate] = [_Judge(site, model, site.data.tasks, rows) for model in some.values()]
-        self.together = "local" in models and not given
+        for candidate, models_by_version in versions(site, models["federated"], request).items():
+            self.judges[candidate] = [
+                _Judge(site, model, site.data.tasks, rows) for model in models_by_version.values()
+            ]
+        self.together = "local" in models and not own_tasks
 
     def of(self, name: str) -> dict[str, list[Predictor]]:
         """candidate -> its versions, for one task."""
-        found: dict[str, list[Predictor]] = {
-            who: [_Alone(judge, name) for judge in some] for who, some in self.judges.items()
+        lineup: dict[str, list[Predictor]] = {
+            candidate: [_Single(judge, name) for judge in judges] for candidate, judges in self.judges.items()
         }
         if self.together:
-            one, other = (_Alone(self.judges[who][0], name) for who in ("federated", "local"))
-            found["ensemble"] = [_Together(one, other)]
-        return found
+            first, second = (_Single(self.judges[candidate][0], name) for candidate in ("federated", "local"))
+            lineup["ensemble"] = [_Ensemble(first, second)]
+        return lineup
 
 
 def decide_site(
@@ -225,16 +227,18 @@ def _decide(site: Site, lineup: _Lineup, hold: str) -> dict[str, Decision]:
         candidates = lineup.of(name)
         held = hold if hold in candidates else "federated"  # neither local nor ensemble where nobody trained alone
         picked: dict[str, int] = {}
-        for who, some in candidates.items():
-            results = [_try(site, name, one) for one in some]
-            picked[who] = _best(results)
-            tried[who] = replace(
-                results[picked[who]], tries=len(results), half=who == "ensemble" and held != "ensemble"
+        for candidate, predictors in candidates.items():
+            results = [_try(site, name, predictor) for predictor in predictors]
+            picked[candidate] = _best(results)
+            tried[candidate] = replace(
+                results[picked[candidate]], tries=len(results), half=candidate == "ensemble" and held != "ensemble"
             )
         chosen = choose(tried, data.labels[name], data.groups, held)
         if trouble := tried[chosen].task.trouble:
             site.tell(f"task {name}, model {chosen}: {trouble}")
-        settled[name] = Decision(chosen, picked, {who: one.task.decisions() for who, one in tried.items()})
+        settled[name] = Decision(
+            chosen, picked, {candidate: predictor.task.decisions() for candidate, predictor in tried.items()}
+        )
     return settled
 
 
@@ -257,12 +261,12 @@ def score_site(
     for name in site.data.tasks:
         decision = settled[name]
         scored: dict[str, Scored] = {}
-        for who, some in lineup.of(name).items():
-            if who in decision.versions:  # else it was not there when the others were judged
-                one = some[decision.versions[who]]
-                task = copy.copy(one.task)
-                task.take_decisions(decision.decisions[who])
-                scored[who] = Scored(task, one.predict(task, "test"))
+        for candidate, predictors in lineup.of(name).items():
+            if candidate in decision.versions:  # else it was not there when the others were judged
+                predictor = predictors[decision.versions[candidate]]
+                task = copy.copy(predictor.task)
+                task.take_decisions(decision.decisions[candidate])
+                scored[candidate] = Scored(task, predictor.predict(task, "test"))
         rows.append(_row(site, name, scored, decision.chosen, request))
         _keep_predictions(site, request.run, name, scored, decision.chosen)
     return tuple(rows)
@@ -278,7 +282,7 @@ def _try(site: Site, name: str, predictor: Predictor) -> Tried:
 def _best(results: list[Tried]) -> int:
     """The first with the best validation figure; the first of all where there is none."""
     better = 1.0 if results[0].task.card.better == "higher" else -1.0
-    values = [-np.inf if one.score is None else better * one.score for one in results]
+    values = [-np.inf if result.score is None else better * result.score for result in results]
     return int(np.argmax(values))
 
 
@@ -286,19 +290,19 @@ def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, request:
     data, task = site.data, site.data.tasks[name]
     truth, groups = data.test.labels[name], data.test.groups
     trained = (data.train, data.validation) if site.rows(request) == "all" else (data.train,)
-    shown = {who: one for who, one in scored.items() if who in ("local", "federated", chosen)}
-    measured = {who: one.task.measure(one.prediction, truth) for who, one in shown.items()}
+    shown = {candidate: result for candidate, result in scored.items() if candidate in ("local", "federated", chosen)}
+    measured = {candidate: result.task.measure(result.prediction, truth) for candidate, result in shown.items()}
     primary, local = task.card.metric, scored.get("local")
     intervals = {
-        who: paired_bootstrap(one, local, truth, groups, seed_of(request.seed, site.name, name))
-        for who, one in shown.items()
-        if local is not None and who != "local"
+        candidate: paired_bootstrap(result, local, truth, groups, seed_of(request.seed, site.name, name))
+        for candidate, result in shown.items()
+        if local is not None and candidate != "local"
     }
     interval = intervals.get("federated")
     if chosen == "local":
         intervals["local"] = (0.0, 0.0) if interval is not None else None  # the same model: not a question of chance
-    others = sorted({metric for one in measured.values() for metric in one} - {primary})
-    candidates = {who: one.task.score(one.prediction, truth) for who, one in scored.items()}
+    secondary = sorted({metric for result in measured.values() for metric in result} - {primary})
+    candidates = {candidate: result.task.score(result.prediction, truth) for candidate, result in scored.items()}
     return TaskRow(
         **task.card.model_dump(),
         n_train=sum(int(known(part.labels[name]).sum()) for part in trained),
@@ -309,7 +313,9 @@ def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, request:
         federated=candidates["federated"],
         chosen=chosen,
         interval=interval,
-        more={metric: {who: one.get(metric) for who, one in measured.items()} for metric in others},
+        more={
+            metric: {candidate: result.get(metric) for candidate, result in measured.items()} for metric in secondary
+        },
         candidates=candidates,
         gated=candidates[chosen],
         gated_interval=intervals.get(chosen),
@@ -319,17 +325,17 @@ def _row(site: Site, name: str, scored: dict[str, Scored], chosen: str, request:
 def _keep_predictions(site: Site, run: str, name: str, scored: dict[str, Scored], chosen: str) -> None:
     """Row-level results for the plant's own plots. They are data: they lie beside the vault and no message has a type for them."""
     test = site.data.test
-    kept = {who: one for who, one in scored.items() if who in ("local", "federated", chosen)}
+    kept = {candidate: result for candidate, result in scored.items() if candidate in ("local", "federated", chosen)}
     tensors: dict[str, NDArray[Any]] = {
         "truth": np.ascontiguousarray(test.labels[name]),
         "groups": np.ascontiguousarray(test.groups),
         "order": np.ascontiguousarray(test.order),
-        **{who: np.ascontiguousarray(one.prediction, dtype=np.float32) for who, one in kept.items()},
+        **{candidate: np.ascontiguousarray(result.prediction, dtype=np.float32) for candidate, result in kept.items()},
     }
     about = {
         "chosen": chosen,
         "task": site.data.tasks[name].config.model_dump(mode="json"),
-        "states": {who: one.task.state() for who, one in kept.items()},
+        "states": {candidate: result.task.state() for candidate, result in kept.items()},
     }
-    place = predictions_place(run, name, tuple(site.config.tasks), sealed=site.seal is not None)
-    write_private(site.state / place, safetensors.numpy.save(tensors, {"about": json.dumps(about)}), site.seal, place)
+    path = predictions_place(run, name, tuple(site.config.tasks), sealed=site.seal is not None)
+    write_private(site.state / path, safetensors.numpy.save(tensors, {"about": json.dumps(about)}), site.seal, path)

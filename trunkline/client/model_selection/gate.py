@@ -55,13 +55,13 @@ def choose(tried: Mapping[str, Tried], labels: Labels, groups: NDArray[np.int32]
         labels: (n,) or (n, k), NaN where missing.
         groups: (n,) what belongs together, in order of time within each.
     """
-    left = {name: one for name, one in tried.items() if one.score is not None}
+    left = {name: model for name, model in tried.items() if model.score is not None}
     if not left:
         return held
     if held not in left:
         held = next(iter(left))
     parts = units(left[held].task.scored_mask(labels), groups)
-    without = {name: _without_each(one, labels, parts) for name, one in left.items()}
+    without = {name: _without_each(model, labels, parts) for name, model in left.items()}
     best, most = held, 0.0
     for name, other in left.items():
         bar = margin(left[held], other, without[held], without[name]) if name != held else None
@@ -83,10 +83,10 @@ def units(judged: NDArray[np.bool_], groups: NDArray[np.int32]) -> list[NDArray[
     if len(codes) < 2:
         return [part for part in np.array_split(rows, BLOCKS) if len(part)]
     member = member % UNITS
-    return [rows[member == one] for one in range(min(len(codes), UNITS))]
+    return [rows[member == unit] for unit in range(min(len(codes), UNITS))]
 
 
-def margin(held: Tried, other: Tried, mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> float | None:
+def margin(held: Tried, other: Tried, of_held: NDArray[np.float64], of_other: NDArray[np.float64]) -> float | None:
     """By how much the other model must be better than the one held: the SURE point of the difference's own noise.
 
     The noise is the jackknife's standard error over the validation parts (Efron 1982): each part is left out once and the
@@ -107,23 +107,23 @@ def margin(held: Tried, other: Tried, mine: NDArray[np.float64], theirs: NDArray
     Returns:
         None with fewer than two parts to go by: then nothing is known about the noise.
     """
-    there = np.isfinite(mine) & np.isfinite(theirs)
-    freedom = int(there.sum()) - 1
+    defined = np.isfinite(of_held) & np.isfinite(of_other)
+    freedom = int(defined.sum()) - 1
     if freedom < 1:
         return None
-    mine, theirs = mine[there], theirs[there]
+    of_held, of_other = of_held[defined], of_other[defined]
     nearer = 0.5 if other.half else 1.0
     apart = APART * (_error(held) + _error(other)) / 2.0
-    guessed = nearer**2 * max(apart**2 / len(mine), (_jackknife(mine) + _jackknife(theirs)) / 2.0)
-    variance = (freedom * _jackknife(mine - theirs) + PRIOR * guessed) / (freedom + PRIOR)
+    guessed = nearer**2 * max(apart**2 / len(of_held), (_jackknife(of_held) + _jackknife(of_other)) / 2.0)
+    variance = (freedom * _jackknife(of_held - of_other) + PRIOR * guessed) / (freedom + PRIOR)
     sure = 1.0 - (1.0 - (SURE_HALF if other.half else SURE)) / other.tries
     return _student(sure, freedom + PRIOR) * float(np.sqrt(variance))
 
 
-def _error(one: Tried) -> float:
+def _error(model: Tried) -> float:
     """How far a model is from perfect: its metric where lower is better, else what it lacks of 1."""
-    score = one.score or 0.0
-    return abs(score if one.task.card.better == "lower" else 1.0 - score)
+    score = model.score or 0.0
+    return abs(score if model.task.card.better == "lower" else 1.0 - score)
 
 
 def _jackknife(values: NDArray[np.float64]) -> float:
@@ -143,10 +143,10 @@ def _better_by(held: Tried, other: Tried) -> float:
     return held.score - other.score if held.task.card.better == "lower" else other.score - held.score
 
 
-def _without_each(one: Tried, labels: Labels, parts: list[NDArray[np.intp]]) -> NDArray[np.float64]:
-    found = np.full(len(parts), np.nan)
-    for place in range(len(parts) if len(parts) > 1 else 0):
-        rows = np.concatenate([part for other, part in enumerate(parts) if other != place])
-        value = one.task.score(one.prediction[rows], labels[rows])
-        found[place] = np.nan if value is None else value
-    return found
+def _without_each(model: Tried, labels: Labels, parts: list[NDArray[np.intp]]) -> NDArray[np.float64]:
+    values = np.full(len(parts), np.nan)
+    for index in range(len(parts) if len(parts) > 1 else 0):
+        rows = np.concatenate([part for other, part in enumerate(parts) if other != index])
+        value = model.task.score(model.prediction[rows], labels[rows])
+        values[index] = np.nan if value is None else value
+    return values

@@ -66,15 +66,15 @@ class Augmenter:
         For cross entropy this is the paper's mixture of labels, and it holds for every loss. A label whose partner is
         missing is left out: the model has seen both samples.
         """
-        one, other = dict(labels), {name: label.roll(1, 0) for name, label in labels.items()}
+        first, second = dict(labels), {name: label.roll(1, 0) for name, label in labels.items()}
         for name in labels:
-            mine, theirs = one[name], other[name]
+            label, partner = first[name], second[name]
             if name in self.reconstructs:  # its label says what not to learn from, and the input is half the other's
-                one[name] = other[name] = torch.fmax(mine, theirs)
+                first[name] = second[name] = torch.fmax(label, partner)
             else:
-                missing = mine.isnan() | theirs.isnan()
-                one[name], other[name] = (both.masked_fill(missing, torch.nan) for both in (mine, theirs))
-        return (share, one), (1.0 - share, other)
+                missing = label.isnan() | partner.isnan()
+                first[name], second[name] = (mixed.masked_fill(missing, torch.nan) for mixed in (label, partner))
+        return (share, first), (1.0 - share, second)
 
     def _varied(self, x: Tensor) -> Tensor:
         plan, where = self.plan, x.device

@@ -34,14 +34,14 @@ class NonNegativeProjector(DualConeProjector):
 
 def _project(wanted: NDArray[np.float64], gramian: NDArray[np.float64]) -> NDArray[np.float64]:
     length = np.sqrt(np.clip(np.diag(gramian), 0.0, None))
-    there = length > 0.0  # a row of zeros is in nobody's way
-    if not np.isfinite(gramian).all() or not there.any():
+    nonzero = length > 0.0  # a row of zeros is in nobody's way
+    if not np.isfinite(gramian).all() or not nonzero.any():
         return wanted  # what is not finite is for the checks behind training, which name site and round
-    cosines = gramian[np.ix_(there, there)] / np.outer(length[there], length[there])
-    wish = wanted[there] * length[there]
+    cosines = gramian[np.ix_(nonzero, nonzero)] / np.outer(length[nonzero], length[nonzero])
+    wish = wanted[nonzero] * length[nonzero]
     values, vectors = np.linalg.eigh(cosines)
     root = np.sqrt(np.clip(values, 0.0, None) + RIDGE)[:, None] * vectors.T  # cosines = root' root
     more, _ = nnls(root, -root @ wish, maxiter=100 * len(wish))
     out = wanted.copy()
-    out[there] = (wish + more) / length[there]
+    out[nonzero] = (wish + more) / length[nonzero]
     return out

@@ -184,4 +184,4 @@ def outputs_of(model: TrunkModel, data: DeviceDataset, tasks: dict[str, Task]) -
             outputs = model(x, categorical)
         for name, task in tasks.items():
             parts.setdefault(name, []).append(task.combine_with_inputs(outputs[name].float(), x).cpu())
-    return {task: torch.cat(some) for task, some in parts.items()}
+    return {task: torch.cat(batches) for task, batches in parts.items()}

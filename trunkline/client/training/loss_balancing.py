@@ -64,13 +64,13 @@ class _Learning(Balance):
 
     def __init__(self, tasks: Mapping[str, Task], where: torch.device, memory: Mapping[str, NDArray[Any]]) -> None:
         super().__init__(tasks, where, memory)
-        known = [memory.get(f"{self.name}.{task}") for task in self.tasks]
-        values = [self.start if one is None else float(one[0]) for one in known]
+        remembered = [memory.get(f"{self.name}.{task}") for task in self.tasks]
+        values = [self.start if value is None else float(value[0]) for value in remembered]
         self.memory = torch.tensor(values, dtype=torch.float32, device=where)
 
     def state(self) -> dict[str, NDArray[Any]]:
         values = self.memory.detach().cpu().numpy().astype(np.float32)
-        return {f"{self.name}.{task}": values[place : place + 1].copy() for place, task in enumerate(self.tasks)}
+        return {f"{self.name}.{task}": values[index : index + 1].copy() for index, task in enumerate(self.tasks)}
 
     def _dealt(self, worth: Tensor, present: Tensor) -> Tensor:
         """(m,) factors of the weighted losses, in proportion to `worth`, 0 where a task is absent.
@@ -95,13 +95,13 @@ class Uncertainty(_Learning):
 
     def backward(self, losses: Sequence[Tensor], pull: Tensor | None, embedded: Tensor) -> None:
         whole = torch.stack(list(losses))
-        own = whole.detach() / self.weights
-        present = own > 0.0
-        first = torch.where(present, own.clamp(min=SMALLEST).log(), self.memory)
+        unweighted = whole.detach() / self.weights
+        present = unweighted > 0.0
+        first = torch.where(present, unweighted.clamp(min=SMALLEST).log(), self.memory)
         self.memory = torch.where(self.memory.isnan(), first, self.memory)
         least = torch.where(present, self.memory, torch.inf).min()  # before exp, which would overflow
         _backward((self._dealt((least - self.memory).exp(), present) * whole).sum(), pull)
-        downhill = ((own.clamp(min=SMALLEST).log() - self.memory).exp() - 1.0).clamp(max=1.0)  # exp(-s) L - 1
+        downhill = ((unweighted.clamp(min=SMALLEST).log() - self.memory).exp() - 1.0).clamp(max=1.0)  # exp(-s) L - 1
         self.memory = torch.where(present, self.memory + PACE * downhill, self.memory)
 
 
@@ -157,14 +157,14 @@ class UpGrad(_Learning):
 
         from trunkline.client.training.dual_cone import NonNegativeProjector
 
-        ones = torch.ones(len(self.tasks), dtype=torch.float64)  # a sum, not torchjd's mean
-        self.weighting = UPGradWeighting(ones, projector=NonNegativeProjector())
+        equal_weights = torch.ones(len(self.tasks), dtype=torch.float64)  # a sum, not torchjd's mean
+        self.weighting = UPGradWeighting(equal_weights, projector=NonNegativeProjector())
 
     def backward(self, losses: Sequence[Tensor], pull: Tensor | None, embedded: Tensor) -> None:
         whole = torch.stack(list(losses))
-        own = whole.detach() / self.weights
-        present = own > 0.0
-        blend = torch.where(self.memory.isnan(), own, MEMORY * self.memory + (1.0 - MEMORY) * own)
+        unweighted = whole.detach() / self.weights
+        present = unweighted > 0.0
+        blend = torch.where(self.memory.isnan(), unweighted, MEMORY * self.memory + (1.0 - MEMORY) * unweighted)
         self.memory = torch.where(present, blend, self.memory)
         factors = self._dealt(1.0 / self.memory.clamp(min=SMALLEST), present)
         if not embedded.requires_grad:  # only heads train, and each has its own task
@@ -180,7 +180,7 @@ class UpGrad(_Learning):
         hook.remove()
 
 
-BALANCES: dict[str, type[Balance]] = {one.name: one for one in (Balance, Uncertainty, Famo, UpGrad)}
+BALANCES: dict[str, type[Balance]] = {method.name: method for method in (Balance, Uncertainty, Famo, UpGrad)}
 
 
 class Conflicts:

@@ -45,8 +45,8 @@ class Batches:
         if self.below is None:
             return self.draw.permutation(self.samples)
         points = self.draw.random(self.samples) * self.below[-1]
-        found: NDArray[np.int64] = np.searchsorted(self.below, points, side="right").astype(np.int64)
-        return np.minimum(found, self.samples - 1)  # rounding can put a point on the far end
+        positions: NDArray[np.int64] = np.searchsorted(self.below, points, side="right").astype(np.int64)
+        return np.minimum(positions, self.samples - 1)  # rounding can put a point on the far end
 
 
 def chances(labels: Mapping[str, Labels], tasks: Mapping[str, Task]) -> NDArray[np.float64] | None:
@@ -68,12 +68,12 @@ def chances(labels: Mapping[str, Labels], tasks: Mapping[str, Task]) -> NDArray[
 
 def _say(classes: Labels) -> NDArray[np.float64]:
     """(n,) chances by one task's classes, NaN where a sample has none."""
-    there = known(classes)
+    labelled = known(classes)
     chance = np.full(len(classes), 1.0 / len(classes))
-    if there.any():
-        _, member, counts = np.unique(classes[there], return_inverse=True, return_counts=True)
+    if labelled.any():
+        _, member, counts = np.unique(classes[labelled], return_inverse=True, return_counts=True)
         scarce = 1.0 / effective_number(counts.astype(np.float64))[member]
-        chance[there] = scarce / scarce.sum() * there.mean()
+        chance[labelled] = scarce / scarce.sum() * labelled.mean()
     return chance
 
 

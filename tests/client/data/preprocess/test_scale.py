@@ -42,7 +42,7 @@ def test_training_values_are_standardised_in_each_regime(tmp_path: Path) -> None
     frame = fleet(12, rows=60).with_columns(mode=pl.col("cycle") % 3)
     frame = frame.with_columns(c0=pl.col("c0") * (pl.col("mode") + 1) + 100.0 * pl.col("mode"))
     site = open_data(write_site(tmp_path, frame, regime=["mode"]), tmp_path / "state")
-    assert site.scaler.regimes.known == ((0,), (1,), (2,))
+    assert site.scaler.regimes.combinations == ((0,), (1,), (2,))
     for mode in range(3):
         values = site.train.values[(site.train.order % 3 == mode), 0]
         assert abs(values.mean()) < 1e-5
@@ -137,7 +137,7 @@ def test_a_level_with_few_rows_joins_the_nearest() -> None:
 def test_an_unseen_combination_counts_as_the_nearest_known() -> None:
     rows = np.array([[0.0, 0.0]] * 50 + [[10.0, 0.0]] * 50 + [[10.0, 100.0]] * 50)
     regimes = Regimes.find(("speed", "load"), rows)
-    assert regimes.known == ((0, 0), (1, 0), (1, 1))
+    assert regimes.combinations == ((0, 0), (1, 0), (1, 1))
     # (0, 1) was never seen: low speed at half to full load is nearer to idle or to full load, by shares of the range
     assert regimes.of(np.array([[1.0, 60.0], [4.0, 95.0]])).tolist() == [0, 2]
     assert Regimes.from_dict(json.loads(json.dumps(regimes.to_dict()))) == regimes

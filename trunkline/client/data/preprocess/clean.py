@@ -55,8 +55,8 @@ def duplicates(frame: pl.DataFrame, rows: Rows, group: NDArray[np.int32], order:
     copy = ~part.select(pl.struct(pl.all()).is_first_distinct()).to_series().to_numpy()
     exact = involved[copy]
     left = involved[~copy]
-    again = (group[rows[left[1:]]] == group[rows[left[:-1]]]) & (order[rows[left[1:]]] == order[rows[left[:-1]]])
-    return exact, left[1:][again]
+    repeated = (group[rows[left[1:]]] == group[rows[left[:-1]]]) & (order[rows[left[1:]]] == order[rows[left[:-1]]])
+    return exact, left[1:][repeated]
 
 
 def possible(values: Floats, valid: tuple[float, float] | None) -> tuple[Floats, int]:
@@ -78,14 +78,14 @@ def outliers(values: Floats, training: NDArray[np.bool_], regime: Rows, clean: C
     """
     if clean.outliers == "keep" or not len(values):
         return values, 0
-    known = training & ~np.isnan(values)
+    trains = training & ~np.isnan(values)
     centre, reach = np.zeros(int(regime.max()) + 1), np.full(int(regime.max()) + 1, np.inf)
-    for number in range(len(centre)):
-        here = values[known & (regime == number)]
-        if len(here):
-            centre[number] = np.median(here)
-            spread = 1.4826 * float(np.median(np.abs(here - centre[number]))) or float(here.std())
-            reach[number] = clean.robust_z * spread or np.inf
+    for code in range(len(centre)):
+        in_regime = values[trains & (regime == code)]
+        if len(in_regime):
+            centre[code] = np.median(in_regime)
+            spread = 1.4826 * float(np.median(np.abs(in_regime - centre[code]))) or float(in_regime.std())
+            reach[code] = clean.robust_z * spread or np.inf
     low, high = (centre - reach)[regime], (centre + reach)[regime]
     far = (values < low) | (values > high)  # NaN compares false
     count = int(far.sum())
@@ -93,12 +93,12 @@ def outliers(values: Floats, training: NDArray[np.bool_], regime: Rows, clean: C
 
 
 def statistics(channel: str, values: Floats, impossible: int, outlying: int) -> ChannelStatistics:
-    known = values[~np.isnan(values)]
-    if not len(known):
+    present = values[~np.isnan(values)]
+    if not len(present):
         return ChannelStatistics(channel, None, None, None, 1.0, impossible, 0)
-    share = 1.0 - len(known) / len(values)
+    share = 1.0 - len(present) / len(values)
     return ChannelStatistics(
-        channel, float(known.min()), float(np.median(known)), float(known.max()), share, impossible, outlying
+        channel, float(present.min()), float(np.median(present)), float(present.max()), share, impossible, outlying
     )
 
 

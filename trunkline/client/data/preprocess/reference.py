@@ -22,9 +22,9 @@ def reference(scaled: NDArray[np.float32], layout: Layout, rows: int) -> NDArray
     group = layout.group[order]
     start = np.flatnonzero(np.concatenate([[True], group[1:] != group[:-1]]))
     first = np.repeat(start, np.diff(np.append(start, len(order))))
-    place = np.arange(len(order)) - first
+    position = np.arange(len(order)) - first
     values = scaled[order].astype(np.float64)
-    heard = ~np.isnan(values) & (place < rows)[:, None]
+    heard = ~np.isnan(values) & (position < rows)[:, None]
     total = np.cumsum(np.where(heard, values, 0.0), axis=0)
     count = np.cumsum(heard, axis=0)
     before = np.maximum(first - 1, 0)

@@ -24,39 +24,41 @@ class Regimes:
     Args:
         settings: the `regime` columns of site.toml; empty means one regime.
         cuts: per setting, the ascending values between its levels.
-        known: the regimes, each a level per setting.
+        combinations: the regimes, each a level per setting; `known` in a file.
         centres: per regime and setting, its mean in training, in shares of the setting's range.
         spans: per setting, (lowest training value, range).
     """
 
     settings: tuple[str, ...] = ()
     cuts: tuple[tuple[float, ...], ...] = ()
-    known: tuple[tuple[int, ...], ...] = ((),)
+    combinations: tuple[tuple[int, ...], ...] = ((),)
     centres: tuple[tuple[float, ...], ...] = ((),)
     spans: tuple[tuple[float, float], ...] = ()
 
     def __len__(self) -> int:
-        return len(self.known)
+        return len(self.combinations)
 
     @classmethod
     def find(cls, names: tuple[str, ...], rows: Floats) -> "Regimes":
         """The regimes of training rows (rows, settings); no value may be missing."""
         if not names or not len(rows):
             return cls()
-        cuts = tuple(tuple(_cuts(rows[:, place])) for place in range(len(names)))
+        cuts = tuple(tuple(_cuts(rows[:, index])) for index in range(len(names)))
         low, high = rows.min(axis=0), rows.max(axis=0)
         span = np.where(high > low, high - low, 1.0)
         levels = _levels(cuts, rows)
-        found, code, count = np.unique(levels, axis=0, return_inverse=True, return_counts=True)
+        combinations, code, count = np.unique(levels, axis=0, return_inverse=True, return_counts=True)
         share = (rows - low) / span
-        total = np.stack([np.bincount(code.ravel(), weights=share[:, place]) for place in range(len(names))], axis=1)
+        total = np.stack([np.bincount(code.ravel(), weights=share[:, index]) for index in range(len(names))], axis=1)
         enough = (count >= ROWS) & (count >= SHARE * len(rows))
         enough |= count == count.max()
         return cls(
             settings=names,
             cuts=cuts,
-            known=tuple(tuple(int(level) for level in one) for one in found[enough]),
-            centres=tuple(tuple(float(value) for value in one) for one in (total / count[:, None])[enough]),
+            combinations=tuple(tuple(int(level) for level in combination) for combination in combinations[enough]),
+            centres=tuple(
+                tuple(float(value) for value in combination) for combination in (total / count[:, None])[enough]
+            ),
             spans=tuple((float(start), float(width)) for start, width in zip(low, span, strict=True)),
         )
 
@@ -67,10 +69,10 @@ class Regimes:
         spans = np.array(self.spans)
         levels = _levels(self.cuts, rows)
         seen, code = np.unique(levels, axis=0, return_inverse=True)
-        number = {one: place for place, one in enumerate(self.known)}
-        regime = np.array([number.get(tuple(int(level) for level in one), -1) for one in seen], dtype=np.int64)[
-            code.ravel()
-        ]
+        code_of = {combination: index for index, combination in enumerate(self.combinations)}
+        regime = np.array(
+            [code_of.get(tuple(int(level) for level in combination), -1) for combination in seen], dtype=np.int64
+        )[code.ravel()]
         if len(strange := np.flatnonzero(regime < 0)):
             share = (rows[strange] - spans[:, 0]) / spans[:, 1]
             distance = ((share[:, None, :] - np.array(self.centres)[None]) ** 2).sum(axis=2)  # (strange, regimes)
@@ -81,19 +83,22 @@ class Regimes:
         return {
             "settings": self.settings,
             "cuts": self.cuts,
-            "known": self.known,
+            "known": self.combinations,
             "centres": self.centres,
             "spans": self.spans,
         }
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "Regimes":
-        deep = {key: tuple(tuple(one) for one in state[key]) for key in ("cuts", "known", "centres", "spans")}
-        return cls(settings=tuple(state["settings"]), **deep)
+        deep = {key: tuple(tuple(entry) for entry in state[key]) for key in ("cuts", "known", "centres", "spans")}
+        return cls(
+            settings=tuple(state["settings"]), cuts=deep["cuts"], combinations=deep["known"], centres=deep["centres"],
+            spans=deep["spans"],
+        )  # fmt: skip
 
 
 def _levels(cuts: tuple[tuple[float, ...], ...], rows: Floats) -> NDArray[np.int64]:
-    return np.stack([np.searchsorted(np.array(cut), rows[:, place]) for place, cut in enumerate(cuts)], axis=1).astype(
+    return np.stack([np.searchsorted(np.array(cut), rows[:, index]) for index, cut in enumerate(cuts)], axis=1).astype(
         np.int64
     )
 

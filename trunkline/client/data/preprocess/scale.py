@@ -48,7 +48,7 @@ class Scaler:
             )
         regime = self.regimes.of(settings)
         columns = [
-            scale(values[:, place], self.mean[:, place], self.std[:, place], regime) for place in range(values.shape[1])
+            scale(values[:, index], self.mean[:, index], self.std[:, index], regime) for index in range(values.shape[1])
         ]
         return np.stack(columns, axis=1) if columns else np.zeros((len(values), 0), dtype=np.float32)
 
@@ -80,9 +80,9 @@ def moments(values: Floats, regime: NDArray[np.int64], regimes: int) -> tuple[ND
 
     A regime in which the channel never spoke takes the figures of all rows.
     """
-    there = np.isfinite(values)
-    if not there.all():
-        values, regime = values[there], regime[there]
+    heard = np.isfinite(values)
+    if not heard.all():
+        values, regime = values[heard], regime[heard]
     count = np.bincount(regime, minlength=regimes)
     if not len(values):
         return count, np.zeros(regimes), np.zeros(regimes)
@@ -90,9 +90,9 @@ def moments(values: Floats, regime: NDArray[np.int64], regimes: int) -> tuple[ND
     around = np.full(regimes, values[0])
     around[regime[::-1]] = values[::-1]
     shifted = values - around[regime]
-    number = np.maximum(count, 1)
-    shift = np.bincount(regime, weights=shifted, minlength=regimes) / number
-    spread = np.bincount(regime, weights=(shifted - shift[regime]) ** 2, minlength=regimes) / number
+    at_least_one = np.maximum(count, 1)
+    shift = np.bincount(regime, weights=shifted, minlength=regimes) / at_least_one
+    spread = np.bincount(regime, weights=(shifted - shift[regime]) ** 2, minlength=regimes) / at_least_one
     mean, std = around + shift, np.sqrt(spread)
     if (silent := count == 0).any():
         mean[silent], std[silent] = values.mean(), values.std()

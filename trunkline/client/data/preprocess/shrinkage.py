@@ -21,8 +21,8 @@ Floats = NDArray[np.float64]
 
 def groups_seen(group: NDArray[np.integer], regime: NDArray[np.int64], regimes: int) -> Floats:
     """(regimes,) how many groups a regime's training rows are worth: rows of one group repeat each other."""
-    number = int(group.max(initial=-1)) + 1
-    rows = np.bincount(regime * number + group, minlength=regimes * number).reshape(regimes, number)
+    groups = int(group.max(initial=-1)) + 1
+    rows = np.bincount(regime * groups + group, minlength=regimes * groups).reshape(regimes, groups)
     worth: Floats = np.where(rows > 0, np.maximum(1.0, rows / BLOCK), 0.0).sum(axis=1)
     return worth
 
@@ -32,12 +32,12 @@ class PooledPrior:
     """The federation's statistics laid beside one site's regimes.
 
     Args:
-        place: (regimes,) the federation's regime of each of the site's own; -1 where it has none.
+        nearest: (regimes,) the federation's regime of each of the site's own; -1 where it has none.
         groups: (regimes,) own groups behind the site's statistics.
     """
 
     pooled: PooledScale
-    place: NDArray[np.int64]
+    nearest: NDArray[np.int64]
     groups: Floats
 
     def shrink(self, channel: str, count: NDArray[np.int64], mean: Floats, std: Floats) -> tuple[Floats, Floats]:
@@ -52,13 +52,13 @@ class PooledPrior:
         if channel not in self.pooled.channels:
             return mean, std
         column = self.pooled.channels.index(channel)
-        theirs = np.array([self.pooled.count, self.pooled.mean, self.pooled.variance])[:, :, column][:, self.place]
-        own = np.where(count > 0, self.groups, 0.0)
-        far = np.abs(mean - theirs[1]) > STRANGE * np.sqrt(theirs[2])
-        leans = (self.place >= 0) & (theirs[0] > 0.0) & ~(far & (own > 0.0) & (theirs[2] > 0.0))
-        share = own / (own + WORTH)
-        middle = share * mean + (1.0 - share) * theirs[1]
-        spread = share * (std**2 + (mean - middle) ** 2) + (1.0 - share) * (theirs[2] + (theirs[1] - middle) ** 2)
+        pooled = np.array([self.pooled.count, self.pooled.mean, self.pooled.variance])[:, :, column][:, self.nearest]
+        groups = np.where(count > 0, self.groups, 0.0)
+        far = np.abs(mean - pooled[1]) > STRANGE * np.sqrt(pooled[2])
+        leans = (self.nearest >= 0) & (pooled[0] > 0.0) & ~(far & (groups > 0.0) & (pooled[2] > 0.0))
+        share = groups / (groups + WORTH)
+        middle = share * mean + (1.0 - share) * pooled[1]
+        spread = share * (std**2 + (mean - middle) ** 2) + (1.0 - share) * (pooled[2] + (pooled[1] - middle) ** 2)
         return np.where(leans, middle, mean), np.where(leans, np.sqrt(spread), std)
 
     def knows(self, channel: str) -> bool:
@@ -66,7 +66,7 @@ class PooledPrior:
         if channel not in self.pooled.channels:
             return False
         column = self.pooled.channels.index(channel)
-        return any(at >= 0 and self.pooled.variance[at][column] > 0.0 for at in self.place.tolist())
+        return any(regime >= 0 and self.pooled.variance[regime][column] > 0.0 for regime in self.nearest.tolist())
 
 
 def match_pooled(scales: Sequence[PooledScale], regimes: Regimes, groups: Floats) -> PooledPrior | None:
@@ -76,12 +76,14 @@ def match_pooled(scales: Sequence[PooledScale], regimes: Regimes, groups: Floats
             continue
         low, width = (np.array([span[part] for span in regimes.spans], dtype=np.float64) for part in (0, 1))
         centres = low + np.array(regimes.centres, dtype=np.float64).reshape(len(regimes), len(width)) * width
-        known = np.array(pooled.centres, dtype=np.float64).reshape(len(pooled.centres), len(width))
-        every = np.concatenate([known, centres])
+        pooled_centres = np.array(pooled.centres, dtype=np.float64).reshape(len(pooled.centres), len(width))
+        every = np.concatenate([pooled_centres, centres])
         reach = np.maximum(np.array(pooled.widths), np.ptp(every, axis=0)) if len(width) else width
-        apart = np.abs(centres[:, None] - known[None]) / np.where(reach > 0.0, reach, 1.0)  # (own, known, settings)
+        apart = np.abs(centres[:, None] - pooled_centres[None]) / np.where(
+            reach > 0.0, reach, 1.0
+        )  # (own, known, settings)
         farthest = apart.max(axis=2, initial=0.0)
         nearest = farthest.argmin(axis=1)
-        place = np.where(farthest[np.arange(len(regimes)), nearest] <= GAP, nearest, -1)
-        return PooledPrior(pooled, place.astype(np.int64), groups)
+        nearest_within_gap = np.where(farthest[np.arange(len(regimes)), nearest] <= GAP, nearest, -1)
+        return PooledPrior(pooled, nearest_within_gap.astype(np.int64), groups)
     return None
