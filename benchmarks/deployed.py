@@ -29,6 +29,7 @@ from trunkline.flower.app_archive import app_digest
 from trunkline.flower.control import run_status, submit
 from trunkline.flower.records import open_records, to_records
 from trunkline.server.rounds.messaging import ask
+from trunkline.server.rounds.superlink import transport_of
 
 TRUNKLINE = [sys.executable, "-m", "trunkline.cli.app"]
 RUN = """
@@ -99,7 +100,7 @@ def measure(grid: Grid, context: Context) -> None:
             content = to_records({"w": array}, "{}")
             began = time.monotonic()
             answers = ask(
-                grid, "train", {node: lambda content=content: content for node in groups[name]},
+                transport_of(grid), "train", {node: lambda content=content: content for node in groups[name]},
                 round=repeat, deadline_s=300.0, resend_s=300.0,
             )  # fmt: skip
             failures = [one.failure for one in answers if one.content is None]

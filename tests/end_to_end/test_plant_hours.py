@@ -2,13 +2,13 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import DEFAULT_TTL, Message
+from flwr.app import DEFAULT_TTL, Message, RecordDict
 
 from tests.loopback import events_of, federate, refusals_of, trunk_of
 from trunkline.client.app import app as client_app
@@ -242,7 +242,10 @@ def test_over_selected_a_round_ends_with_the_share_and_waits_for_no_straggler(
 
 
 class Telephone:
-    """A grid on a clock of its own: nodes 2 and 4 answer at once, node 3 never; what was sent to whom, and when."""
+    """A transport on a clock of its own: nodes 2 and 4 answer at once, node 3 never; what was sent to whom, and when."""
+
+    durable = local = complete = journalled = waits = False
+    stacks = None
 
     def __init__(self) -> None:
         LoopbackGrid(client_app, [])  # Flower wants to know who sends
@@ -253,23 +256,25 @@ class Telephone:
     def monotonic(self) -> float:
         return self.at
 
-    def sleep(self, seconds: float) -> None:
-        self.at += max(seconds, 0.01)
+    def pause(self, seconds: float, most: float) -> None:
+        self.at += max(most, 0.01)
+
+    def room(self) -> bool:
+        return True
 
     def get_node_ids(self) -> list[int]:
         return [2, 3, 4]
 
-    def push_messages(self, messages: list[Message]) -> list[str]:
-        (message,) = messages
-        node = message.metadata.dst_node_id
+    def send(self, node: int, kind: str, group: str, content: RecordDict, keep_s: float) -> str:
+        message = Message(content, node, kind, ttl=keep_s, group_id=group)
         self.sent.append((node, self.at))
         stamp(message, f"message-{len(self.sent)}")
         if node != 3:
             self.replies[message.metadata.message_id] = Message(message.content, reply_to=message)
-        return [message.metadata.message_id]
+        return message.metadata.message_id
 
-    def pull_messages(self, ids: list[str]) -> list[Message]:
-        return [self.replies.pop(one) for one in ids if one in self.replies]
+    def inbox(self) -> Callable[[Collection[str]], Iterator[Message]]:
+        return lambda ids: iter([self.replies.pop(asked) for asked in list(ids) if asked in self.replies])
 
 
 def test_a_site_that_closes_in_the_middle_of_a_round_is_not_waited_for_and_not_asked_again() -> None:

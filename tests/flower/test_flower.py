@@ -41,6 +41,7 @@ from trunkline.flower.processes import supernode_main, whole_or_nothing
 from trunkline.flower.records import HEADER_LIMIT, PACK_SMALL, open_records, pack, to_records
 from trunkline.flower.replies import Replies
 from trunkline.server.rounds.messaging import ask
+from trunkline.server.rounds.superlink import transport_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower with pathspec 1.x
 DTYPES = st.sampled_from(["float32", "float64", "float16", "int64", "uint8", "bool", ">f4"])
@@ -419,6 +420,6 @@ def test_a_superlink_that_comes_back_in_the_middle_of_a_message_is_sent_it_again
         return ["q1"]
 
     link.get_node_ids, link.push_messages = lambda: [2], push
-    asked = ask(link, "train", {2: lambda: to_records({}, "{}")}, round=1, deadline_s=10.0, resend_s=0.1)
+    asked = ask(transport_of(link), "train", {2: lambda: to_records({}, "{}")}, round=1, deadline_s=10.0, resend_s=0.1)
     (answer,) = asked
     assert answer.content is not None and answer.tries == 2 and "push session" in answer.lost

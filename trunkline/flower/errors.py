@@ -5,7 +5,7 @@ import re
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from trunkline.errors import Away, ContractError, Declined, Pending, StorageError
+from trunkline.errors import Away, ContractError, Declined, Pending, StorageError, TrunklineError
 from trunkline.flower.processes import logger
 from trunkline.runtime.disk import disk_error_text
 
@@ -16,6 +16,10 @@ AWAY = 404  # outside the plant's hours, or paused there: `SITE: why, until when
 FULL = 405
 ERROR_LIMIT = 1000  # characters of an error's text that leave a site
 FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\][^\s:;,()'\"`]*[/\\]")  # all of a path but its last name
+
+
+class MessageLost(TrunklineError):
+    """A message got lost on its way to the SuperLink; its site has not seen it."""
 
 
 def answer(client_app: ClientApp, message: Message, context: Context) -> Message:

@@ -1,36 +1,40 @@
-"""Flower Grids without a SuperLink: what the in-process and the Ray grid share."""
+"""Flower Grids without a SuperLink: the base of the in-process and the Ray grid."""
 
 import itertools
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import DEFAULT_TTL, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from trunkline.errors import ContractError
 from trunkline.flower.errors import answer
 from trunkline.flower.private import Run, TaskIdentity, make_message
+from trunkline.runtime.clock import MachineClock
 
-CENTRE = 1  # Flower's node id of the server side
+SERVER_NODE = 1  # Flower's node id of the server side
 Scalar = str | int | float
 
 
 class LocalGrid(Grid):
-    """A Flower Grid without a SuperLink: what the in-process and the Ray grid share.
+    """A Flower Grid without a SuperLink, and the round loop's `Transport` at the same time.
 
     Flower's process-global task identity is set at construction, so a process holds one such grid at a time.
 
     Args:
-        node_configs: one mapping a site, what `--node-config` is in deployment. Node ids count up from 2 in this order.
-        run_config: what `[tool.flwr.app.config]` and its overrides are in deployment.
+        node_configs: one mapping a site, in place of a deployment's `--node-config`. Node ids count up from 2 in this order.
+        run_config: in place of a deployment's `[tool.flwr.app.config]` and its overrides.
     """
 
-    complete = True  # no node will join later, so nobody need wait for one
-    waits = False  # whether `pull_messages` itself waits a moment for the first reply, so that who polls need not sleep
+    durable = False
+    local = True
+    complete = True
+    journalled = False
+    waits = False
 
     def __init__(
         self,
@@ -38,10 +42,11 @@ class LocalGrid(Grid):
         run_config: Mapping[str, Scalar] | None = None,
         run_id: int = 1,
     ) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, CENTRE
+        self.clock = MachineClock()
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SERVER_NODE
         self.contexts: dict[int, Context] = {
             node: Context(run_id, node, dict(config), RecordDict(), dict(run_config or {}))
-            for node, config in enumerate(node_configs, start=CENTRE + 1)
+            for node, config in enumerate(node_configs, start=SERVER_NODE + 1)
         }
         self._run = Run.create_empty(run_id)
         self._numbers = itertools.count(1)
@@ -52,11 +57,38 @@ class LocalGrid(Grid):
 
     @abstractmethod
     def _collect(self, message_ids: AbstractSet[str]) -> list[Message]:
-        """Replies that are there among those to `message_ids`, each handed out once; a few at a time where they are many."""
+        """The replies to `message_ids` that are there, each handed out once; a few at a time where they are many."""
 
     def room(self) -> bool:
-        """Whether it is time to push more: what is pushed beyond this only lies in memory. A push is never refused."""
+        """Whether it is time to push more: messages beyond this only lie in memory. A push is never refused."""
         return True
+
+    @property
+    def stacks(self) -> Any:
+        """Sites that are trained many at once; None where there are none."""
+        return None
+
+    def send(self, node: int, kind: str, group: str, content: RecordDict, keep_s: float) -> str:
+        """Send one message; its id. It is never too old: it waits for a worker, not for a plant."""
+        message = Message(content, dst_node_id=node, message_type=kind, ttl=DEFAULT_TTL, group_id=group)
+        return self.push_messages([message])[0]
+
+    def inbox(self) -> Callable[[Collection[str]], Iterator[Message]]:
+        def fetch(message_ids: Collection[str]) -> Iterator[Message]:
+            messages = self.pull_messages(message_ids)
+            while messages:
+                yield messages.pop(0)
+
+        return fetch
+
+    def begin_round(self) -> None:
+        """Nothing happens between two rounds."""
+
+    def end_round(self, round: int) -> None:
+        """Nothing happens between two rounds."""
+
+    def stamp(self) -> dict[str, float]:
+        return {}
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -79,8 +111,8 @@ class LocalGrid(Grid):
         for message in messages:
             node = message.metadata.dst_node_id
             if node not in self.contexts:
-                known = f"{CENTRE + 1} to {CENTRE + len(self.contexts)}"
-                raise ContractError(f"a message is addressed to node {node}; this grid has nodes {known}")
+                nodes = f"{SERVER_NODE + 1} to {SERVER_NODE + len(self.contexts)}"
+                raise ContractError(f"a message is addressed to node {node}; this grid has nodes {nodes}")
             stamp(message, f"{message.metadata.run_id}-{next(self._numbers)}")
             self._dispatch(message, self.contexts[node])
             ids.append(message.metadata.message_id)
@@ -97,9 +129,9 @@ class LocalGrid(Grid):
         waiting = set(self.push_messages(messages))
         replies: list[Message] = []
         while waiting:
-            came = self.pull_messages(waiting)
-            replies += came
-            waiting -= {reply.metadata.reply_to_message_id for reply in came}
+            arrived = self.pull_messages(waiting)
+            replies += arrived
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
             if not waiting or (end is not None and time.monotonic() >= end):
                 break
             time.sleep(0.02)
@@ -107,7 +139,9 @@ class LocalGrid(Grid):
 
 
 class LoopbackGrid(LocalGrid):
-    """Calls the ClientApp in this process while a message is pushed: the tests' network, and the others' reference."""
+    """Calls the ClientApp in this process while a message is pushed: the tests' network, and the reference of the others."""
+
+    journalled = True
 
     def __init__(
         self,
@@ -124,7 +158,7 @@ class LoopbackGrid(LocalGrid):
         self._answers[message.metadata.message_id] = answer(self._app, message, context)
 
     def _collect(self, message_ids: AbstractSet[str]) -> list[Message]:
-        return [self._answers.pop(one) for one in list(self._answers) if one in message_ids]
+        return [self._answers.pop(message_id) for message_id in list(self._answers) if message_id in message_ids]
 
     def room(self) -> bool:
         return not self._answers

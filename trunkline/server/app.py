@@ -29,8 +29,8 @@ from trunkline.server.operations.status import note_event
 from trunkline.server.releases.signing import find_signer
 from trunkline.server.reporting.report import write_report
 from trunkline.server.rounds.disk_wait import DiskWait, EventFile
-from trunkline.server.rounds.messaging import is_far
 from trunkline.server.rounds.run import run_rounds
+from trunkline.server.rounds.superlink import transport_of
 
 app = ServerApp()
 logger = logging.getLogger(__name__)
@@ -53,22 +53,22 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(config.get("out") or Path.home() / ".trunkline" / "runs" / run.name))
     out.mkdir(parents=True, exist_ok=True)
     state = str(config.get("state", ""))
-    stamp = getattr(grid, "stamp", dict)  # a simulated world adds its own time
-    far = is_far(grid)
-    hold = RunLock(out, context.run_id) if far else None
+    transport = transport_of(grid)
+    durable = transport.durable
+    hold = RunLock(out, context.run_id) if durable else None
     events = EventFile(out / EVENTS)
-    incidents = Incidents(Path(state)) if far and state else None
+    incidents = Incidents(Path(state)) if durable and state else None
 
     def on_event(event: Event) -> None:
-        line = stamp(event.to_json())
-        events.write(json.dumps({"at": time.time(), **line} if far else line))
+        line = {**event.to_json(), **transport.stamp()}
+        events.write(json.dumps({"at": time.time(), **line} if durable else line))
         if incidents is not None:
             note_event(incidents, run.name, line)
 
     def note(text: str) -> None:
         on_event(Note(text))
 
-    disk_wait = DiskWait(out, note, run.cohort.outage_s if far else 0.0)
+    disk_wait = DiskWait(out, note, run.cohort.outage_s if durable else 0.0)
 
     def write_end(text: str = "") -> None:
         """Record that the run has ended by itself; a run without this record is taken up again."""
@@ -78,7 +78,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         resume = bool(config.get("resume", 0))
         report = run_rounds(
-            grid, run, out, resume=resume, on_event=on_event, roster=_roster(state), sign=_signer(state, on_event)
+            transport, run, out, resume=resume, on_event=on_event, roster=_roster(state), sign=_signer(state, on_event)
         )
         disk_wait(lambda: write_report(report, out, page=bool(config.get("page", 1))))
         _audit(state, "run finished", run, rounds=run.total_rounds, trunk=_digest_of(out / RELEASE))

@@ -1,16 +1,14 @@
 """`--workers 0`: every site in this process, one after the other, without Ray."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from flwr.app import Context, Message
 
 from trunkline.flower.grid import LoopbackGrid
-from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import TrainRequest
 from trunkline.simulations.ray.site_host import SiteHost, check_opened, node_configs
-from trunkline.simulations.vectorized.worker import InProcess, PartialRound
+from trunkline.simulations.vectorized.worker import InProcess
 
 
 class InProcessGrid(LoopbackGrid):
@@ -27,18 +25,9 @@ class InProcessGrid(LoopbackGrid):
         super().__init__(self._site_host.app, node_configs(sites, states))
         self._vectorized = InProcess({node: context.node_config for node, context in self.contexts.items()})
 
-    def together(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
-        """A round of the sites that can be trained in stacks; the others are to be asked singly."""
-        return self._vectorized.together(request, arrays, nodes)
-
-    def flush(self) -> None:
-        """Write the state that sites have in memory to their vaults."""
-        self._vectorized.flush()
-
     @property
-    def holding(self) -> bool:
-        """Whether sites keep their state in memory between rounds."""
-        return self._vectorized.holding
+    def stacks(self) -> InProcess:
+        return self._vectorized
 
     def _dispatch(self, message: Message, context: Context) -> None:
         self._answers[message.metadata.message_id] = self._site_host.answer(message, context)

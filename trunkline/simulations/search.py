@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp import Grid
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from trunkline.errors import ConfigError, DataError, StorageError, TrunklineErro
 from trunkline.protocol.arrays import seed_of
 from trunkline.runtime.events import Note, OnEvent
 from trunkline.runtime.storage import write_atomic
+from trunkline.server.rounds.messaging import Transport
 from trunkline.server.rounds.run import run_rounds
 from trunkline.strategies import build_strategy
 
@@ -103,7 +103,7 @@ class Found:
 
 
 def search(
-    run: RunConfig, grid: Grid, states: Sequence[Path], out: Path, on_event: OnEvent,
+    run: RunConfig, grid: Transport, states: Sequence[Path], out: Path, on_event: OnEvent,
     *, resume: bool = False,
 ) -> RunConfig:  # fmt: skip
     """`run` with the settings that did best, and `report.local` with those of the baseline.
@@ -268,7 +268,7 @@ def _ask(found: Found, run: RunConfig, who: str, space: Space, number: int) -> S
 
 
 def _try(
-    run: RunConfig, grid: Grid, states: Sequence[Path], out: Path, number: int, settings: dict[str, Settings]
+    run: RunConfig, grid: Transport, states: Sequence[Path], out: Path, number: int, settings: dict[str, Settings]
 ) -> Trial:
     """Run the federation once, without its end: no site is asked to score a test row."""
     key, folder = f"search-{number:03d}", out / "search" / f"trial-{number:03d}"

@@ -10,8 +10,9 @@ from flwr.clientapp import ClientApp
 from trunkline.flower.errors import CRASHED, FULL, error_reply
 from trunkline.flower.grid import LoopbackGrid, stamp
 from trunkline.flower.records import to_records
-from trunkline.server.rounds import messaging as calls
-from trunkline.server.rounds.messaging import Answer, ask
+from trunkline.server.rounds import superlink
+from trunkline.server.rounds.messaging import NodeReply, ask
+from trunkline.server.rounds.superlink import transport_of
 
 
 class Far:
@@ -43,10 +44,10 @@ class Far:
         yield from came
 
 
-def answers(grid: Far, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+def answers(grid: Far, monkeypatch: pytest.MonkeyPatch) -> list[NodeReply]:
     LoopbackGrid(ClientApp(), [{}])  # sets who this process is, as Flower wants it before a message is made
-    monkeypatch.setattr(calls, "Replies", lambda grid: grid)
-    found: Any = ask(grid, "train", {2: RecordDict}, round=1, deadline_s=10.0, resend_s=0.05)  # type: ignore[arg-type]
+    monkeypatch.setattr(superlink, "Replies", lambda grid: grid)
+    found: Any = ask(transport_of(grid), "train", {2: RecordDict}, round=1, deadline_s=10.0, resend_s=0.05)  # type: ignore[arg-type]
     return list(found)
 
 

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
-from flwr.serverapp import Grid
-
 from trunkline.protocol import opening_hours as hours
 from trunkline.runtime.events import Note, OnEvent
 from trunkline.server.rounds.cohort import Member
-from trunkline.server.rounds.messaging import pause
+from trunkline.server.rounds.messaging import Transport, pause
 
 PAUSED_RETRY_S = 60.0  # until a site is asked again that is paused and gave no time
 SOON_S = 15.0  # the same for one whose hours have begun by the clock of the server and not by its own
@@ -82,7 +80,11 @@ class Availability:
         self._report_absence(member)
 
     def wait(
-        self, members: Mapping[str, Member], grid: Grid, subject: str = "The run", limit: datetime | None = None
+        self,
+        members: Mapping[str, Member],
+        transport: Transport,
+        subject: str = "The run",
+        limit: datetime | None = None,
     ) -> bool:
         """While all of `members` are away: sleep until the first comes back, a few seconds at most; reported once.
 
@@ -111,7 +113,7 @@ class Availability:
                 f"{subject} waits: {everybody}, and {first} is the first to be back, at {when} ({self._until[first][1]})."
             )
         left = max(0.05, hours.lasts(opens[first] - hours.now()))
-        pause(grid, min(NAP_S, left), min(NAP_S, left))
+        pause(transport, min(NAP_S, left), min(NAP_S, left))
         return True
 
     def _report_absence(self, member: Member) -> None:

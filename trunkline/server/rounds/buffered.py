@@ -12,15 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 
 from trunkline.errors import ConfigError, QuorumError, Refused
-from trunkline.flower.errors import AWAY, error_site
-from trunkline.flower.grid import LocalGrid
-from trunkline.flower.records import pack
-from trunkline.flower.replies import PUSH_LOST, Replies
+from trunkline.flower.errors import AWAY, MessageLost, error_site
 from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import TrainRequest, Update
 from trunkline.protocol.plan import LocalPlan
@@ -28,8 +24,9 @@ from trunkline.runtime.events import BufferedRoundEnded, RoundStarted
 from trunkline.server.rounds.admission import finish_sum
 from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.context import RunContext
-from trunkline.server.rounds.messaging import BATCH, LOST, POLL_FIRST_S, POLL_MOST_S, Answer, is_far, now, pause
+from trunkline.server.rounds.messaging import LOST, POLL_FIRST_S, POLL_MOST_S, NodeReply, now, pause
 from trunkline.server.rounds.requests import address, contents
+from trunkline.server.rounds.superlink import BATCH
 from trunkline.server.rounds.tally import Tally
 from trunkline.server.rounds.update_journal import Content
 from trunkline.strategies import STRATEGIES, Strategy, StrategyState
@@ -127,8 +124,7 @@ class BufferedRounds:
         self.served = dict(self.answered)  # site -> the newest round it was asked for
         self.trunks: dict[int, Arrays] = {}  # steps behind it -> a trunk that may have to be sent again
         self.repeated = 0  # replies to questions that were answered before
-        grid = self.context.grid
-        self.replies = Replies(grid) if is_far(grid) else None
+        self.inbox = self.context.transport.inbox()
 
     @property
     def size(self) -> int:
@@ -150,6 +146,7 @@ class BufferedRounds:
         self.state_round, size = -1, self.size
         context.greet()
         context.availability.available(context.cohort.members)  # absences by the hours are reported
+        context.transport.begin_round()
         context.on_event(RoundStarted(round, context.config.total_rounds))
         step = _Step(round, size, context.on_event)
         after, mean = context.strategy.advance(
@@ -162,6 +159,7 @@ class BufferedRounds:
         record = replace(step.record(time.monotonic() - started, mean), buffer=size, staleness=staleness)
         context.records.append(record)
         ages = [age for stale in step.staleness.values() for age in stale]
+        context.transport.end_round(round)
         context.on_event(
             BufferedRoundEnded(
                 round, context.config.total_rounds, sites=len(step.staleness), seconds=time.monotonic() - started,
@@ -175,19 +173,18 @@ class BufferedRounds:
 
     def _updates(self, state: StrategyState, step: _Step) -> Iterator[Update]:
         """The next updates as they come; fewer than a step has where no other site is at work, or `deadline_s` has passed."""
-        context, grid, size = self.context, self.context.grid, step.expected
+        context, transport, size = self.context, self.context.transport, step.expected
         self._serve(state)
-        local = grid if isinstance(grid, LocalGrid) else None
         enough = max(1, int(-(-size * self.settings.quorum // 1)))
-        end, look_at, poll = now(grid) + self.settings.deadline_s, 0.0, POLL_FIRST_S
+        end, look_at, poll = now(transport) + self.settings.deadline_s, 0.0, POLL_FIRST_S
         due: deque[str] = deque()
         while step.updates < size:
-            moment = now(grid)
+            moment = now(transport)
             if moment >= look_at:
                 look_at = moment + min(POLL_MOST_S, self.settings.resend_s)
-                online = set(grid.get_node_ids())
+                online = set(transport.get_node_ids())
                 due = deque(self._due(step.round, online, moment))
-            while due and (local is None or local.room()):
+            while due and transport.room():
                 self._ask(due.popleft(), step)
             heard = bool(self.fetched) or self._fetch()
             while self.fetched and step.updates < size:
@@ -197,8 +194,8 @@ class BufferedRounds:
                     del update  # it may hold a trunk
             if heard:
                 poll = POLL_FIRST_S
-                if local is not None:  # there a message waits for a worker, not for a plant
-                    end = now(grid) + self.settings.deadline_s
+                if transport.local:  # a message waits for a worker, not for a plant
+                    end = now(transport) + self.settings.deadline_s
                 look_at = 0.0  # a site that has just answered may be free
                 continue
             members = context.cohort.members
@@ -209,19 +206,19 @@ class BufferedRounds:
             if step.updates >= enough and not due and not working:
                 break  # every site that is online has answered for this trunk
             if not step.updates and members and all(map(context.availability.is_away, members.values())):
-                context.availability.wait(members, grid)
-                end, look_at = now(grid) + self.settings.deadline_s, 0.0
+                context.availability.wait(members, transport)
+                end, look_at = now(transport) + self.settings.deadline_s, 0.0
                 continue
-            if now(grid) >= end:
+            if now(transport) >= end:
                 if step.updates:
                     break
                 self.state_round = state.round  # begun again, the step goes on with the questions under way
                 raise self._silence(step)
             poll = min(poll * 2, POLL_MOST_S)
-            if local is None or not local.waits:
-                moment = now(grid)
+            if not (transport.local and transport.waits):
+                moment = now(transport)
                 later = [question.again_at for question in self.open.values() if question.again_at > moment]
-                pause(grid, poll, min([end, *later]) - moment)
+                pause(transport, poll, min([end, *later]) - moment)
 
     def _silence(self, step: _Step) -> QuorumError:
         causes = step.causes() or "No site was online, or none has answered."
@@ -238,7 +235,6 @@ class BufferedRounds:
             self.trunks.pop(old, None)
         members = {member.node: member for member in self.context.cohort.members.values()}
         self.newest = self._contents(state.round, members)
-        self.packed: tuple[Any, Any] = (None, None)
         # replies to questions older than a site's last answer are not fetched: they would only be counted as repeated
         self.sent = {
             message_id: (site, request)
@@ -284,38 +280,29 @@ class BufferedRounds:
             requests, makers = self.newest
         else:
             requests, makers = self._contents(round - 1, {member.node: member})
-        content = makers[member.node]()
-        if self.replies is not None:
-            if self.packed[0] is not content:  # most sites are asked the same
-                self.packed = content, pack(content)
-            content = self.packed[1]
-        message = Message(content, dst_node_id=member.node, message_type="train", ttl=DEFAULT_TTL, group_id=str(round))
         # a site at work is not given one trunk after the other to queue up: the silence that is put up with goes on doubling
         tries = question.tries + 1 if question is not None and not question.left else 1
-        again_at = now(self.context.grid) + self.settings.resend_s * 2.0 ** min(tries - 1, 30)
+        again_at = now(self.context.transport) + self.settings.resend_s * 2.0 ** min(tries - 1, 30)
         self.open[site] = _Question(member.node, round, again_at, tries)
         self.served[site] = round
         try:
-            pushed = list(self.context.grid.push_messages([message]))
-        except PUSH_LOST:  # the site has not seen it: it is sent again in a moment
-            self.open[site].again_at = now(self.context.grid) + min(1.0, self.settings.resend_s)
+            content = makers[member.node]()
+            message_id = self.context.transport.send(member.node, "train", str(round), content, DEFAULT_TTL)
+        except MessageLost:  # the site has not seen it: it is sent again in a moment
+            self.open[site].again_at = now(self.context.transport) + min(1.0, self.settings.resend_s)
             return
-        for message_id in pushed:
-            if message_id:
-                self.sent[message_id] = (site, requests[member.node])
+        if message_id:
+            self.sent[message_id] = (site, requests[member.node])
         step.bytes_down += self.trunks[round - 1].only(member.lends).nbytes
 
     # --- replies --------------------------------------------------------------------------------------------------
 
     def _fetch(self) -> bool:
         """Fetch some of the replies that have come, never more than a few: each may hold a trunk."""
-        if self.replies is not None:
-            for message in self.replies.pull(list(self.sent), BATCH):
-                self.fetched.append(message)
-                if len(self.fetched) >= BATCH:
-                    break
-        else:
-            self.fetched.extend(self.context.grid.pull_messages(self.sent.keys()))
+        for message in self.inbox(self.sent.keys()):
+            self.fetched.append(message)
+            if self.context.transport.durable and len(self.fetched) >= BATCH:
+                break  # the others stay on the SuperLink
         return bool(self.fetched)
 
     def _admitted(self, message: Message, state: StrategyState, step: _Step) -> Update | None:
@@ -328,7 +315,7 @@ class BufferedRounds:
         question = self.open.get(site)
         if error is not None and error[1] in LOST:
             if question is not None and question.round == request.round:
-                question.left, question.again_at = True, now(self.context.grid) + min(1.0, self.settings.resend_s)
+                question.left, question.again_at = True, now(self.context.transport) + min(1.0, self.settings.resend_s)
             return None
         member = self.context.cohort.members[site]
         if error is not None and error[1] == AWAY:
@@ -356,4 +343,4 @@ class BufferedRounds:
             return damped(update, staleness, self.settings.staleness_power)
 
         content, failure = (message.content, "") if error is None else (None, error[2])
-        return step.admit(member, request, Answer(member.node, content, failure), damp)
+        return step.admit(member, request, NodeReply(member.node, content, failure), damp)

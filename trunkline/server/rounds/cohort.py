@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from flwr.app import RecordDict
-from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 import trunkline
@@ -25,7 +24,7 @@ from trunkline.protocol.plan import SITE_NAME
 from trunkline.runtime.events import Note, OnEvent, SitesGathering, Waiting
 from trunkline.server.releases.release import check_statistics
 from trunkline.server.rounds.admission import read_header
-from trunkline.server.rounds.messaging import Answer, ask, is_far, now, pause
+from trunkline.server.rounds.messaging import NodeReply, Transport, ask, now, pause
 
 GREET_S = 0.5  # pause between looks for new nodes while the cohort gathers
 GREET_MOST_S = 120.0  # longest one look waits for answers: a site reads its data before its first
@@ -69,7 +68,7 @@ class Cohort:
 
     def __init__(
         self,
-        grid: Grid,
+        transport: Transport,
         config: CohortConfig,
         greeting: OfferRequest,
         trunk: Arrays,
@@ -77,7 +76,7 @@ class Cohort:
         roster: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self.roster = roster
-        self.grid = grid
+        self.transport = transport
         self.config = config
         self.greeting = greeting
         self.on_event = on_event
@@ -96,13 +95,13 @@ class Cohort:
         Raises:
             QuorumError: they did not within `gather_s`; the text names the sites that came and those that are missing.
         """
-        end = now(self.grid) + self.config.gather_s
+        end = now(self.transport) + self.config.gather_s
         while True:
-            self.greet(deadline_s=min(GREET_MOST_S, max(0.0, end - now(self.grid))))
+            self.greet(deadline_s=min(GREET_MOST_S, max(0.0, end - now(self.transport))))
             missing = [site for site in self.config.sites if site not in self.members]
             if len(self.members) >= self.config.min_sites and not missing:
                 return
-            if now(self.grid) >= end or (getattr(self.grid, "complete", False) and not self._pending):
+            if now(self.transport) >= end or (self.transport.complete and not self._pending):
                 joined = ", ".join(sorted(self.members)) or "none"
                 named = f"; missing by name: {', '.join(missing)}" if missing else ""
                 causes = "".join(f"{cause} " for cause in self._left_out.values())
@@ -111,7 +110,7 @@ class Cohort:
                     "Start or mend the missing sites, or lower [cohort] min_sites, and run again."
                 )
             self._report_gathering()
-            pause(self.grid, GREET_S, end - now(self.grid))
+            pause(self.transport, GREET_S, end - now(self.transport))
 
     def _report_gathering(self) -> None:
         """Report who is here and who is missing: at every change, and where plants may still come, once a minute."""
@@ -121,8 +120,8 @@ class Cohort:
             sites=tuple(sorted(self.members)), wanted=max(self.config.min_sites, len(self.config.sites)),
             missing=tuple(sorted(missing)),
         )  # fmt: skip
-        moment = now(self.grid)
-        if event != self._gathering or (is_far(self.grid) and moment >= self._reported_at + REPORT_S):
+        moment = now(self.transport)
+        if event != self._gathering or (self.transport.durable and moment >= self._reported_at + REPORT_S):
             self._gathering, self._reported_at = event, moment
             self.on_event(event)
 
@@ -164,15 +163,15 @@ class Cohort:
         """
         total = len(self.members)
         needed = max(1, math.ceil(total * self.config.quorum))
-        end = now(self.grid) + self.config.outage_s
+        end = now(self.transport) + self.config.outage_s
         reported = False
         while True:
-            self.greet(deadline_s=min(GREET_AGAIN_S, max(0.0, end - now(self.grid))))
+            self.greet(deadline_s=min(GREET_AGAIN_S, max(0.0, end - now(self.transport))))
             back = [site for site, member in self.members.items() if member.node in self._greeted]
             if len(back) >= needed:
                 return
             missing = ", ".join(sorted(set(self.members) - set(back)))
-            if now(self.grid) >= end or getattr(self.grid, "complete", False):
+            if now(self.transport) >= end or self.transport.complete:
                 raise QuorumError(
                     f"{len(back)} of {total} sites are back, {needed} are needed (quorum {self.config.quorum:g}); missing: {missing}. "
                     "Start or mend them and run again with --resume."
@@ -181,7 +180,7 @@ class Cohort:
                 reported = True
                 text = f"Taken up again with {len(back)} of {total} sites, {needed} are needed; missing: {missing}. It goes on when they are back."
                 self.on_event(Waiting(text))
-            pause(self.grid, GREET_S, end - now(self.grid))
+            pause(self.transport, GREET_S, end - now(self.transport))
 
     def greet(self, deadline_s: float) -> None:
         """Ask every node not yet known who it is. A node that restarted comes back under a new id, and its site moves to it.
@@ -189,10 +188,10 @@ class Cohort:
         A site whose plant leaves the decision to a person is asked again every few seconds, here and at later rounds.
         """
         roster = self.roster() if self.roster is not None else None
-        moment = now(self.grid)
+        moment = now(self.transport)
         new = [
             node
-            for node in self.grid.get_node_ids()
+            for node in self.transport.get_node_ids()
             if node not in self._greeted
             and self._pending.get(node, moment) <= moment
             and (roster is None or node in roster)  # a site that has just enrolled is in it in a moment
@@ -202,12 +201,14 @@ class Cohort:
         content = self.greeting.model_dump_json()
         offers: dict[int, tuple[Offer, Arrays]] = {}
         requests: dict[int, Callable[[], RecordDict]] = {node: lambda: to_records({}, content) for node in new}
-        for answer in ask(self.grid, "query", requests, round=0, deadline_s=deadline_s, resend_s=self.config.resend_s):
+        for answer in ask(
+            self.transport, "query", requests, round=0, deadline_s=deadline_s, resend_s=self.config.resend_s
+        ):
             if answer.code == PENDING:
                 self._wait_for(answer)
                 continue
-            if answer.silent and not getattr(self.grid, "complete", False):  # hung, or cut off: it is asked again later
-                self._pending[answer.node] = now(self.grid) + SILENT_S
+            if answer.silent and not self.transport.complete:  # hung, or cut off: it is asked again later
+                self._pending[answer.node] = now(self.transport) + SILENT_S
                 continue
             self._greeted.add(answer.node)
             self._pending.pop(answer.node, None)
@@ -270,7 +271,7 @@ class Cohort:
                 f"it offered itself for run {offer.run!r}; this is {self.greeting.run!r}. Restart its daemon."
             )
         member = self.members.get(offer.site)
-        if member is not None and member.node != node and member.node in set(self.grid.get_node_ids()):
+        if member is not None and member.node != node and member.node in set(self.transport.get_node_ids()):
             raise Refused(
                 f"another node that is online already calls itself {offer.site!r}. Give each site.toml its own `name`."
             )
@@ -309,12 +310,12 @@ class Cohort:
         first = arrays.only({name: None for name in arrays if name not in once})
         self.members[offer.site] = Member(offer.site, node, offer, contract, first, once)
 
-    def _wait_for(self, answer: Answer) -> None:
+    def _wait_for(self, answer: NodeReply) -> None:
         site, cause = _refusal_of(answer)
         if answer.node not in self._pending:
             self._left_out[site] = f"{site} waits for its plant's consent: {cause}"
             self.on_event(Note(self._left_out[site]))
-        self._pending[answer.node] = now(self.grid) + CONSENT_S
+        self._pending[answer.node] = now(self.transport) + CONSENT_S
 
     def _leave_out(self, site: str, cause: str) -> None:
         self._left_out[site] = f"{site} does not take part: {cause}"
@@ -335,7 +336,7 @@ def _contract(offer: Offer) -> Contract:
     return Contract(arrays=offer.arrays, metrics=metrics)
 
 
-def _refusal_of(answer: Answer) -> tuple[str, str]:
+def _refusal_of(answer: NodeReply) -> tuple[str, str]:
     """Site and reason of a refusal by a plant, whose text is `SITE: reason`; a name that no site may have is not taken over."""
     site, _, cause = answer.failure.partition(": ")
     return (site, cause) if cause and re.fullmatch(SITE_NAME, site) else (f"node {answer.node}", answer.failure)

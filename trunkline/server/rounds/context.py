@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from flwr.serverapp import Grid
-
 from trunkline.config.run import CohortConfig, RunConfig
 from trunkline.protocol.arrays import Arrays
 from trunkline.runtime.events import Note, OnEvent
 from trunkline.server.reporting.records import RoundRecord
 from trunkline.server.rounds.availability import Availability
 from trunkline.server.rounds.cohort import Cohort
-from trunkline.server.rounds.messaging import Late
+from trunkline.server.rounds.messaging import LateReplies, Transport
 from trunkline.server.rounds.requests import RequestFactory
 from trunkline.server.rounds.update_journal import UpdateJournal
 from trunkline.strategies import Strategy
@@ -26,20 +24,18 @@ class RunContext:
     """One run: its settings, its sites, and how to reach them.
 
     Args:
-        far: sites are reached through a SuperLink, so they may be away and come back.
         journal: of the round in progress; None where no server can be started again in the middle of a round.
         records: of the finished rounds, oldest first.
         asked: node -> site, of all sites that were ever asked.
     """
 
     config: RunConfig
-    grid: Grid
-    far: bool
+    transport: Transport
     strategy: Strategy
     requests: RequestFactory
     cohort: Cohort
     availability: Availability
-    late: Late
+    late: LateReplies
     journal: UpdateJournal | None
     on_event: OnEvent
     records: list[RoundRecord]

@@ -1,17 +1,16 @@
-"""Messages to sites and their replies, one at a time, with a deadline: the only code of the centre that waits."""
+"""Messages to sites and their replies, one at a time, with a deadline: the only code of the server that waits for sites."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from flwr.app import DEFAULT_TTL, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message, RecordDict
 
-from trunkline.flower.errors import FULL, RESTARTED, error_site
-from trunkline.flower.grid import LocalGrid
-from trunkline.flower.records import pack
-from trunkline.flower.replies import PUSH_LOST, Replies
+from trunkline.flower.errors import FULL, RESTARTED, MessageLost, error_site
+from trunkline.protocol.arrays import Arrays
+from trunkline.protocol.messages import TrainRequest
+from trunkline.runtime.clock import Clock
+from trunkline.strategies.streaming import Streamed
 
 # Flower's own codes for a node that went away or a message that was lost: the site did nothing wrong, so it is asked again
 # (3, 4: its bytes expired on the way, 5: it went offline, 8: its executor died). A plant's full disk is waited for, until the
@@ -19,47 +18,118 @@ from trunkline.flower.replies import PUSH_LOST, Replies
 LOST = frozenset({RESTARTED, FULL, 3, 4, 5, 8})
 POLL_FIRST_S, POLL_MOST_S = 0.002, 0.25
 LATE_S = 2.0  # between looks for answers that nobody waits for any more
-BATCH = 16  # replies fetched at once: each may hold a whole trunk, so this bounds memory
+
+Inbox = Callable[[Collection[str]], Iterator[Message]]  # ids of messages -> their replies that are there, each once
 
 
-class Clock(Protocol):
-    """What waits. The machine's own, or of a simulated world: `sleep` then ends early, with the first thing that happens."""
+class StackedPart(Protocol):
+    """A part of a round that some sites trained as stacks.
 
-    def monotonic(self) -> float: ...
-    def sleep(self, seconds: float, /) -> None: ...
+    `metrics`: node -> metric name -> number. `problems`: node -> why its update is set aside. `total`: the sum of updates.
+    """
 
-
-def pause(grid: Grid, seconds: float, most: float) -> None:
-    """Let `seconds` pass before the next look; on a grid's own clock, which knows what comes next, at most `most`."""
-    own: Clock | None = getattr(grid, "clock", None)
-    time.sleep(seconds) if own is None else own.sleep(most)
-
-
-def now(grid: Grid) -> float:
-    """Seconds on the grid's own clock where it brings one, else on the machine's."""
-    own: Clock | None = getattr(grid, "clock", None)
-    return time.monotonic() if own is None else own.monotonic()
+    @property
+    def metrics(self) -> Mapping[int, Mapping[str, float]]: ...
+    @property
+    def problems(self) -> Mapping[int, str]: ...
+    @property
+    def total(self) -> Streamed: ...
 
 
-def is_far(grid: Grid) -> bool:
-    """Whether sites are reached through a SuperLink: neither in this process nor on a simulated clock."""
-    return not isinstance(grid, LocalGrid) and getattr(grid, "clock", None) is None
+class Stacks(Protocol):
+    """Sites of a simulation that are trained many at once, as stacks of models."""
+
+    @property
+    def holding(self) -> bool:
+        """Whether sites keep their state in memory between rounds."""
+
+    def answer(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[Any]:
+        """StackedParts as they come; nodes that are in none are to be asked singly."""
+
+    def flush(self) -> None:
+        """Write the state that sites have in memory to their vaults."""
 
 
-def holds_state(grid: Grid) -> bool:
-    """Whether sites keep their state in memory between rounds."""
-    return bool(getattr(grid, "holding", False))
+@runtime_checkable
+class Transport(Protocol):
+    """The way to the sites of a run: a SuperLink, or a grid of a simulation.
+
+    Attributes:
+        clock: of this machine, or of a simulated world.
+        durable: sites are reached through a SuperLink. They and the server's disk may fail and come back, so a run waits.
+        local: sites compute on this machine, and a message waits for a worker, not for a plant. How busy the machine is must
+            not decide which sites are in: a deadline counts from the last reply.
+        complete: no site will join later.
+        journalled: the server may be started again in the middle of a round, so admitted updates are written down.
+        waits: a look into an inbox waits a moment for the first reply, so the caller need not.
+        stacks: of sites that are trained many at once; None where there are none.
+    """
+
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def durable(self) -> bool: ...
+    @property
+    def local(self) -> bool: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def journalled(self) -> bool: ...
+    @property
+    def waits(self) -> bool: ...
+    @property
+    def stacks(self) -> Stacks | None: ...
+
+    def get_node_ids(self) -> Collection[int]:
+        """The nodes that are online."""
+
+    def room(self) -> bool:
+        """Whether it is time to send more: messages beyond this only lie in memory. `send` never refuses one."""
+
+    def send(self, node: int, kind: str, group: str, content: RecordDict, keep_s: float) -> str:
+        """Send a message; its id, by which an inbox finds the reply. Empty: it reached no queue.
+
+        Args:
+            kind: "query", "train" or "evaluate".
+            group: the round, as text.
+            keep_s: seconds after which nobody waits for the reply.
+
+        Raises:
+            MessageLost: the site has not seen it.
+        """
+
+    def inbox(self) -> Inbox:
+        """For the replies of one conversation; the half-fetched replies of another stay with its own inbox."""
+
+    def begin_round(self) -> None:
+        """A round begins. A world lets the time pass that lies between two rounds."""
+
+    def end_round(self, round: int) -> None:
+        """A round is finished. A world lets go of the messages under way, and notes where it stands."""
+
+    def stamp(self) -> dict[str, float]:
+        """Keys that every event of the run gets: see `events.STAMPS`."""
 
 
-def flush_stacks(grid: Grid) -> None:
-    """Have sites that a grid keeps in memory between rounds write their state to their vaults."""
-    if holds_state(grid):
-        grid.flush()  # type: ignore[attr-defined]
+def pause(transport: Transport, seconds: float, most: float) -> None:
+    """Let `seconds` pass before the next look; on a virtual clock, which knows the next event, at most `most`."""
+    transport.clock.pause(seconds, most)
+
+
+def now(transport: Transport) -> float:
+    """Seconds on the transport's clock."""
+    return transport.clock.monotonic()
+
+
+def flush_stacks(transport: Transport) -> None:
+    """Have sites that keep their state in memory between rounds write it to their vaults."""
+    if transport.stacks is not None and transport.stacks.holding:
+        transport.stacks.flush()
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came of one request: the content of a reply, or the reason why there is none."""
+class NodeReply:
+    """The result of one request: the content of a reply, or the reason why there is none."""
 
     node: int
     content: RecordDict | None
@@ -70,28 +140,20 @@ class Answer:
     lost: str = ""  # what came in place of the first answer
 
 
-@dataclass
-class _Request:
-    content: Callable[[], RecordDict]
-    tries: int = 0
-    again_at: float = 0.0
-    lost: str = ""
-
-
-class Late:
-    """Questions that were asked once too often: whose answers may still come, and are taken off the SuperLink and dropped.
+class LateReplies:
+    """Questions that were asked once too often: their answers may still come, and are taken off the SuperLink and dropped.
 
     Left there they would lie in its database for ever. None of them can enter a sum: `ask` hands on one answer a question,
-    and `intake.admit` one of its own round.
+    and `admission.admit` one of its own round.
 
     Args:
-        tell: called with node and round for every answer that was dropped.
+        report: takes node and round of every answer that was dropped.
     """
 
     MOST = 4096  # of the newest that are looked for
 
-    def __init__(self, tell: Callable[[int, int], None] = lambda node, round: None) -> None:
-        self.tell = tell
+    def __init__(self, report: Callable[[int, int], None] = lambda node, round: None) -> None:
+        self.report = report
         self._open: dict[str, tuple[int, int]] = {}
 
     def expect(self, message_id: str, node: int, round: int) -> None:
@@ -105,163 +167,195 @@ class Late:
 
     def take(self, message: Message) -> bool:
         """Whether `message` answers one of these."""
-        known = self._open.pop(message.metadata.reply_to_message_id, None)
-        if known is not None and not message.has_error():
-            self.tell(*known)
-        return known is not None
+        question = self._open.pop(message.metadata.reply_to_message_id, None)
+        if question is not None and not message.has_error():
+            self.report(*question)
+        return question is not None
 
 
 def ask(
-    grid: Grid,
+    transport: Transport,
     kind: str,
-    requests: dict[int, Callable[[], RecordDict]],
+    requests: Mapping[int, Callable[[], RecordDict]],
     *,
     round: int,
     deadline_s: float,
     resend_s: float,
     patient_for: set[int] | None = None,
     gone: Callable[[int], str] = lambda node: "",
-    late: Late | None = None,
+    late: LateReplies | None = None,
     away: Callable[[int], bool] = lambda node: False,
     enough: Callable[[], bool] = lambda: False,
-) -> Iterator[Answer]:
-    """Send one message a node and yield the answers as they come, each node once.
+) -> Iterator[NodeReply]:
+    """Send one message a node and yield the replies as they come, each node once.
 
     A message that got lost, or a node that is silent for `resend_s` (doubling), is asked again with the same content;
     the site answers a repeated question with the same bytes, so nothing is counted twice. Flower delivers at most once.
 
     Args:
         requests: node id -> maker of the content (made when sent, so that a thousand trunks do not lie in memory).
-        deadline_s: seconds after which the remaining nodes are given up; in a simulation since the last answer.
+        deadline_s: seconds after which the remaining nodes are given up; on a local transport since the last reply.
         patient_for: nodes worth waiting for; the others are heard only while these are not all in. Default: all.
         gone: why a node will never answer (its site was revoked, say), or nothing; such a node is given up at once.
         late: remembers, from one call to the next, the questions whose answers nobody waits for.
         away: whether a node's site has closed by now; it is heard while others are waited for, and not waited for itself.
-        enough: asked after every answer; True ends it, and of who has not answered nothing is said.
+        enough: asked after every reply; True ends the wait, and no word is lost about the nodes that have not answered.
     """
-    local = grid if isinstance(grid, LocalGrid) else None
-    end = now(grid) + deadline_s
-    open_requests = {node: _Request(content) for node, content in requests.items()}
-    sent: dict[str, int] = {}
+    limits = _Limits(deadline_s, resend_s, gone, away, enough)
     patient = set(requests) if patient_for is None else patient_for & set(requests)
-    far = is_far(grid)
-    late = late if late is not None else Late()
-    late_at = 0.0
-    replies = Replies(grid) if far else None
-    poll, look_at = POLL_FIRST_S, 0.0
-    packed: list[Any] = [None, None]  # the last content, and the same as it goes through a SuperLink
-    due: Iterator[int] = iter(())
+    return _Conversation(transport, kind, requests, round, limits, patient, late or LateReplies()).replies()
 
-    def outgoing(room: Callable[[], bool]) -> Iterator[Message]:
-        """One message a due node, made when it is taken, until there is no room for more."""
-        while room() and (node := next(due, None)) is not None:
-            if (request := open_requests.get(node)) is None:
+
+@dataclass
+class _Request:
+    content: Callable[[], RecordDict]
+    tries: int = 0
+    again_at: float = 0.0
+    lost: str = ""
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How long a conversation goes on; see `ask`."""
+
+    deadline_s: float
+    resend_s: float
+    gone: Callable[[int], str]
+    away: Callable[[int], bool]
+    enough: Callable[[], bool]
+
+
+class _Conversation:
+    """One call of `ask`: the open requests, the messages under way, and the loop that looks after both."""
+
+    def __init__(
+        self, transport: Transport, kind: str, requests: Mapping[int, Callable[[], RecordDict]], round: int, limits: _Limits,
+        patient: set[int], late: LateReplies,
+    ) -> None:  # fmt: skip
+        self.transport = transport
+        self.kind = kind
+        self.round = round
+        self.limits = limits
+        self.open = {node: _Request(content) for node, content in requests.items()}
+        self.patient = patient
+        self.late = late
+        self.inbox = transport.inbox()
+        self.sent: dict[str, int] = {}  # id of a message -> its node
+        self.due: Iterator[int] = iter(())
+        self.heard = False
+        self.end = now(transport) + limits.deadline_s
+        self._look_at = self._late_at = 0.0
+
+    def replies(self) -> Iterator[NodeReply]:
+        poll = POLL_FIRST_S
+        while self._is_waiting():
+            yield from self._look()
+            self._send_due()
+            self.heard = False
+            for message in self.inbox(self._wanted()):
+                reply = self._take(message)
+                del message  # it may hold a trunk, and the next may be another
+                if reply is None:
+                    continue
+                yield reply
+                del reply
+                if self.limits.enough():
+                    break
+            poll = POLL_FIRST_S if self.heard else min(poll * 2, POLL_MOST_S)
+            if not self.heard:
+                self._pause(poll)
+        yield from self._give_up()
+
+    def _is_waiting(self) -> bool:
+        return bool(self.open and self.patient) and now(self.transport) < self.end and not self.limits.enough()
+
+    def _look(self) -> Iterator[NodeReply]:
+        """See which nodes are online, away or gone; not at every reply: at 10^5 sites that would cost more than the replies."""
+        moment = now(self.transport)
+        if moment < self._look_at:
+            return
+        self._look_at = moment + min(POLL_MOST_S, self.limits.resend_s)
+        closed = set() if self.transport.local else {node for node in self.open if self.limits.away(node)}
+        self.patient -= closed
+        online = (node for node in self.transport.get_node_ids() if node in self.open and node not in closed)
+        self.due = iter([node for node in online if moment >= self.open[node].again_at])
+        for node in () if self.transport.local else [node for node in self.open if self.limits.gone(node)]:
+            self._close(node, unanswered=True)
+            yield NodeReply(node, None, self.limits.gone(node))
+
+    def _send_due(self) -> None:
+        """Send a message to each node that is due, made when it is sent, until there is no room for more."""
+        while self.transport.room() and (node := next(self.due, None)) is not None:
+            if (request := self.open.get(node)) is None:
                 continue
-            content = request.content()
-            if far:
-                if packed[0] is not content:  # most sites are asked the same
-                    packed[:] = [content, pack(content)]
-                content = packed[1]
-            message = Message(
-                content,
-                dst_node_id=node,
-                message_type=kind,
-                ttl=min(deadline_s, DEFAULT_TTL) if local is None else DEFAULT_TTL,
-                group_id=str(round),
-            )
             request.tries += 1
-            request.again_at = now(grid) + resend_s * 2.0 ** (request.tries - 1)
-            taken.append(node)
-            yield message
-            del message  # before the next is made: each may hold a trunk
-
-    while open_requests and patient and now(grid) < end and not enough():
-        at = now(grid)
-        if at >= look_at:  # not at every reply: at 10^5 sites the look itself would cost more than the replies
-            look_at = at + min(POLL_MOST_S, resend_s)
-            closed = {node for node in open_requests if away(node)} if local is None else set()
-            patient -= closed
-            asked = (node for node in grid.get_node_ids() if node in open_requests and node not in closed)
-            due = iter([node for node in asked if at >= open_requests[node].again_at])
-            for node in [node for node in open_requests if gone(node)] if local is None else ():
-                del open_requests[node]
-                patient.discard(node)
-                yield Answer(node, None, gone(node))
-        taken: list[int] = []
-        if local is not None:
-            sent |= dict(zip(local.push_messages(outgoing(local.room)), taken, strict=True))
-        else:  # Flower's own grid goes through what it is given twice, so it gets one at a time
-            for message in outgoing(lambda: True):
-                try:
-                    sent |= {message_id: taken[-1] for message_id in grid.push_messages([message]) if message_id}
-                except PUSH_LOST as lost:  # no site has seen it: it is sent again in a moment
-                    request = open_requests[taken[-1]]
-                    request.again_at, request.lost = now(grid) + min(1.0, resend_s), request.lost or str(lost)
-        heard = False
-        beside: list[str] = []
-        if far and now(grid) >= late_at:
-            late_at, beside = now(grid) + LATE_S, late.ids
-        for message in _pull(grid, sent, open_requests, replies, beside):
-            if late.take(message):
+            request.again_at = now(self.transport) + self.limits.resend_s * 2.0 ** (request.tries - 1)
+            try:
+                message_id = self.transport.send(
+                    node, self.kind, str(self.round), request.content(), self.limits.deadline_s
+                )
+            except MessageLost as lost:  # no site has seen it: it is sent again in a moment
+                self._ask_soon(request, str(lost))
                 continue
-            answered = sent.pop(message.metadata.reply_to_message_id, None)
-            if answered is None or answered not in open_requests:
-                continue
-            heard = True
-            if local is not None:
-                # there a message waits for a worker, not for a plant: how busy this machine is must not decide who is in
-                end = now(grid) + deadline_s
-            error = error_site(message)
-            request = open_requests[answered]
-            if error is not None and error[1] in LOST and not (error[1] == FULL and not far):
-                request.again_at = now(grid) + min(1.0, resend_s)
-                request.lost = request.lost or error[2] or f"Flower's error {error[1]}"
-                continue
-            del open_requests[answered]
-            patient.discard(answered)
-            again = [one for one, node in sent.items() if node == answered] if far and request.tries > 1 else []
-            for message_id in again:
-                late.expect(message_id, answered, round)
-                del sent[message_id]
-            yield Answer(
-                answered,
-                message.content if error is None else None,
-                error[2] if error is not None else "",
-                code=error[1] if error is not None else 0,
-                tries=request.tries,
-                lost=request.lost,
-            )
-            del message  # it may hold a trunk, and what comes next may be another
-            if enough():
-                break
-        poll = POLL_FIRST_S if heard else min(poll * 2, POLL_MOST_S)
-        if open_requests and patient and not heard and not (local is not None and local.waits):
-            at = now(grid)
-            pause(grid, poll, min([end, *(one.again_at for one in open_requests.values() if one.again_at > at)]) - at)
-    for message_id, node in sent.items() if far else ():
-        late.expect(message_id, node, round)
-    for node, request in open_requests.items():
-        if node in patient and not enough():
-            why = f" ({request.lost})" if request.lost else ""
-            yield Answer(node, None, f"no reply within {deadline_s:g} s{why}", silent=True, tries=request.tries)
+            if message_id:
+                self.sent[message_id] = node
 
+    def _wanted(self) -> Collection[str]:
+        """The messages whose replies are fetched now."""
+        if self.transport.durable and now(self.transport) >= self._late_at:
+            self._late_at = now(self.transport) + LATE_S
+            return [*self.sent, *self.late.ids]
+        return self.sent.keys()
 
-def _pull(
-    grid: Grid,
-    sent: dict[str, int],
-    open_requests: dict[int, _Request],
-    replies: Replies | None,
-    beside: list[str],
-) -> Iterator[Message]:
-    """The replies that are there, never more of them at once in memory than a few."""
-    if isinstance(grid, LocalGrid):
-        came = list(grid.pull_messages(sent.keys()))
-        while came:
-            yield came.pop(0)
-        return
-    waiting = [message_id for message_id, node in sent.items() if node in open_requests]
-    if replies is not None:
-        yield from replies.pull([*waiting, *beside], BATCH)
-        return
-    for start in range(0, len(waiting), BATCH):
-        yield from grid.pull_messages(waiting[start : start + BATCH])
+    def _take(self, message: Message) -> NodeReply | None:
+        """The reply that a message is; None where its node is asked again, or the message answers no open request."""
+        if self.late.take(message):
+            return None
+        node = self.sent.pop(message.metadata.reply_to_message_id, None)
+        if node is None or node not in self.open:
+            return None
+        self.heard = True
+        if self.transport.local:
+            self.end = now(self.transport) + self.limits.deadline_s
+        error, request = error_site(message), self.open[node]
+        if error is not None and error[1] in LOST and (error[1] != FULL or self.transport.durable):
+            self._ask_soon(request, error[2] or f"Flower's error {error[1]}")
+            return None
+        self._close(node)
+        if error is not None:
+            return NodeReply(node, None, error[2], code=error[1], tries=request.tries, lost=request.lost)
+        return NodeReply(node, message.content, tries=request.tries, lost=request.lost)
+
+    def _ask_soon(self, request: _Request, cause: str) -> None:
+        request.again_at = now(self.transport) + min(1.0, self.limits.resend_s)
+        request.lost = request.lost or cause
+
+    def _close(self, node: int, *, unanswered: bool = False) -> None:
+        """Wait for a node no longer. Further replies of it are late."""
+        request = self.open.pop(node)
+        self.patient.discard(node)
+        if (unanswered or request.tries > 1) and not self.transport.local:
+            for message_id in [message_id for message_id, receiver in self.sent.items() if receiver == node]:
+                self._expect_late(message_id)
+                del self.sent[message_id]
+
+    def _expect_late(self, message_id: str) -> None:
+        if self.transport.durable:
+            self.late.expect(message_id, self.sent[message_id], self.round)
+
+    def _pause(self, poll: float) -> None:
+        if not self.open or not self.patient or (self.transport.local and self.transport.waits):
+            return
+        moment = now(self.transport)
+        repeats = [request.again_at for request in self.open.values() if request.again_at > moment]
+        pause(self.transport, poll, min([self.end, *repeats]) - moment)
+
+    def _give_up(self) -> Iterator[NodeReply]:
+        """A reply of silence for each node that was waited for."""
+        for message_id in self.sent:
+            self._expect_late(message_id)
+        for node, request in self.open.items():
+            if node in self.patient and not self.limits.enough():
+                cause = f" ({request.lost})" if request.lost else ""
+                text = f"no reply within {self.limits.deadline_s:g} s{cause}"
+                yield NodeReply(node, None, text, silent=True, tries=request.tries)

@@ -19,7 +19,7 @@ from trunkline.runtime.events import FederatedRoundEnded, RoundStarted, SiteReco
 from trunkline.server.rounds.admission import admit, finish_sum
 from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.context import RunContext, Serve
-from trunkline.server.rounds.messaging import Answer, ask, flush_stacks
+from trunkline.server.rounds.messaging import NodeReply, ask, flush_stacks
 from trunkline.server.rounds.requests import address, contents
 from trunkline.server.rounds.tally import Tally, content_of
 from trunkline.server.rounds.update_journal import Content, question_of, update_digest
@@ -51,6 +51,7 @@ class SynchronousRounds:
         asked = len(members)
         tally = Tally(round, asked, context.on_event)
         admitted: dict[str, str] = {}  # site -> digest of its update
+        context.transport.begin_round()
         context.on_event(RoundStarted(round, context.config.total_rounds))
         # sums come only to a strategy that is summable, whose mean takes them like single updates
         updates = cast(Iterator[Update], self._updates(state, members, tally, admitted))
@@ -63,6 +64,7 @@ class SynchronousRounds:
         after = self._query_fits(after, {site: members[site] for site in tally.sites}, tally)
         record = replace(tally.record(time.monotonic() - started, mean), admitted=dict(sorted(admitted.items())))
         context.records.append(record)
+        context.transport.end_round(round)
         context.on_event(
             FederatedRoundEnded(
                 round, context.config.total_rounds, sites=len(record.sites), seconds=record.seconds, train_loss=record.train_loss,
@@ -100,7 +102,7 @@ class SynchronousRounds:
             members = context.availability.available(enrolled)
             if members or not enrolled:
                 break
-            context.availability.wait(enrolled, context.grid)
+            context.availability.wait(enrolled, context.transport)
             context.greet()
         share = context.settings.share
         self.wanted = max(1, math.ceil(share * len(members)))
@@ -138,7 +140,7 @@ class SynchronousRounds:
                 yield update
         context.asked |= {node: member.site for node, member in by_node.items()}
         for answer in ask(
-            context.grid, "train", {node: makers[node] for node in by_node}, round=round, deadline_s=context.settings.deadline_s,
+            context.transport, "train", {node: makers[node] for node in by_node}, round=round, deadline_s=context.settings.deadline_s,
             resend_s=context.settings.resend_s, patient_for=patient & set(by_node) or set(by_node), gone=context.cohort.gone,
             late=context.late, away=lambda node: context.availability.is_away(by_node[node]),
             enough=lambda: len(tally.sites) >= self.wanted,
@@ -161,14 +163,14 @@ class SynchronousRounds:
             self.silent = {site for site in members if site not in answered}
 
     def _sums(self, state: StrategyState, by_node: dict[int, Member], tally: Tally) -> Iterator[Streamed]:
-        """The updates of sites that a grid trains as stacks, added up where they were made; these sites leave `by_node`.
+        """The updates of sites that are trained as stacks, added up where they were made; these sites leave `by_node`.
 
-        Only a simulation has such a grid. Its sites check their updates themselves.
+        Only a simulation has stacks. Its sites check their updates themselves.
         """
         context = self.context
-        together = getattr(context.grid, "together", None)
+        stacks = context.transport.stacks
         if (
-            together is None
+            stacks is None
             or not context.strategy.summable
             or guards_of(context.config.guards)
             or context.settings.over_select > 1
@@ -176,7 +178,7 @@ class SynchronousRounds:
             return  # a guard looks at each update alone; and of more sites than are wanted, some answer too late
         sizes = {name: array.nbytes for name, array in state.trunk.items()}
         bytes_of: dict[tuple[str, ...], int] = {}  # most sites lend the same
-        for part in together(context.requests.train(tally.round), state.trunk, list(by_node)):
+        for part in stacks.answer(context.requests.train(tally.round), state.trunk, list(by_node)):
             for node, metrics in part.metrics.items():
                 member = by_node.pop(node)
                 if (size := bytes_of.get(member.lends)) is None:
@@ -217,7 +219,7 @@ class SynchronousRounds:
                 yield node, stored
 
     def _admit(
-        self, member: Member, request: TrainRequest, reply: Answer | Content, tally: Tally, admitted: dict[str, str],
+        self, member: Member, request: TrainRequest, reply: NodeReply | Content, tally: Tally, admitted: dict[str, str],
         question: str | None = None,
     ) -> Update | None:  # fmt: skip
         """The update of a reply, on disk before it counts; None where it is refused.
@@ -237,7 +239,7 @@ class SynchronousRounds:
 
         return tally.admit(member, request, reply, store)
 
-    def _report_recovery(self, member: Member, round: int, answer: Answer) -> None:
+    def _report_recovery(self, member: Member, round: int, answer: NodeReply) -> None:
         if answer.tries > 1:
             cause = answer.lost or f"no answer within {self.context.settings.resend_s:g} s"
             text = f"{member.site}, round {round}: asked {answer.tries} times until it answered ({cause})."
@@ -265,14 +267,14 @@ class SynchronousRounds:
     ) -> dict[str, float]:
         """site -> validation loss with these arrays as it would enter `round`, of the sites that answer."""
         context = self.context
-        flush_stacks(context.grid)
+        flush_stacks(context.transport)
         by_node = {member.node: member for member in context.availability.available(members).values()}
         requests = address(context.requests.fit(round), by_node)
         makers = contents(requests, lambda site: trunk, by_node)
         tally.bytes_down += sum(trunk.only(member.lends).nbytes for member in by_node.values())
         losses: dict[str, float] = {}
         for answer in ask(
-            context.grid, "query", makers, round=round, deadline_s=context.settings.deadline_s,
+            context.transport, "query", makers, round=round, deadline_s=context.settings.deadline_s,
             resend_s=context.settings.resend_s, gone=context.cohort.gone,
             away=lambda node: context.availability.is_away(by_node[node]),
         ):  # fmt: skip

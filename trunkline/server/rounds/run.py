@@ -9,11 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp import Grid
-
 from trunkline.config.run import RunConfig
 from trunkline.errors import ConfigError, QuorumError, StateLost
-from trunkline.flower.grid import LoopbackGrid
 from trunkline.models.trunk import first_trunk
 from trunkline.protocol.arrays import Arrays
 from trunkline.runtime.events import LateReply, Note, OnEvent, RunEnded, RunStarted, Waiting
@@ -25,7 +22,7 @@ from trunkline.server.rounds.buffered import BufferedRounds, check_bufferable
 from trunkline.server.rounds.cohort import Cohort
 from trunkline.server.rounds.context import RunContext
 from trunkline.server.rounds.disk_wait import DiskWait
-from trunkline.server.rounds.messaging import Late, flush_stacks, holds_state, is_far, now, pause
+from trunkline.server.rounds.messaging import LateReplies, Transport, flush_stacks, now, pause
 from trunkline.server.rounds.persistence import RunPersistence, SavedRun
 from trunkline.server.rounds.publication import publish
 from trunkline.server.rounds.requests import RequestFactory
@@ -40,7 +37,7 @@ CHECKPOINT_S = 20.0  # between two checkpoints while the sites of a simulation a
 
 
 def run_rounds(
-    grid: Grid, run: RunConfig, out: Path, *, resume: bool, on_event: OnEvent, key: str | None = None, score: bool = True,
+    transport: Transport, run: RunConfig, out: Path, *, resume: bool, on_event: OnEvent, key: str | None = None, score: bool = True,
     roster: Roster | None = None,
     sign: Sign | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -64,15 +61,15 @@ def run_rounds(
         StorageError: a checkpoint could not be written; the one before it is intact.
         TrustError: the release could not be signed. The last round is on disk; `resume` goes on to the release.
     """
-    return _Run(grid, run, out, on_event, key, roster, sign).execute(resume, score)
+    return _Run(transport, run, out, on_event, key, roster, sign).execute(resume, score)
 
 
 class _Run:
     def __init__(
-        self, grid: Grid, run: RunConfig, out: Path, on_event: OnEvent, key: str | None, roster: Roster | None,
+        self, transport: Transport, run: RunConfig, out: Path, on_event: OnEvent, key: str | None, roster: Roster | None,
         sign: Sign | None,
     ) -> None:  # fmt: skip
-        self.grid = grid
+        self.transport = transport
         self.run = run
         self.out = out
         self.on_event = on_event
@@ -85,18 +82,17 @@ class _Run:
             )
         if run.cohort.mode == "buffered":
             check_bufferable(self.strategy, run.strategy.name)
-        self.far = is_far(grid)
         self.named = key is not None
         # sites in this process or on a simulated clock do not come back later, nor does the disk
-        self.disk_wait = DiskWait(out, self._note, run.cohort.outage_s if self.far else 0.0)
+        self.disk_wait = DiskWait(out, self._note, run.cohort.outage_s if self.transport.durable else 0.0)
         self.persistence = RunPersistence(out, run, key, self.disk_wait, self._note)
-        self.journal = UpdateJournal(out, self._note) if self.far or isinstance(grid, LoopbackGrid) else None
+        self.journal = UpdateJournal(out, self._note) if transport.journalled else None
         self.records: list[RoundRecord] = []
         self.saved = 0.0  # when the last checkpoint was written
 
     def execute(self, resume: bool, score: bool) -> dict[str, Any]:
         saved = self.persistence.restore() if resume else None
-        if self.far and not self.named:
+        if self.transport.durable and not self.named:
             self.persistence.keep_key(new=not resume)
         requests = RequestFactory.of(self.run, self.strategy, self.persistence.key)
         trunk = first_trunk(requests.trunk, self.run.seed) if "trunk" in requests.lend else Arrays()
@@ -135,10 +131,10 @@ class _Run:
     def _assemble(self, requests: RequestFactory, trunk: Arrays, saved: SavedRun | None) -> None:
         """Gather the cohort, and put the parts of the run together."""
         availability = Availability(self.on_event)
-        cohort = Cohort(self.grid, self.run.cohort, requests.offer(), trunk, self.on_event, self.roster)
-        late = Late(self._note_late)
+        cohort = Cohort(self.transport, self.run.cohort, requests.offer(), trunk, self.on_event, self.roster)
+        late = LateReplies(self._note_late)
         self.context = RunContext(
-            config=self.run, grid=self.grid, far=self.far, strategy=self.strategy, requests=requests, cohort=cohort,
+            config=self.run, transport=self.transport, strategy=self.strategy, requests=requests, cohort=cohort,
             availability=availability, late=late, journal=self.journal, on_event=self.on_event, records=self.records,
         )  # fmt: skip
         if saved is not None:
@@ -181,12 +177,12 @@ class _Run:
         Raises:
             QuorumError: too few, and no site will come back or `outage_s` is over.
         """
-        began, waiting_reported = now(self.grid), False
+        began, waiting_reported = now(self.transport), False
         while True:
             try:
                 after = self.rounds.step(state)
             except QuorumError as error:
-                if not self.far or now(self.grid) - began >= self.run.cohort.outage_s:
+                if not self.transport.durable or now(self.transport) - began >= self.run.cohort.outage_s:
                     raise
                 if not waiting_reported:
                     waiting_reported = True
@@ -195,24 +191,26 @@ class _Run:
                         f"{self.run.cohort.outage_s / 3600:.3g} hours; what was admitted stays."
                     )
                     self.on_event(Waiting(text, state.round + 1))
-                pause(self.grid, ROUND_RETRY_S, ROUND_RETRY_S)
+                pause(self.transport, ROUND_RETRY_S, ROUND_RETRY_S)
             else:
                 if after is state:  # all sites that were asked are away after all: again, once one is back
                     continue
                 if waiting_reported:
                     self._note(
-                        f"Round {after.round}: enough sites are back after {now(self.grid) - began:.0f} s; the run goes on."
+                        f"Round {after.round}: enough sites are back after {now(self.transport) - began:.0f} s; the run goes on."
                     )
                 return after
 
     def _save(self, state: StrategyState) -> None:
         """A checkpoint; while sites are in memory only now and then, because their vaults must be of the same round."""
         last = state.round % self.run.rounds == 0
-        if holds_state(self.grid) and not last and time.monotonic() - self.saved < CHECKPOINT_S:
+        stacks = self.transport.stacks
+        holding = stacks is not None and stacks.holding
+        if holding and not last and time.monotonic() - self.saved < CHECKPOINT_S:
             return
-        flush_stacks(self.grid)
+        flush_stacks(self.transport)
         self.saved = time.monotonic()
-        cohort, arrays = self.context.cohort.keep() if self.far or self.journal is not None else ({}, {})
+        cohort, arrays = self.context.cohort.keep() if self.transport.journalled else ({}, {})
         self.persistence.save(state, self.records, self.rounds.silent, cohort, arrays)
 
     def _note(self, text: str) -> None:

@@ -13,7 +13,7 @@ from trunkline.server.rounds.admission import read_header
 from trunkline.server.rounds.availability import LAST_WAIT
 from trunkline.server.rounds.cohort import Member
 from trunkline.server.rounds.context import RunContext
-from trunkline.server.rounds.messaging import Answer, ask, flush_stacks, now
+from trunkline.server.rounds.messaging import NodeReply, ask, flush_stacks, now
 from trunkline.server.rounds.requests import address, contents
 from trunkline.strategies import StrategyState
 
@@ -55,21 +55,21 @@ class _Scoring:
         Sites that are closed are waited for up to `LAST_WAIT`; others until `quorum` have answered, or `outage_s` is over.
         """
         context = self.context
-        flush_stacks(context.grid)
-        began, limit = now(context.grid), hours.now() + LAST_WAIT
+        flush_stacks(context.transport)
+        began, limit = now(context.transport), hours.now() + LAST_WAIT
         enough = max(1, math.ceil(context.settings.quorum * self.expected))
         missed: set[str] = set()
         while self.open:
             self._ask_available()
             absent = {member.site: member for member in self.open.values() if context.availability.is_away(member)}
-            over = now(context.grid) - began >= context.settings.outage_s
-            if not context.far or self.done >= enough or over:
+            over = now(context.transport) - began >= context.settings.outage_s
+            if not context.transport.durable or self.done >= enough or over:
                 missed |= {member.site for member in self.open.values()} - absent.keys()
                 self.open = {member.node: member for member in absent.values()}  # they said when they are back
-                if not absent or not context.availability.wait(absent, context.grid, "Scoring", limit):
+                if not absent or not context.availability.wait(absent, context.transport, "Scoring", limit):
                     break
             elif len(absent) == len(self.open):
-                context.availability.wait(absent, context.grid, "Scoring")
+                context.availability.wait(absent, context.transport, "Scoring")
             else:
                 self._report_waiting(enough)
             context.greet()
@@ -100,7 +100,7 @@ class _Scoring:
         context.asked |= {node: member.site for node, member in by_node.items()}
         answered: list[int] = []
         for answer in ask(
-            context.grid, "evaluate", makers, round=self.request.round, deadline_s=context.settings.deadline_s,
+            context.transport, "evaluate", makers, round=self.request.round, deadline_s=context.settings.deadline_s,
             resend_s=context.settings.resend_s, gone=context.cohort.gone, late=context.late,
             away=lambda node: context.availability.is_away(by_node[node]),
         ):  # fmt: skip
@@ -108,7 +108,7 @@ class _Scoring:
             if answer.code == AWAY:
                 context.availability.note_absence(member, answer.failure)
                 continue
-            if answer.silent and context.far:
+            if answer.silent and context.transport.durable:
                 continue
             answered.append(answer.node)
             context.availability.note_presence(member)
@@ -122,7 +122,7 @@ class _Scoring:
         for node in answered:
             del self.open[node]
 
-    def _card(self, member: Member, answer: Answer) -> Scorecard:
+    def _card(self, member: Member, answer: NodeReply) -> Scorecard:
         """Raises ContractError where there is no scorecard, or it is not this member's."""
         if answer.content is None:
             raise Refused(f"{member.site}: no scorecard. {answer.failure.removeprefix(f'{member.site}: ')}")

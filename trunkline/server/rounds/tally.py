@@ -11,7 +11,7 @@ from trunkline.runtime.events import OnEvent, ReplyReceived
 from trunkline.server.reporting.records import Refusal, RoundRecord
 from trunkline.server.rounds.admission import admit
 from trunkline.server.rounds.cohort import Member
-from trunkline.server.rounds.messaging import Answer
+from trunkline.server.rounds.messaging import NodeReply
 from trunkline.server.rounds.update_journal import Content
 
 
@@ -36,7 +36,7 @@ class Tally:
     bytes_down: int = 0
 
     def admit(
-        self, member: Member, request: TrainRequest, reply: Answer | Content,
+        self, member: Member, request: TrainRequest, reply: NodeReply | Content,
         inspect: Callable[[Update, Content], Update] = lambda update, content: update,
     ) -> Update | None:  # fmt: skip
         """The update of a reply, counted; None where the reply is refused. Either is reported.
@@ -47,7 +47,7 @@ class Tally:
         """
         cause, update = None, None
         try:
-            content = content_of(member, request.round, reply, "update") if isinstance(reply, Answer) else reply
+            content = content_of(member, request.round, reply, "update") if isinstance(reply, NodeReply) else reply
             arrays, header, metrics = content
             admitted = admit(member.site, member.contract, request, Arrays(arrays), header, metrics)
             nbytes, numbers = admitted.delta.nbytes, dict(admitted.metrics)
@@ -92,7 +92,7 @@ class Tally:
         return " ".join(f"{refusal.site}: {refusal.cause}" for refusal in self.refused)
 
 
-def content_of(member: Member, round: int, answer: Answer, wanted: str) -> Content:
+def content_of(member: Member, round: int, answer: NodeReply, wanted: str) -> Content:
     """Arrays, header and metrics of a reply.
 
     Args:

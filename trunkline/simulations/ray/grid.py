@@ -6,7 +6,7 @@ one has nothing left to do before a round ends. Which worker answers changes no 
 """
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,11 @@ import ray
 from flwr.app import Context, Message
 
 from trunkline.flower.grid import LocalGrid, stamp
-from trunkline.protocol.arrays import Arrays
-from trunkline.protocol.messages import TrainRequest
 from trunkline.simulations.ray.cluster import start_ray, start_workers
 from trunkline.simulations.ray.scheduler import Job, Scheduler
 from trunkline.simulations.ray.serialization import Buffer, ContentStore
 from trunkline.simulations.ray.site_host import SiteHost, check_opened, node_configs
 from trunkline.simulations.vectorized.driver import VectorizedDriver
-from trunkline.simulations.vectorized.worker import PartialRound
 
 
 class RayGrid(LocalGrid):
@@ -87,18 +84,9 @@ class RayGrid(LocalGrid):
 
     # ---- many sites at once
 
-    def together(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
-        """A round of the sites that can be trained in stacks; see `VectorizedDriver.answer`."""
-        return self._vectorized.answer(request, arrays, nodes)
-
-    def flush(self) -> None:
-        """Write the state that sites have in memory to their vaults."""
-        self._vectorized.flush()
-
     @property
-    def holding(self) -> bool:
-        """Whether sites keep their state in memory between rounds."""
-        return self._vectorized.holding
+    def stacks(self) -> VectorizedDriver:
+        return self._vectorized
 
     # ---- a run
 

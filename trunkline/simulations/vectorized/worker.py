@@ -142,7 +142,7 @@ class InProcess:
     def __init__(self, nodes: Mapping[int, Mapping[str, object]]) -> None:
         self.worker = VectorizedWorker(nodes)
 
-    def together(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
+    def answer(self, request: TrainRequest, arrays: Arrays, nodes: Sequence[int]) -> Iterator[PartialRound]:
         """Parts of a round, one after the other; nodes that are in none are to be asked singly."""
         if not wanted():
             return

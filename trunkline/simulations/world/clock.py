@@ -28,6 +28,9 @@ class VirtualClock:
     def monotonic(self) -> float:
         return self.now / SECOND
 
+    def pause(self, seconds: float, most: float) -> None:
+        self.sleep(most)
+
     def sleep(self, seconds: float, /) -> None:
         """Advance at once to the next event, and by `seconds` at most."""
         # rounded up and at least 1 us: a sleep until a deadline must end behind it, or the loop would sleep for ever

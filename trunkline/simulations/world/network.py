@@ -5,12 +5,13 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import DEFAULT_TTL, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from trunkline.config.run import RunConfig
@@ -60,6 +61,12 @@ class WorldGrid(Grid):
         ConfigError: a Byzantine site that is none of the sites.
         StorageError: `resume` without the journal of that round.
     """
+
+    durable = False
+    local = False
+    journalled = False
+    waits = False
+    stacks = None
 
     def __init__(
         self, grid: LocalGrid, run: RunConfig, out: Path | None = None, *, resume: bool = False, patience_s: float = 3600.0
@@ -121,12 +128,28 @@ class WorldGrid(Grid):
         online = {id(hours): hours.online(self.clock.now) for hours in self._hours}
         return [node for node, draw in self.draws.items() if online[id(draw.hours)]]
 
+    def room(self) -> bool:
+        return True
+
+    def send(self, node: int, kind: str, group: str, content: RecordDict, keep_s: float) -> str:
+        ttl = min(keep_s, DEFAULT_TTL)
+        return self._push(Message(content, dst_node_id=node, message_type=kind, ttl=ttl, group_id=group))
+
+    def inbox(self) -> Callable[[Collection[str]], Iterator[Message]]:
+        def fetch(message_ids: Collection[str]) -> Iterator[Message]:
+            messages = self.pull_messages(message_ids)
+            while messages:
+                yield messages.pop(0)
+
+        return fetch
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         return [self._push(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that have arrived by now, in the order in which they arrived."""
-        wanted = set(message_ids)
+        # a view of a dict's keys is taken as it is: a copy for every reply would cost more than the reply
+        wanted = message_ids if isinstance(message_ids, AbstractSet) else set(message_ids)
         while not (ready := [message_id for message_id in self._ready if message_id in wanted]):
             if self._arrive(self.clock.now) is None:  # one at a time: each may hold a whole trunk
                 break
@@ -147,15 +170,14 @@ class WorldGrid(Grid):
 
     # --- the run's events and report ---------------------------------------------------------------------------------------
 
-    def stamp(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """`event` with the virtual time. A round that begins too early first waits; one that ends goes into the journal."""
-        if event.get("event") == "round":
-            if self._began is not None:
-                self.clock.now = max(self.clock.now, self._began + round(self.world.round_hours * HOUR))
-            self._began = self.clock.now
-        elif event.get("event") == "round_end":
-            self._end_round(int(event["round"]))
-        return {**event, "virtual_seconds": self.clock.monotonic()}
+    def stamp(self) -> dict[str, float]:
+        return {"virtual_seconds": self.clock.monotonic()}
+
+    def begin_round(self) -> None:
+        """A round that begins too early first waits."""
+        if self._began is not None:
+            self.clock.now = max(self.clock.now, self._began + round(self.world.round_hours * HOUR))
+        self._began = self.clock.now
 
     def complete_report(self, report: dict[str, Any]) -> dict[str, Any]:
         """`report` with the virtual time at which each round ended, and what the world made of each site."""
@@ -168,7 +190,8 @@ class WorldGrid(Grid):
         }  # fmt: skip
         return {**report, "rounds": rounds, "world": {"virtual_seconds": self.clock.monotonic(), "sites": sites}}
 
-    def _end_round(self, round: int) -> None:
+    def end_round(self, round: int) -> None:
+        """Note in the journal where the world stands. Messages under way are let go, unless the run is buffered."""
         while self._flights and not self._buffered:  # a late site still works, and only its reply shows how long
             first = next(iter(self._flights))
             self._resolve(self._flights.pop(first))
