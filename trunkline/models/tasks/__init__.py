@@ -40,9 +40,9 @@ def make_task(name: str, config: TaskConfig) -> Task:
 
 def describe_tasks(tasks: Mapping[str, TaskConfig]) -> dict[str, TaskDescription]:
     """What offers and scorecards may report about the tasks of a site.toml."""
-    made = {name: make_task(name, config) for name, config in tasks.items()}
+    built = {name: make_task(name, config) for name, config in tasks.items()}
     return {
-        name: TaskDescription(task.card, frozenset(task.METRICS) | set(task.metrics)) for name, task in made.items()
+        name: TaskDescription(task.card, frozenset(task.METRICS) | set(task.metrics)) for name, task in built.items()
     }
 
 
