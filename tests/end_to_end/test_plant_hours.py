@@ -284,7 +284,7 @@ def test_a_site_that_closes_in_the_middle_of_a_round_is_not_waited_for_and_not_a
         return [(answer.node, answer.silent) for answer in answers]
 
     grid = Telephone()
-    assert answers_of(grid, away=lambda node: node == 3 and grid.at >= 10.0) == [(2, False)]
+    assert answers_of(grid, is_away=lambda node: node == 3 and grid.at >= 10.0) == [(2, False)]
     assert 10.0 <= grid.at < 13.0
     assert [at for node, at in grid.sent if node == 3] == pytest.approx([0.0, 4.0], abs=0.3)
     grid = Telephone()

@@ -182,9 +182,9 @@ def ask(
     deadline_s: float,
     resend_s: float,
     patient_for: set[int] | None = None,
-    gone: Callable[[int], str] = lambda node: "",
+    revoked: Callable[[int], str] = lambda node: "",
     late: LateReplies | None = None,
-    away: Callable[[int], bool] = lambda node: False,
+    is_away: Callable[[int], bool] = lambda node: False,
     enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[NodeReply]:
     """Send one message a node and yield the replies as they come, each node once.
@@ -196,12 +196,12 @@ def ask(
         requests: node id -> maker of the content (made when sent, so that a thousand trunks do not lie in memory).
         deadline_s: seconds after which the remaining nodes are given up; on a local transport since the last reply.
         patient_for: nodes worth waiting for; the others are heard only while these are not all in. Default: all.
-        gone: why a node will never answer (its site was revoked, say), or nothing; such a node is given up at once.
+        revoked: why a node will never answer (its site was revoked, say), or nothing; such a node is given up at once.
         late: remembers, from one call to the next, the questions whose answers nobody waits for.
-        away: whether a node's site has closed by now; it is heard while others are waited for, and not waited for itself.
+        is_away: whether a node's site has closed by now; it is heard while others are waited for, and not waited for itself.
         enough: asked after every reply; True ends the wait, and no word is lost about the nodes that have not answered.
     """
-    limits = _Limits(deadline_s, resend_s, gone, away, enough)
+    limits = _Limits(deadline_s, resend_s, revoked, is_away, enough)
     patient = set(requests) if patient_for is None else patient_for & set(requests)
     return _Conversation(transport, kind, requests, round, limits, patient, late or LateReplies()).replies()
 
@@ -220,8 +220,8 @@ class _Limits:
 
     deadline_s: float
     resend_s: float
-    gone: Callable[[int], str]
-    away: Callable[[int], bool]
+    revoked: Callable[[int], str]
+    is_away: Callable[[int], bool]
     enough: Callable[[], bool]
 
 
@@ -275,13 +275,13 @@ class _Conversation:
         if moment < self._look_at:
             return
         self._look_at = moment + min(POLL_MOST_S, self.limits.resend_s)
-        closed = set() if self.transport.local else {node for node in self.open if self.limits.away(node)}
+        closed = set() if self.transport.local else {node for node in self.open if self.limits.is_away(node)}
         self.patient -= closed
         online = (node for node in self.transport.get_node_ids() if node in self.open and node not in closed)
         self.due = iter([node for node in online if moment >= self.open[node].again_at])
-        for node in () if self.transport.local else [node for node in self.open if self.limits.gone(node)]:
+        for node in () if self.transport.local else [node for node in self.open if self.limits.revoked(node)]:
             self._close(node, unanswered=True)
-            yield NodeReply(node, None, self.limits.gone(node))
+            yield NodeReply(node, None, self.limits.revoked(node))
 
     def _send_due(self) -> None:
         """Send a message to each node that is due, made when it is sent, until there is no room for more."""

@@ -141,8 +141,8 @@ class SynchronousRounds:
         context.asked |= {node: member.site for node, member in by_node.items()}
         for answer in ask(
             context.transport, "train", {node: makers[node] for node in by_node}, round=round, deadline_s=context.settings.deadline_s,
-            resend_s=context.settings.resend_s, patient_for=patient & set(by_node) or set(by_node), gone=context.cohort.gone,
-            late=context.late, away=lambda node: context.availability.is_away(by_node[node]),
+            resend_s=context.settings.resend_s, patient_for=patient & set(by_node) or set(by_node), revoked=context.cohort.gone,
+            late=context.late, is_away=lambda node: context.availability.is_away(by_node[node]),
             enough=lambda: len(tally.sites) >= self.wanted,
         ):  # fmt: skip
             member = by_node[answer.node]
@@ -275,8 +275,8 @@ class SynchronousRounds:
         losses: dict[str, float] = {}
         for answer in ask(
             context.transport, "query", makers, round=round, deadline_s=context.settings.deadline_s,
-            resend_s=context.settings.resend_s, gone=context.cohort.gone,
-            away=lambda node: context.availability.is_away(by_node[node]),
+            resend_s=context.settings.resend_s, revoked=context.cohort.gone,
+            is_away=lambda node: context.availability.is_away(by_node[node]),
         ):  # fmt: skip
             member = by_node[answer.node]
             try:

@@ -101,8 +101,8 @@ class _Scoring:
         answered: list[int] = []
         for answer in ask(
             context.transport, "evaluate", makers, round=self.request.round, deadline_s=context.settings.deadline_s,
-            resend_s=context.settings.resend_s, gone=context.cohort.gone, late=context.late,
-            away=lambda node: context.availability.is_away(by_node[node]),
+            resend_s=context.settings.resend_s, revoked=context.cohort.gone, late=context.late,
+            is_away=lambda node: context.availability.is_away(by_node[node]),
         ):  # fmt: skip
             member = by_node[answer.node]
             if answer.code == AWAY:
