@@ -25,11 +25,16 @@ from trunkline.client.policy import contracts
 from trunkline.client.policy.manifest import read_manifest
 from trunkline.config.run import parse_run
 from trunkline.config.site import read_site
-from trunkline.egress_audit import local_federation as stage
-from trunkline.egress_audit import private_values as private
-from trunkline.egress_audit import prove
-from trunkline.egress_audit.byte_search import Haystack, Runs
-from trunkline.egress_audit.canaries import canary_value, entries_of, open_copy, patterns, plant_in_data, plant_in_vault
+from trunkline.egress_audit import local_federation, private_values, prove
+from trunkline.egress_audit.byte_search import NumberRuns, RecordedBytes
+from trunkline.egress_audit.canaries import (
+    canary_value,
+    entries_of,
+    insert_in_data,
+    insert_in_vault,
+    open_copy,
+    patterns,
+)
 from trunkline.egress_audit.recorder import Recorder
 from trunkline.egress_audit.sockets import SocketWatch
 from trunkline.server.reporting.report import read_report
@@ -78,28 +83,28 @@ def test_numbers_are_found_however_they_are_written(way: str, dtype: str) -> Non
             + b"}"
             + noise(rng, 500)
         )
-        found, among = Haystack([noise(rng, 3000), data]).share_of(Runs().add(secret))
+        found, among = RecordedBytes([noise(rng, 3000), data]).count(NumberRuns().add(secret))
         assert found == (34 if dtype[1:] == "f4" else 36), "every run of 16 bytes in this one form"
         assert among > found
-        assert Haystack([noise(rng, 5000)]).share_of(Runs().add(secret))[0] == 0
+        assert RecordedBytes([noise(rng, 5000)]).count(NumberRuns().add(secret))[0] == 0
 
 
 def test_a_piece_of_four_numbers_is_enough() -> None:
     rng = np.random.default_rng(0)
     secret = rng.normal(size=1000).astype(np.float32)
     data = noise(rng, 333) + secret[500:504].tobytes() + noise(rng, 333)
-    assert Haystack([data]).share_of(Runs().add(secret))[0] == 1
+    assert RecordedBytes([data]).count(NumberRuns().add(secret))[0] == 1
 
 
 def test_what_anybody_could_write_is_no_evidence_and_is_counted() -> None:
     common = np.concatenate([np.zeros(50), np.ones(50), np.full(50, 0.25), np.tile([3.0, 7.0], 30)])
-    runs = Runs().add(common)
+    runs = NumberRuns().add(common)
     rng = np.random.default_rng(0)
     same = np.full(100, 0.25, np.float32).tobytes() + noise(rng, 50) + np.tile(np.float32([3.0, 7.0]), 30).tobytes()
     data = b"".join(
         (np.zeros(500).tobytes(), np.ones(500, np.float32).tobytes(), noise(rng, 50), same, noise(rng, 1000))
     )
-    assert Haystack([data]).share_of(runs)[0] == 0
+    assert RecordedBytes([data]).count(runs)[0] == 0
     assert runs.left_out > 4 * 150
 
 
@@ -107,10 +112,10 @@ def test_what_anybody_could_write_is_no_evidence_and_is_counted() -> None:
 def test_labels_of_classes_are_found_by_their_order(dtype: str) -> None:
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 3, 400)
-    runs = Runs().add_classes(labels)
+    runs = NumberRuns().add_classes(labels)
     data = noise(rng, 701) + labels[100:140].astype(dtype).tobytes() + noise(rng, 99)
-    assert Haystack([data]).share_of(runs)[0] == 40 - 31
-    assert Haystack([np.zeros(4000).tobytes(), noise(rng, 4000)]).share_of(runs)[0] == 0
+    assert RecordedBytes([data]).count(runs)[0] == 40 - 31
+    assert RecordedBytes([np.zeros(4000).tobytes(), noise(rng, 4000)]).count(runs)[0] == 0
 
 
 @pytest.mark.parametrize("like", [0.0, 3.4, 71.0, -410.0, 1e9])
@@ -122,7 +127,7 @@ def test_a_canary_value_is_found_as_a_double_and_as_text(like: float) -> None:
         np.float64(value).tobytes()[::-1],
         json.dumps({"loss": value}).encode(),
     ):
-        assert any(Haystack([b"\x17" + written]).places_of(pattern) for pattern in patterns(value)), written
+        assert any(RecordedBytes([b"\x17" + written]).views_with(pattern) for pattern in patterns(value)), written
 
 
 # ---- its parts
@@ -134,7 +139,7 @@ def test_canaries_are_in_rows_that_are_trained_on_whatever_the_format(
 ) -> None:
     folder = Path(shutil.copytree(plants[place], tmp_path / plants[place].name))
     before = open_copy(folder, tmp_path / "scratch")
-    planted = plant_in_data(folder, tmp_path / "scratch")
+    planted = insert_in_data(folder, tmp_path / "scratch")
     config, data = read_site(folder), open_copy(folder, tmp_path / "scratch")
     new, old = planted.column
     assert new in config.data.channels and old not in config.data.channels
@@ -156,7 +161,7 @@ def test_the_group_with_a_canarys_name_is_always_one_that_is_trained_on(plants: 
     """Which part a group is dealt to may depend on its name, so names are tried until one fits."""
     for attempt in range(8):
         folder = Path(shutil.copytree(plants[2], tmp_path / str(attempt)))
-        group = plant_in_data(folder, tmp_path / "scratch").group
+        group = insert_in_data(folder, tmp_path / "scratch").group
         data = open_copy(folder, tmp_path / "scratch")
         assert group in {data.train.group_names[one] for one in np.unique(data.train.groups)}
 
@@ -252,14 +257,14 @@ def test_the_command_shows_that_a_built_in_plant_keeps_everything(plants: list[P
         command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "COLUMNS": "160"}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Nothing private left kiln-02" in done.stdout and "nobody but the centre" in done.stdout
+    assert "Nothing private left kiln-02" in done.stdout and "nobody but the server" in done.stdout
     assert {path: path.read_bytes() for path in site.rglob("*") if path.is_file()} == before
     proof = json.loads((tmp_path / "proof.json").read_text())
     assert proof["found"] == 0 and proof["control"]["found"] == proof["control"]["of"] > 1000
     assert proof["canaries_trained_from"] is True
     searched = {one["what"]: one for one in proof["searched"]}
     assert {"canary: a sensor's name", "canary: a group", "canary: sensor values", "canary: a numeric label", "canary: weights",
-            "stem, heads and norms", "the twin that trains alone", "sensor values", "sensor values, scaled", "labels",
+            "stem, heads and norms", "the local baseline", "sensor values", "sensor values, scaled", "labels",
             "means and deviations"} <= set(searched)  # fmt: skip
     assert all(one["searched"] > 0 for one in searched.values())
     assert proof["bytes_up"] > proof["manifest"]["bytes"] > 100_000
@@ -275,14 +280,14 @@ def test_a_client_app_that_leaks_within_its_contract_is_caught(
     """Stem weights in a lent array, a cell of the data as a loss, a sensor's name in an error, a connection to somebody else."""
     site = next(plant for plant in plants if plant.name.startswith("press"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(TESTS.parent)]))
-    honest = plant_in_data
+    honest = insert_in_data
 
     def planted(folder: Path, scratch: Path) -> Any:
         found = honest(folder, scratch)
         monkeypatch.setenv("LEAKY_CELL", repr(found.values[0]))
         return found
 
-    monkeypatch.setattr(prove, "plant_in_data", planted)
+    monkeypatch.setattr(prove, "insert_in_data", planted)
     held: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         monkeypatch.setenv("LEAKY_PORT", str(stranger.getsockname()[1]))
@@ -322,7 +327,7 @@ def test_four_plants_in_one_recorded_run_let_nothing_private_out(plants: list[Pa
         "test",
     )  # fmt: skip
     folders = [Path(shutil.copytree(plant, tmp_path / "sites" / plant.name)) for plant in plants]
-    planted = {folder: plant_in_data(folder, tmp_path / "scratch") for folder in folders}
+    planted = {folder: insert_in_data(folder, tmp_path / "scratch") for folder in folders}
     states = {folder: tmp_path / "states" / folder.name for folder in folders}
     (tmp_path / "states").mkdir()
     recorders: dict[Path, Recorder] = {}
@@ -334,42 +339,42 @@ def test_four_plants_in_one_recorded_run_let_nothing_private_out(plants: list[Pa
             for folder in sorted(waiting):
                 for path in states[folder].glob("vault/*/round-000001.safetensors"):
                     with recorders[folder].held():
-                        weights[folder] = plant_in_vault(states[folder], path.parent.name, 1)
+                        weights[folder] = insert_in_vault(states[folder], path.parent.name, 1)
                     waiting.discard(folder)
             time.sleep(0.005)
 
     with ExitStack() as running:
-        port = running.enter_context(stage.centre(tmp_path))
+        port = running.enter_context(local_federation.server_process(tmp_path))
         for folder in folders:
             recorders[folder] = running.enter_context(Recorder(port))
-            running.enter_context(stage.plant(folder, states[folder], recorders[folder].port))
+            running.enter_context(local_federation.client_process(folder, states[folder], recorders[folder].port))
         threading.Thread(target=plant_weights, daemon=True).start()
-        out = stage.run_through(tmp_path, run)
+        out = local_federation.run_to_end(tmp_path, run)
     assert [len(one["sites"]) for one in read_report(out)["rounds"]] == [4, 4]
     for folder in folders:
-        kept = next(contracts.every(states[folder]))
-        entries = entries_of(states[folder], kept.run)
+        contract = next(contracts.every(states[folder]))
+        entries = entries_of(states[folder], contract.run)
         assert sorted(entries) == [1, 2] and weights[folder]
         site = open_copy(folder, tmp_path / "scratch")
-        haystack = Haystack(recorders[folder].up)
-        needles = [
-            *private.canaries_of(planted[folder]),
-            private.weights_of(weights[folder]),
-            private.names_of(folder, site, kept.model_dump_json()),
-            *private.private_tensors(entries, kept.order),
-            *private.data_of(folder, site, lent_scaler=False),
+        recorded = RecordedBytes(recorders[folder].up)
+        values = [
+            *private_values.canary_values(planted[folder]),
+            private_values.canary_weights(weights[folder]),
+            private_values.site_names(folder, site, contract.model_dump_json()),
+            *private_values.private_tensors(entries, contract.request),
+            *private_values.values_in_data(folder, site, lent_scaler=False),
         ]
-        assert len(needles) >= 11
-        for one in private.look_for(needles, haystack):
-            assert one.searched > 0, (folder.name, one)
-            assert one.found == 0, (folder.name, one)
-        lent = Runs()
+        assert len(values) >= 11
+        for result in private_values.search(values, recorded):
+            assert result.patterns > 0, (folder.name, result)
+            assert result.hits == 0, (folder.name, result)
+        lent = NumberRuns()
         for entry in entries.values():
             for array in entry.delta.values():
                 lent.add(np.asarray(array), ("<f4",))
-        found, among = haystack.share_of(lent)
+        found, among = recorded.count(lent)
         assert found == among > 1000, "the search finds what did leave"
         lines, _ = read_manifest(states[folder])
         assert [line.body["kind"] for line in lines] == ["offer", "update", "update", "scorecard"]
         others = [one for one in folders if one != folder]
-        assert not any(haystack.places_of(planted[other].column[0].encode()) for other in others)
+        assert not any(recorded.views_with(planted[other].column[0].encode()) for other in others)

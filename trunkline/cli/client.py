@@ -251,7 +251,7 @@ def client_prove_egress(
     from trunkline.egress_audit import prove
     from trunkline.runtime.storage import write_atomic
 
-    evidence = prove.prove(site_dir, run, tell=lambda text: typer.echo(f"{text} ..."))
+    evidence = prove.prove(site_dir, run, emit=lambda text: typer.echo(f"{text} ..."))
     prove.print_evidence(evidence, Console())
     if out is not None:
         write_atomic(out, json.dumps(evidence, indent=2).encode(), mode=0o644)

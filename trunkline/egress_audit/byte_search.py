@@ -1,14 +1,14 @@
-"""Looking for private bytes in recorded ones: as they are, and unpacked where something was packed.
+"""Search recorded bytes for private ones: as they are, and unpacked where something was packed.
 
-A needle of numbers is every run of 16 bytes of it (4 float32 or 2 float64 side by side), in both byte orders; runs that
-anybody could write by chance (zeros, small whole numbers, one value over and over) are left out and counted.
+Private numbers are searched for as every run of 16 bytes of them (4 float32 or 2 float64 side by side), in both byte
+orders. Runs that could occur by chance (zeros, small whole numbers, one value over and over) are left out and counted.
 """
 
 import base64
 import binascii
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 RUN = 16  # bytes
-CLASSES = 32  # labels of a few classes side by side: fewer could be anything
-CHANGES = 6  # at least, among these: a column that hardly changes says nothing by its order
+CLASSES = 32  # labels of a few classes side by side: fewer could occur by chance
+CHANGES = 6  # at least, among these: a column that hardly changes cannot be recognised by its order
 MOST_UNPACKED = 64 << 20  # bytes, of all that was packed
-BLOCK = 1 << 20  # places looked at together
-DEEPEST = 2  # packed in packed
+BLOCK = 1 << 20  # offsets searched in one step
+DEEPEST = 2  # layers of packing that are opened
 PACKED = {
     b"\x1f\x8b\x08": 31, b"PK\x03\x04": -15, **{bytes([0x78, second]): 15 for second in (0x01, 0x5E, 0x9C, 0xDA)}
 }  # fmt: skip
@@ -29,12 +29,12 @@ Hashes = NDArray[np.uint64]
 
 
 @dataclass
-class Runs:
+class NumberRuns:
     """The runs of some arrays, by length in bytes, as hashes of 64 bits.
 
     Args:
-        left_out: runs that were too common to tell.
-        values: numbers of all arrays.
+        left_out: runs that were too common to be evidence.
+        values: how many numbers all arrays hold.
     """
 
     by_length: dict[int, list[Hashes]] = field(default_factory=dict)
@@ -42,28 +42,30 @@ class Runs:
     values: int = 0
 
     def add(self, array: NDArray[Any], dtypes: tuple[str, ...] = ("<f4", ">f4", "<f8", ">f8")) -> Self:
-        """Every run of an array's numbers in the order they lie in memory, as float32 and float64."""
+        """Add every run of an array's numbers, of any shape, in the order they lie in memory, as float32 and float64."""
         flat = np.asarray(array, dtype=np.float64).ravel()
         self.values += flat.size
         for dtype in dtypes:
-            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite there, and too common to tell
-                self._add(flat.astype(dtype), RUN // np.dtype(dtype).itemsize, _telling)
+            with np.errstate(
+                over="ignore"
+            ):  # what float32 cannot hold is infinite there, and too common to be evidence
+                self._add(flat.astype(dtype), RUN // np.dtype(dtype).itemsize, _distinctive)
         return self
 
     def add_classes(self, array: NDArray[Any]) -> Self:
-        """Runs of CLASSES labels that are whole numbers, in every width they might travel in."""
+        """Add the runs of CLASSES whole-number labels of an array of any shape, in every width they might travel in."""
         flat = np.asarray(array, dtype=np.float64).ravel()
         flat = flat[np.isfinite(flat)]
         self.values += flat.size
         for dtype in ("<f4", "<f8", "<i8", "<i4", "u1"):
-            self._add(np.abs(flat).astype(dtype), CLASSES, _changing)
+            self._add(np.abs(flat).astype(dtype), CLASSES, _varied)
         return self
 
-    def _add(self, flat: NDArray[Any], width: int, tells: Any) -> None:
+    def _add(self, flat: NDArray[Any], width: int, is_distinctive: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> None:
         if flat.size < width:
             return
         windows = np.lib.stride_tricks.sliding_window_view(flat, width)
-        kept = windows[tells(windows)]
+        kept = windows[is_distinctive(windows)]
         self.left_out += len(windows) - len(kept)
         if len(kept):
             rows = np.ascontiguousarray(kept).view(np.uint8).reshape(len(kept), -1)
@@ -74,11 +76,11 @@ class Runs:
         return {length: np.unique(np.concatenate(parts)) for length, parts in self.by_length.items()}
 
     def __len__(self) -> int:
-        return sum(len(one) for one in self.hashes.values())
+        return sum(len(hashes) for hashes in self.hashes.values())
 
 
-def _telling(windows: NDArray[Any]) -> NDArray[np.bool_]:
-    """Windows of numbers that do not come about by chance."""
+def _distinctive(windows: NDArray[Any]) -> NDArray[np.bool_]:
+    """(n, width) numbers -> (n,): whether each window is unlikely to occur by chance."""
     numbers = windows.astype(np.float64)
     plain = (np.isin(np.abs(numbers), (0.0, 1.0))) | ~np.isfinite(numbers)
     if windows.shape[1] == 2:  # of float64: both must be long numbers
@@ -89,84 +91,84 @@ def _telling(windows: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray((distinct >= 3) & (plain.sum(axis=1) <= 1))
 
 
-def _changing(windows: NDArray[Any]) -> NDArray[np.bool_]:
+def _varied(windows: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray((windows[:, 1:] != windows[:, :-1]).sum(axis=1) >= CHANGES)
 
 
 def _hash(words: NDArray[Any]) -> Hashes:
     """(n, k) words of 8 bytes -> (n,) hashes."""
-    found = np.zeros(len(words), np.uint64)
+    hashes = np.zeros(len(words), np.uint64)
     for column in range(words.shape[1]):
-        found = (found ^ words[:, column].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-        found ^= found >> np.uint64(29)
-    return found
+        hashes = (hashes ^ words[:, column].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
 
 
 def _words_at_every_byte(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The 8 bytes from every place on, as one number each."""
+    """(n,) bytes -> (n - 7,): the 8 bytes from every offset on, as one number each."""
     count = len(data) - 7
     words = np.empty(max(count, 0), np.uint64)
     for shift in range(min(8, max(count, 0))):
-        own = data[shift : shift + 8 * ((len(data) - shift) // 8)]
-        words[shift::8] = own.view("<u8")[: len(words[shift::8])]
+        whole_words = data[shift : shift + 8 * ((len(data) - shift) // 8)]
+        words[shift::8] = whole_words.view("<u8")[: len(words[shift::8])]
     return words
 
 
-class Haystack:
+class RecordedBytes:
     """Recorded bytes and everything that could be unpacked from them.
 
     Args:
-        streams: each searched by itself, such as one direction of one connection.
+        streams: each is searched by itself, such as one direction of one connection.
     """
 
     def __init__(self, streams: Iterable[bytes]) -> None:
-        self.views = [("as it is", one) for one in streams if one]
+        self.views = [("as it is", stream) for stream in streams if stream]
         self.unpacked = 0
         budget = MOST_UNPACKED
         seen: set[bytes] = set()
-        layer = [one for _, one in self.views]
+        layer = [data for _, data in self.views]
         for _ in range(DEEPEST):
             inside: list[bytes] = []
             for data in layer:
-                for how, one in _unpacked(data):
-                    if one in seen or len(one) < 8 or budget < len(one):
+                for packing, content in _unpack(data):
+                    if content in seen or len(content) < 8 or budget < len(content):
                         continue
-                    seen.add(one)
-                    budget -= len(one)
-                    inside.append(one)
-                    self.views.append((how, one))
+                    seen.add(content)
+                    budget -= len(content)
+                    inside.append(content)
+                    self.views.append((packing, content))
             self.unpacked += len(inside)
             layer = inside
 
-    def places_of(self, needle: bytes) -> list[str]:
-        """In which views a text or bytes is found."""
-        return [how for how, data in self.views if needle in data]
+    def views_with(self, pattern: bytes) -> list[str]:
+        """The views that contain `pattern`, each by how it was packed."""
+        return [packing for packing, data in self.views if pattern in data]
 
-    def share_of(self, runs: Runs) -> tuple[int, int]:
-        """How many of these runs are found, and how many there are."""
+    def count(self, runs: NumberRuns) -> tuple[int, int]:
+        """How many of these runs the recorded bytes contain, and how many runs there are."""
         wanted = runs.hashes
-        found = {length: np.zeros(len(hashes), np.bool_) for length, hashes in wanted.items()}
+        hits = {length: np.zeros(len(hashes), np.bool_) for length, hashes in wanted.items()}
         for _, data in self.views:
             words = _words_at_every_byte(np.frombuffer(data, np.uint8))
             for length, hashes in wanted.items():
                 for start in range(0, max(0, len(words) - (length - 8)), BLOCK):
                     end = min(start + BLOCK, len(words) - (length - 8))
                     columns = [words[start + shift : end + shift] for shift in range(0, length, 8)]
-                    here = _hash(np.stack(columns, axis=1))
-                    place = np.searchsorted(hashes, here).clip(max=len(hashes) - 1)
-                    found[length][place[hashes[place] == here]] = True
-        return sum(int(one.sum()) for one in found.values()), sum(len(one) for one in wanted.values())
+                    recorded = _hash(np.stack(columns, axis=1))
+                    index = np.searchsorted(hashes, recorded).clip(max=len(hashes) - 1)
+                    hits[length][index[hashes[index] == recorded]] = True
+        return sum(int(hit.sum()) for hit in hits.values()), sum(len(hashes) for hashes in wanted.values())
 
 
-def _unpacked(data: bytes) -> Iterator[tuple[str, bytes]]:
+def _unpack(data: bytes) -> Iterator[tuple[str, bytes]]:
     for match in BASE64.finditer(data):
         text = match[0].replace(b"-", b"+").replace(b"_", b"/")
-        for start in range(4):  # where the first group of four begins nobody knows
+        for start in range(4):  # the first group of four may begin at any of them
             whole = text[start : start + 4 * ((len(text) - start) // 4)]
             with_rest = text[start:] + b"=" * (-(len(text) - start) % 4)
-            for one in dict.fromkeys((with_rest, whole)):
+            for candidate in dict.fromkeys((with_rest, whole)):
                 try:
-                    yield "base64", base64.b64decode(one)
+                    yield "base64", base64.b64decode(candidate)
                     break
                 except binascii.Error:
                     continue
@@ -175,18 +177,16 @@ def _unpacked(data: bytes) -> Iterator[tuple[str, bytes]]:
             text = match[0][start:]
             yield "hexadecimal", bytes.fromhex(text[: len(text) // 2 * 2].decode())
     for magic, mode in PACKED.items():
-        place = data.find(magic)
-        while place >= 0:
-            start = place
-            if (
-                mode == -15 and len(data) >= place + 30
-            ):  # a zip's file: the packed bytes lie behind name and extra field
-                start += 30 + int.from_bytes(data[place + 26 : place + 28], "little")
-                start += int.from_bytes(data[place + 28 : place + 30], "little")
+        offset = data.find(magic)
+        while offset >= 0:
+            start = offset
+            if mode == -15 and len(data) >= offset + 30:  # in a zip, the packed bytes lie behind name and extra field
+                start += 30 + int.from_bytes(data[offset + 26 : offset + 28], "little")
+                start += int.from_bytes(data[offset + 28 : offset + 30], "little")
             try:
                 out = zlib.decompressobj(mode).decompress(data[start:], MOST_UNPACKED)
             except zlib.error:
                 out = b""
             if out:
                 yield "unpacked", out
-            place = data.find(magic, place + 1)
+            offset = data.find(magic, offset + 1)

@@ -1,4 +1,4 @@
-"""A proxy on loopback that keeps every byte which passes it, between a real plant and a real centre."""
+"""A proxy on loopback that keeps every byte which passes it, between a real client and a real server."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ class Recorder:
     """Listens on a free port of 127.0.0.1 and passes on to `target`, a port there. A context manager.
 
     Args:
-        target: the centre's port.
+        target: the server's port.
     """
 
     def __init__(self, target: int) -> None:
@@ -27,17 +27,17 @@ class Recorder:
 
     @property
     def up(self) -> list[bytes]:
-        """What the plant has sent, a connection each."""
-        return [bytes(one) for one in self._up]
+        """The bytes that the client has sent, one item a connection."""
+        return [bytes(stream) for stream in self._up]
 
     @property
     def down(self) -> list[bytes]:
-        """What the centre has sent."""
-        return [bytes(one) for one in self._down]
+        """The bytes that the server has sent, one item a connection."""
+        return [bytes(stream) for stream in self._down]
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Meanwhile nothing passes, either way; it waits and is not lost."""
+        """Hold all bytes back, either way, until the block ends; they are not lost."""
         assert self._open is not None  # set before the port is known
         self._loop.call_soon_threadsafe(self._open.clear)
         try:
@@ -79,7 +79,7 @@ class Recorder:
         self._down.append(down)
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
-        except OSError:  # the centre is not there yet: the plant tries again
+        except OSError:  # the server does not listen yet: the client tries again
             writer.close()
             return
         with contextlib.suppress(asyncio.CancelledError):

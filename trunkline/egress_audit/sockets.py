@@ -1,4 +1,4 @@
-"""Whom some processes talk to: their sockets as Linux lists them, sampled."""
+"""The peers of some processes: their sockets as Linux lists them, sampled."""
 
 import socket
 import struct
@@ -21,14 +21,14 @@ class _Row:
     address: str  # of the peer; port 0: there is none
     port: int
     state: str
-    inode: str  # "0": no process holds it any more
+    inode: str  # "0": no process holds it
 
 
 class SocketWatch:
     """Samples the sockets of processes and all their children, as a context manager.
 
     Args:
-        pids: of the processes; those that are gone are passed over.
+        pids: of the processes; one that has ended is passed over.
     """
 
     def __init__(self, *pids: int) -> None:
@@ -42,13 +42,15 @@ class SocketWatch:
 
     @property
     def possible(self) -> bool:
-        """Whether this system says what the sockets of a process are."""
+        """Whether this system lists the sockets of a process."""
         return Path("/proc/self/net/tcp").exists()
 
     def strangers(self, *allowed: int) -> list[Peer]:
         """Peers that are neither a port of this machine in `allowed` nor one of these processes."""
-        own = self.listening | set(allowed)
-        return sorted(peer for peer in self.seen if not (peer[0] == "tcp" and _is_here(peer[1]) and peer[2] in own))
+        ports = self.listening | set(allowed)
+        return sorted(
+            peer for peer in self.seen if not (peer[0] == "tcp" and _is_loopback(peer[1]) and peer[2] in ports)
+        )
 
     def __enter__(self) -> Self:
         if self.possible:
@@ -65,27 +67,27 @@ class SocketWatch:
             self._sample()
 
     def _sample(self) -> None:
-        pids = [one for pid in self.pids for one in _tree(pid)]
+        pids = [pid for root in self.pids for pid in _tree(root)]
         rows = list(_rows(pids))
         inodes = {inode for pid in pids for inode in _inodes(pid)}
         holders = {(row.own_address, row.own_port): row.inode for row in rows}
-        own = [row for row in rows if row.inode in inodes]
-        self.listening |= {row.own_port for row in own if row.protocol == "tcp" and row.state == LISTENS}
-        for row in own:
+        watched = [row for row in rows if row.inode in inodes]
+        self.listening |= {row.own_port for row in watched if row.protocol == "tcp" and row.state == LISTENS}
+        for row in watched:
             peer = (row.protocol, row.address, row.port)
             if not row.port or peer in self.seen:
                 continue
             if row.own_port not in self.listening:
                 self.seen.add(peer)
                 continue
-            # somebody has called these processes: one of themselves, unless the other end's holder is another. Between the
-            # two lists an end may be closed, so it has to be seen twice
+            # a process has connected to these: one of themselves, unless the other end's holder is a stranger. An end may
+            # be closed between the two lists, so a caller counts when it was seen twice
             if holders.get((row.address, row.port)) not in {"0", *inodes}:
                 (self.seen if peer in self._callers else self._callers).add(peer)
         self.samples += 1
 
 
-def _is_here(address: str) -> bool:
+def _is_loopback(address: str) -> bool:
     return address.startswith("127.") or address in ("::1", "::ffff:127.0.0.1")
 
 
@@ -115,7 +117,7 @@ def _inodes(pid: int) -> Iterator[str]:
 
 
 def _rows(pids: list[int]) -> Iterator[_Row]:
-    """Every socket in the processes' network, whoever holds it."""
+    """Every socket in the processes' network, whichever process holds it."""
     for table in ("tcp", "tcp6", "udp", "udp6"):
         for pid in pids:
             try:
@@ -130,6 +132,6 @@ def _rows(pids: list[int]) -> Iterator[_Row]:
 
 def _address(text: str) -> tuple[str, int]:
     digits, _, port = text.partition(":")
-    words = [struct.pack("=I", int(digits[place : place + 8], 16)) for place in range(0, len(digits), 8)]
+    words = [struct.pack("=I", int(digits[start : start + 8], 16)) for start in range(0, len(digits), 8)]
     family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
     return socket.inet_ntop(family, b"".join(words)), int(port, 16)
