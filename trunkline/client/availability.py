@@ -21,7 +21,7 @@ from trunkline.runtime.storage import write_atomic
 
 PAUSE = "pause.json"  # in the state folder, while a pause lasts
 LOOK_S = 0.5  # between two looks at the clock and at that file
-SHORT_S = 60.0  # an order waits for the end of a pause that is no older than this; after that the centre is told
+SHORT_S = 60.0  # a request waits for the end of a pause that is no older than this; after that the server is told
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Pauses:
             time.sleep(LOOK_S)
 
     def _why(self) -> str:
-        """What the centre may read: `closed until 2026-11-23T06:00:00+01:00 by its hours`, or that it is paused; else empty."""
+        """What the server may read: `closed until 2026-11-23T06:00:00+01:00 by its hours`, or that it is paused; else empty."""
         if (opens := self._closed_until()) is not None:
             return f"closed until {_iso(opens)} by its hours"
         mark = _mark(self.state / PAUSE)

@@ -86,10 +86,11 @@ class ReportConfig(Frozen):
     """`[report]`."""
 
     baseline: bool = Field(
-        default=True, description="every site also trains the local-only twin, which doubles its work"
+        default=True, description="every site also trains the local baseline, which doubles its work"
     )
     local: dict[str, int | float | str] = Field(
-        default={}, description="the twin's own settings by key path, where they differ; `[search]` fills them in"
+        default={},
+        description="the local baseline's own settings by key path, where they differ; `[search]` fills them in",
     )
 
     @field_validator("local")

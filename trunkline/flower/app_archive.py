@@ -33,7 +33,7 @@ def app_digest(app_folder: Path) -> str:
 def fab_digest(fab: bytes) -> str:
     """sha256 over the names and bytes in an app archive, in their order; nothing is written or imported.
 
-    Not over the archive itself: two builds of zlib pack the same file into different bytes, and a centre on another
+    Not over the archive itself: two builds of zlib pack the same file into different bytes, and a server on another
     Linux would then be refused by every plant. What is no archive, or unpacks to more than 1 MiB, has the digest of its
     raw bytes, which no folder's pin can equal.
     """

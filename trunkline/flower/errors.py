@@ -46,7 +46,7 @@ def error_reply(message: Message, reason: str, code: int = CRASHED) -> Message:
 
 
 def reason_of(error: BaseException) -> str:
-    """What the centre may read of a site's exception.
+    """What the server may read of a site's exception.
 
     The text of an arbitrary exception can quote a cell of the plant's data or a folder of its disk. Only texts about
     the exchange itself travel, with folders cut off; of all others the class name does, and the site's log has more.
@@ -65,7 +65,7 @@ def safe_text(text: str) -> str:
 def error_site(message: Message) -> tuple[str, int, str] | None:
     """Of an error reply: id of the message it answers, Flower's or our code, reason; None for any other message.
 
-    An error that the SuperLink makes itself (a node went away) has the centre as its source, so the request's id is the
+    An error that the SuperLink makes itself (a node went away) has the server as its source, so the request's id is the
     only way back to the site that was asked.
     """
     if not message.has_error():

@@ -112,7 +112,7 @@ class NodeTask:
 
     @contextlib.contextmanager
     def _asking(self, action: str) -> Iterator[None]:
-        with answers(self.address, action, "The task is lost if its token has expired; the centre sends it again."):
+        with answers(self.address, action, "The task is lost if its token has expired; the server sends it again."):
             yield
 
     def pull_input(self) -> None:
@@ -143,7 +143,7 @@ class NodeTask:
             self._envelope = make_message(metadata=Metadata(**fields), content=RecordDict())
         except TypeError as error:
             raise DeploymentError(
-                f"a journalled envelope cannot be read ({error}); the centre sends the task again"
+                f"a journalled envelope cannot be read ({error}); the server sends the task again"
             ) from None
         metadata = self._envelope.metadata
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, metadata.run_id, metadata.dst_node_id

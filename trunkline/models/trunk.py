@@ -23,7 +23,7 @@ from trunkline.models.stems.raw import RawColumns
 from trunkline.protocol.arrays import Arrays, seed_of
 from trunkline.protocol.plan import ModelPart, TrunkSpec
 
-if TYPE_CHECKING:  # the centre builds first trunks without loading what tasks need
+if TYPE_CHECKING:  # the server builds first trunks without loading what tasks need
     from trunkline.models.tasks.task import Task
 
 TRUNK_ONLY = ("trunk",)
@@ -158,7 +158,7 @@ def build_model(
         categories: distinct codes of each categorical column, code 0 (unknown) included; rows only.
         tasks: fitted tasks by name.
         lend: what the run lends, as in `TrunkModel.lent`. A head that stays home begins where its labels say; one that
-            is lent is the same at every site, because the centre gets its first values before anything was averaged.
+            is lent is the same at every site, because the server gets its first values before anything was averaged.
 
     Raises:
         ConfigError: an unknown backbone, or one that does not read this kind of sample.
@@ -187,7 +187,7 @@ def build_model(
 
 
 def first_trunk(spec: TrunkSpec, seed: int) -> Arrays:
-    """What the centre starts from: byte-equal to `build_model(spec, ..., seed=seed).share()` at any site.
+    """What the server starts from: byte-equal to `build_model(spec, ..., seed=seed).share()` at any site.
 
     Raises:
         ConfigError: an unknown backbone.
@@ -206,7 +206,7 @@ def _backbone(spec: TrunkSpec) -> type[Backbone]:
 
 
 def _body(spec: TrunkSpec, seed: int) -> tuple[Backbone, nn.ModuleList]:
-    """Backbone and norms, alike at every site and at the centre."""
+    """Backbone and norms, alike at every site and at the server."""
     body = _backbone(spec)
     trunk = _seeded(seed, "trunk", lambda: body.of(spec))
     norm = SiteNorm if spec.norm == "private" else group_norm

@@ -83,7 +83,7 @@ class LocalPlan(Frozen):
     schedule: Literal["cosine", "constant"] = "cosine"
     proximal: float = Field(default=0.0, ge=0.0, description="pull of the lent parts towards what arrived (FedProx mu)")
     keep: Literal["best", "last"] = (
-        "best"  # of a site's models over the rounds, by validation loss; alike for both twins
+        "best"  # of a site's models over the rounds, by validation loss; alike for the federated model and the local baseline
     )
     patience_rounds: int = Field(
         default=0,
@@ -146,7 +146,7 @@ class LocalBaseline(Frozen):
 
 
 class Conditions(Frozen):
-    """What a simulated world makes of a site's rows by now; a centre that is deployed sends none."""
+    """What a simulated world makes of a site's rows by now; a server that is deployed sends none."""
 
     labelled: float = Field(
         default=1.0, gt=0.0, le=1.0, description="share of the labelled training rows whose labels are there: the first"

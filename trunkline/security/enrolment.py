@@ -1,4 +1,4 @@
-"""What a plant and the centre say to one another when a plant joins, renews its certificate, or asks how things stand.
+"""What a plant and the server say to one another when a plant joins, renews its certificate, or asks how things stand.
 
 An invitation is a code. From the code both ends make the same key and the same self-signed certificate, so the code itself
 is never sent: the plant proves in the TLS handshake that it has it, and the port stays shut to everybody who has neither a
@@ -79,7 +79,7 @@ class Admission(Frozen):
 
 
 class Hello(Frozen):
-    """Down: how the centre sees the site. `now`: ISO 8601, UTC, for the clock; `until`: when its certificate expires."""
+    """Down: how the server sees the site. `now`: ISO 8601, UTC, for the clock; `until`: when its certificate expires."""
 
     site: str
     now: str
@@ -140,7 +140,7 @@ class Code:
     def certificate(self) -> x509.Certificate:
         """Self-signed, the same bytes at both ends: Ed25519 has no chance in it, and serial and dates are fixed.
 
-        Its dates say nothing; when the code expires the centre knows, and says so in words.
+        Its dates say nothing; when the code expires the server knows, and says so in words.
         """
         key = self.key
         public = key.public_key()

@@ -1,6 +1,6 @@
 """A log that cannot be altered unnoticed: each line carries the hash of the line before it and a signature.
 
-The manifest of a plant (what left it) and the audit log of the centre are one each. Lines can be sealed. Beside the
+The manifest of a plant (what left it) and the audit log of the server are one each. Lines can be sealed. Beside the
 chain lies its head, signed too: a chain that was cut at its end is shorter than its head says. Only one who cuts the chain
 and puts an older head of it back goes unnoticed here; that takes a look at a copy kept elsewhere.
 """

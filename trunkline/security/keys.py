@@ -28,7 +28,7 @@ from trunkline.errors import StorageError, TrustError
 from trunkline.runtime.storage import write_atomic
 
 MADE = datetime(2026, 1, 1, tzinfo=UTC)  # no Trunkline is older: a clock that says less was never set
-SKEW_S = 5.0  # a clock this far ahead of the centre's is refused by Flower; 305 s behind too
+SKEW_S = 5.0  # a clock this far ahead of the server's is refused by Flower; 305 s behind too
 
 
 def now() -> datetime:
@@ -161,7 +161,7 @@ def expiry_warning(certificate: x509.Certificate, whose: str, remedy: str) -> st
 
 
 def skew_warning(server_time: datetime) -> str:
-    """A sentence when this clock and the centre's differ enough to matter; empty when all is well.
+    """A sentence when this clock and the server's differ enough to matter; empty when all is well.
 
     Flower refuses what is signed more than 5 s in the future or 305 s in the past.
     """
@@ -170,7 +170,7 @@ def skew_warning(server_time: datetime) -> str:
         return ""
     way = "ahead of" if ahead > 0 else "behind"
     return (
-        f"the clock here is {abs(ahead):.0f} s {way} the centre's; more than {SKEW_S:.0f} s ahead or 300 s behind is refused. "
+        f"the clock here is {abs(ahead):.0f} s {way} the server's; more than {SKEW_S:.0f} s ahead or 300 s behind is refused. "
         "Set both by NTP."
     )
 

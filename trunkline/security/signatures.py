@@ -87,7 +87,7 @@ def sign_release(
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a release is what its federation's centre signed.
+    """Whether a release is what its federation's server signed.
 
     Args:
         text: the verdict as a sentence.
@@ -120,7 +120,7 @@ class Verdict:
             raise self.problem
         if self.problem is not None and authority is not None and not unsigned:
             raise TrustError(
-                f"{self.problem} Take a release of your own centre; `--unsigned` uses this one all the same."
+                f"{self.problem} Take a release of your own server; `--unsigned` uses this one all the same."
             )
 
 
@@ -156,7 +156,7 @@ def verify_signature(
     federation = common_name(authority)
     until = _day(certificate.not_valid_after_utc)
     text = (
-        f"{where}: as the centre of {federation!r} signed it on {_day(moment)}, with certificate {group_digits(claim.signer[:16])} "
+        f"{where}: as the server of {federation!r} signed it on {_day(moment)}, with certificate {group_digits(claim.signer[:16])} "
         f"(valid until {until})."
     )
     return replace(claim, text=text, federation=federation)
@@ -165,7 +165,7 @@ def verify_signature(
 def _open(where: str, signature: Signature) -> tuple[x509.Certificate, Ed25519PublicKey | None, datetime, str]:
     """Certificate, its public key (None if that is of another kind), when it was signed, and who says to have issued it."""
     try:
-        with warnings.catch_warnings():  # what cryptography only frowns at was not written by a centre either
+        with warnings.catch_warnings():  # what cryptography only frowns at was not written by a server either
             warnings.simplefilter("error", CryptographyDeprecationWarning)
             certificate = load_certificate(signature.certificate.encode(), where)
             public = certificate.public_key()
@@ -175,7 +175,7 @@ def _open(where: str, signature: Signature) -> tuple[x509.Certificate, Ed25519Pu
         names = certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     except (TrustError, ValueError, TypeError, *ODD) as error:
         raise TamperError(
-            f"{where}: its signature is damaged or was altered ({error}). Fetch the file from the centre again."
+            f"{where}: its signature is damaged or was altered ({error}). Fetch the file from the server again."
         ) from None
     return (
         certificate,
@@ -189,7 +189,7 @@ def _check_hashes(where: str, signature: Signature, public: Ed25519PublicKey | N
     if public is not None and not is_signed(public, PURPOSE, signature.statement, signature.value):
         raise TamperError(
             f"{where}: its signature was not made with the key of its certificate: one of the two was altered. "
-            "Do not use it; fetch the file from the centre again."
+            "Do not use it; fetch the file from the server again."
         )
     altered = [
         part
@@ -198,12 +198,12 @@ def _check_hashes(where: str, signature: Signature, public: Ed25519PublicKey | N
     ]
     if len(altered) == 2:
         raise TamperError(
-            f"{where}: its signature is of another file. Do not use it; fetch the file from the centre again."
+            f"{where}: its signature is of another file. Do not use it; fetch the file from the server again."
         )
     if altered:
         raise TamperError(
             f"{where}: its {altered[0]} {'was' if altered == ['card'] else 'were'} altered after it was signed. Do not use it; "
-            "fetch the file from the centre again."
+            "fetch the file from the server again."
         )
 
 
@@ -226,13 +226,13 @@ def check_certificate(where: str, certificate: x509.Certificate, authority: x509
     ):
         raise TrustError(
             f"{where}: its certificate is of {name!r}, for {named!r}, and not for signing releases: a site's or the gateway's key "
-            "signed it, if anybody's. Tell the centre's operator."
+            "signed it, if anybody's. Tell the server's operator."
         )
     since, until = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if not since <= moment <= until:
         raise TrustError(
             f"{where}: signed on {_day(moment)}, and its certificate is valid from {_day(since)} to {_day(until)}. "
-            "The centre has to renew it (`release.crt`) and sign again."
+            "The server has to renew it (`release.crt`) and sign again."
         )
 
 

@@ -65,7 +65,7 @@ def run_central(folders: Sequence[Path], states: Sequence[Path], run: RunConfig,
             ]
     rows: list[tuple[str, TaskRow]] = []
     for site, one, decided in zip(sites, models, settled, strict=True):
-        # the twin predicts with its own site's label scale, so that each model is scored as it was trained
+        # the local baseline predicts with its own site's label scale, so that each model is scored as it was trained
         found = score_site(site, one, now, tasks={"federated": tasks}, settled=decided)
         rows += [(site.name, row) for row in found]
     return build_report(run=run, rows=rows, rounds=records, trunk_parameters=size, seconds=time.monotonic() - started)
@@ -75,7 +75,7 @@ def _one_pass(
     pooled: Sequence[Site], sites: Sequence[Site], run: RunConfig, request: ScoreRequest, records: list[RoundRecord],
     on_event: OnEvent,
 ) -> list[dict[str, TrunkModel]]:  # fmt: skip
-    """The models of each site after `run.rounds` rounds from the start on the rows of `order`: the pooled one, and its twin."""
+    """The models of each site after `run.rounds` rounds from the start on the rows of `order`: the pooled one, and the local baseline."""
     names = [site.name for site in sites]
     model = pooled[0].model(request)
     for site in sites:
@@ -86,8 +86,8 @@ def _one_pass(
     plan = plan.model_copy(
         update={"epochs": None, "steps": steps_of(plan, len(data)) * (1 if plan.epochs else len(sites))}
     )
-    twins = [site.model(request) if run.report.baseline else None for site in sites]
-    # what balancing remembers: of each site's twin, and of the pooled model under no name
+    baselines = [site.model(request) if run.report.baseline else None for site in sites]
+    # what balancing remembers: of each site's local baseline, and of the pooled model under no name
     balances: dict[str, dict[str, Any]] = {}
     for done in range(run.rounds):
         began, round = time.monotonic(), request.passed + done + 1
@@ -96,10 +96,10 @@ def _one_pass(
             balance=balances.get(""),
         )  # fmt: skip
         balances[""] = trained.balance
-        for site, part, twin in zip(sites, parts, twins, strict=True):
-            if twin is not None:
+        for site, part, baseline in zip(sites, parts, baselines, strict=True):
+            if baseline is not None:
                 balances[site.name] = train_site(
-                    twin, part, site.data.tasks, local_plan(run.training), seed=seed_of(run.seed, site.name, round), done=done,
+                    baseline, part, site.data.tasks, local_plan(run.training), seed=seed_of(run.seed, site.name, round), done=done,
                     rounds=run.rounds, balance=balances.get(site.name),
                 ).balance  # fmt: skip
         seconds = time.monotonic() - began
@@ -109,7 +109,7 @@ def _one_pass(
             )
         )  # fmt: skip
         on_event(RoundEnded(round, run.total_rounds, sites=len(sites), seconds=seconds, train_loss=trained.loss))
-    return [{"federated": model} | ({"local": twin} if twin is not None else {}) for twin in twins]
+    return [{"federated": model} | ({"local": baseline} if baseline is not None else {}) for baseline in baselines]
 
 
 def _same_inputs(sites: Sequence[Site]) -> None:

@@ -121,7 +121,7 @@ def _write(write: Callable[[str], Any], event: Event) -> None:
 
 
 def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":
-    """The row-level predictions of simulated sites, for the plots; a deployed centre has none and finds none."""
+    """The row-level predictions of simulated sites, for the plots; a deployed server has none and finds none."""
     import safetensors
 
     from trunkline.server.reporting.plots import Predictions  # here, because it brings matplotlib

@@ -87,7 +87,7 @@ def test_all_is_well_and_said_once(plant: Plant) -> None:
 
 def test_a_clock_that_is_off_is_told_before_it_shuts_the_site_out(plant: Plant) -> None:
     plant.ahead = timedelta(seconds=4)
-    plant.until(lambda: any("the clock here is 4 s ahead of the centre's" in one for one in plant.said))
+    plant.until(lambda: any("the clock here is 4 s ahead of the server's" in one for one in plant.said))
     plant.ahead = timedelta(seconds=-200)
     plant.until(lambda: any("the clock here is 200 s behind the centre's" in one for one in plant.said))
 

@@ -372,10 +372,10 @@ def adapt(
     Args:
         state: where the site's identity and split.json lie, if it has them; nothing is written there.
         labelled: use the labels of this many groups only (drawn by `draw`), as if the others had none.
-        unsigned: at a site of a federation, take a release too that its centre did not sign.
+        unsigned: at a site of a federation, take a release too that its server did not sign.
 
     Raises:
-        TrustError: the site is of a federation, whose centre did not sign this release. TamperError: it was altered.
+        TrustError: the site is of a federation, whose server did not sign this release. TamperError: it was altered.
         StorageError: the release cannot be read. ConfigError, DataError: the site cannot. ContractError: the two do not
             fit together. TrustError: `state` is sealed and cannot be opened.
     """

@@ -31,7 +31,7 @@ def authority_of(file: Path | None, site: Path | None) -> x509.Certificate | Non
     if file is not None:
         if not file.exists():
             raise TrustError(
-                f"{file}: no such file. The centre has it in its state folder, each of its plants under `identity`."
+                f"{file}: no such file. The server has it in its state folder, each of its plants under `identity`."
             )
         return read_certificate(file)
     if site is None:
@@ -77,7 +77,7 @@ def _facts(card: Card, verdict: Verdict) -> list[tuple[str, str]]:
                 "sites",
                 f"{sites}, of which {sum(len(entry.sites) for entry in lineage.parts if entry.rounds == lineage.rounds)} in every round",
             ),
-            ("centre ran", ", ".join(f"{name} {version}" for name, version in lineage.versions.items())),
+            ("server ran", ", ".join(f"{name} {version}" for name, version in lineage.versions.items())),
             ("speaks", f"protocol {lineage.protocol}, site.toml schema {lineage.site_schema}"),
             *_figures(lineage.figures),
             ("guards", "; ".join(_guard(entry.name, entry.parameters) for entry in lineage.guards) or "none"),

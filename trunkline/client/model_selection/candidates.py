@@ -1,4 +1,4 @@
-"""The models a site's gate may choose from, beside the federated one and the twin: all made at the site, none exchanged.
+"""The models a site's gate may choose from, beside the federated one and the local baseline: all made at the site, none exchanged.
 
 Interpolating weights after fine-tuning: Wortsman et al. 2022, arXiv:2109.01903. Training only the heads at the end:
 Oh et al. 2022, arXiv:2106.06042.

@@ -249,7 +249,7 @@ def score_site(
     """The site's rows of the worth-it report; its row-level predictions stay in its state folder.
 
     Args:
-        models: name -> model. "federated" is what the strategy made for this site; "local", the twin that trained alone,
+        models: name -> model. "federated" is what the strategy made for this site; "local", the local baseline that trained alone,
             is absent where the run wanted no baseline. "shared", with a personal model, is the one that was averaged.
         order: of the run; its seed is the bootstrap's and its plan says whether and how to fine-tune.
         tasks: name of a model -> the tasks it was trained with, where they are not the site's own.

@@ -188,7 +188,7 @@ def _cards(consent: Consent) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` without what a terminal would obey: a centre's words are shown, never followed."""
+    """`text` without what a terminal would obey: a server's words are shown, never followed."""
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
@@ -225,4 +225,4 @@ def print_contracts(found: list[Consent], console: "Console") -> None:
 def _text(text: str) -> Any:
     from rich.text import Text
 
-    return Text(text)  # not a str: those are read for markup, and some of these words are the centre's
+    return Text(text)  # not a str: those are read for markup, and some of these words are the server's

@@ -45,7 +45,7 @@ class Identity:
 
     @property
     def authority(self) -> Path:
-        """The federation's certificate authority: whom it signed is the centre, or a release of the centre."""
+        """The federation's certificate authority: whom it signed is the server, or a release of the server."""
         return self.folder / "authority.crt"
 
     @property

@@ -1,4 +1,4 @@
-"""What a site keeps of a run: stem, heads, the local twin and its last answers, on the plant's disk before a reply leaves.
+"""What a site keeps of a run: stem, heads, the local baseline and its last answers, on the plant's disk before a reply leaves.
 
 Flower's `Context.state` is memory and dies with its process, so nothing of value is put there.
 """
@@ -26,7 +26,7 @@ class Entry:
 
     Args:
         private: everything of the federated model that is not lent.
-        local: the whole local twin; empty when the run wants no baseline.
+        local: the whole local baseline; empty when the run wants no baseline.
         best: who ("federated", "local") -> the whole model of the round with the lowest validation loss so far.
         best_loss: who -> that loss; best_round: who -> rounds behind it.
         personal: the whole personal model (Ditto), and balance: what balancing many losses remembers, who -> its numbers.
