@@ -19,7 +19,7 @@ from trunkline.errors import ConfigError, DataError, QuorumError, StorageError
 from trunkline.runtime.events import Event, Note
 from trunkline.server.rounds.run import run_rounds
 from trunkline.simulations import search as searching
-from trunkline.simulations.search import FILE, WHO, Found, print_search, read_search, search
+from trunkline.simulations.search import FILE, SIDES, SearchState, print_search, read_search, search
 
 RATES = (0.0005, 0.005, 0.05)
 Surface = Callable[[RunConfig, str, str], float]  # (run, who, site) -> validation loss
@@ -42,7 +42,9 @@ def pair(plants: list[Path]) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def made(pair: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Found, WatchedGrid, Path]:
+def made(
+    pair: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, SearchState, WatchedGrid, Path]:
     """A real search over loopback: the run it ended with, what it tried, every message, the folder."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("search")
@@ -72,7 +74,7 @@ def test_no_site_is_asked_to_score_and_no_test_row_is_touched(
 
 
 def test_both_sides_get_the_same_trials_and_keep_what_did_best(
-    pair: list[Path], made: tuple[RunConfig, Found, WatchedGrid, Path]
+    pair: list[Path], made: tuple[RunConfig, SearchState, WatchedGrid, Path]
 ) -> None:
     run, found, _, _ = made
     assert len(found.trials) == 3
@@ -84,7 +86,7 @@ def test_both_sides_get_the_same_trials_and_keep_what_did_best(
         assert all(set(trial.losses[who]) == {folder.name for folder in pair} for trial in found.trials)
 
 
-def test_trials_leave_nothing_but_the_figures(made: tuple[RunConfig, Found, WatchedGrid, Path]) -> None:
+def test_trials_leave_nothing_but_the_figures(made: tuple[RunConfig, SearchState, WatchedGrid, Path]) -> None:
     out = made[3]
     assert not list(out.glob("search/*"))
     assert not list(out.glob("state/*/vault/*"))
@@ -92,7 +94,7 @@ def test_trials_leave_nothing_but_the_figures(made: tuple[RunConfig, Found, Watc
 
 
 def test_a_search_that_was_stopped_goes_on_to_the_same_choice_and_repeats_no_trial(
-    pair: list[Path], tmp_path: Path, made: tuple[RunConfig, Found, WatchedGrid, Path]
+    pair: list[Path], tmp_path: Path, made: tuple[RunConfig, SearchState, WatchedGrid, Path]
 ) -> None:
     told: list[str] = []
 
@@ -186,7 +188,7 @@ def test_each_side_finds_its_own_optimum_at_any_scale_of_loss(tmp_path: Path, mo
     tried = read_search(tmp_path)
     assert tried is not None
     for one, trial in zip(asked, tried.trials, strict=True):  # each side is judged by its own curve
-        assert trial.losses == {who: {site: bowl(one, who, site) for site in ("large", "small")} for who in WHO}
+        assert trial.losses == {who: {site: bowl(one, who, site) for site in ("large", "small")} for who in SIDES}
     shown = io.StringIO()
     print_search(tried, Console(file=shown, width=120))
     assert shown.getvalue().count("0.002") >= 2

@@ -1,4 +1,4 @@
-"""The other bound: one model on everybody's rows, as if no factory minded. It exists to be compared with."""
+"""Pooled training: one model on the rows of all sites, as the upper bound that federation is compared with."""
 
 import time
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def run_central(folders: Sequence[Path], states: Sequence[Path], run: RunConfig,
         trunk=run.trunk,
         plan=run.training,
         selection=run.selection,
-        lend=(),  # pooled rows are one site's, and its heads may begin where its labels say
+        lend=(),  # pooled rows are one site's, and its heads may start from its labels
     )
     size = sum(array.size for array in pooled[0].model(request).share(("trunk", "stem", "heads")).values())
     names = [site.name for site in sites]
@@ -61,13 +61,14 @@ def run_central(folders: Sequence[Path], states: Sequence[Path], run: RunConfig,
         models = _one_pass(pooled, sites, run, now, records, on_event)
         if run.refit and not passed:
             settled = [
-                decide_site(site, one, now, tasks={"federated": tasks}) for site, one in zip(sites, models, strict=True)
+                decide_site(site, candidates, now, tasks={"federated": tasks})
+                for site, candidates in zip(sites, models, strict=True)
             ]
     rows: list[tuple[str, TaskRow]] = []
-    for site, one, decided in zip(sites, models, settled, strict=True):
+    for site, candidates, decided in zip(sites, models, settled, strict=True):
         # the local baseline predicts with its own site's label scale, so that each model is scored as it was trained
-        found = score_site(site, one, now, tasks={"federated": tasks}, settled=decided)
-        rows += [(site.name, row) for row in found]
+        site_rows = score_site(site, candidates, now, tasks={"federated": tasks}, settled=decided)
+        rows += [(site.name, row) for row in site_rows]
     return build_report(run=run, rows=rows, rounds=records, trunk_parameters=size, seconds=time.monotonic() - started)
 
 
@@ -75,7 +76,7 @@ def _one_pass(
     pooled: Sequence[Site], sites: Sequence[Site], run: RunConfig, request: ScoreRequest, records: list[RoundRecord],
     on_event: OnEvent,
 ) -> list[dict[str, TrunkModel]]:  # fmt: skip
-    """The models of each site after `run.rounds` rounds from the start on the rows of `order`: the pooled one, and the local baseline."""
+    """The models of each site after `run.rounds` rounds from the start on the rows of `request`: the pooled one, and its local baseline."""
     names = [site.name for site in sites]
     model = pooled[0].model(request)
     for site in sites:
@@ -87,7 +88,7 @@ def _one_pass(
         update={"epochs": None, "steps": steps_of(plan, len(data)) * (1 if plan.epochs else len(sites))}
     )
     baselines = [site.model(request) if run.report.baseline else None for site in sites]
-    # what balancing remembers: of each site's local baseline, and of the pooled model under no name
+    # what balancing remembers: of each site's local baseline, and of the pooled model under the empty name
     balances: dict[str, dict[str, Any]] = {}
     for done in range(run.rounds):
         began, round = time.monotonic(), request.passed + done + 1

@@ -20,10 +20,10 @@ COLUMNS = ("adapted", "as_is", "scratch")
 
 
 def set_apart(folders: Sequence[Path], newcomers: NewcomersConfig) -> tuple[list[Path], list[Path]]:
-    """(members, newcomers) of the site folders, told apart by the `name` in site.toml.
+    """(members, newcomers) of the site folders, by the `name` in site.toml.
 
     Raises:
-        ConfigError: a newcomer is none of the sites, or nobody is left to federate.
+        ConfigError: a newcomer is none of the sites, or no site is left to federate.
     """
     if not newcomers.sites:
         return list(folders), []
@@ -32,14 +32,14 @@ def set_apart(folders: Sequence[Path], newcomers: NewcomersConfig) -> tuple[list
         raise ConfigError(f"[newcomers] sites names {missing[0]!r}; the sites are {', '.join(sorted(names.values()))}.")
     apart = [folder for folder in folders if names[folder] in newcomers.sites]
     if len(apart) == len(folders):
-        raise ConfigError("[newcomers] sites names every site, so nobody is left to federate. Take one out.")
+        raise ConfigError("[newcomers] sites names every site, so no site is left to federate. Take one out.")
     return [folder for folder in folders if folder not in apart], apart
 
 
 def onboard(folders: Sequence[Path], release: Path, newcomers: NewcomersConfig, out: Path) -> list[dict[str, Any]]:
     """Adapt every newcomer, with all its labels or with each of `labelled_groups`; rows for report["newcomers"].
 
-    One that cannot be adapted costs itself only: its row says why. The model and evidence of all its labels, or of
+    One that cannot be adapted costs itself only: its row has the cause. The model and evidence of all its labels, or of
     most groups, lie in `out`/newcomers/<folder>.
 
     Raises:
@@ -56,33 +56,33 @@ def onboard(folders: Sequence[Path], release: Path, newcomers: NewcomersConfig, 
         try:
             data = open_newcomer(folder, None, card.scales)
             counts: list[int | None] = [*sorted(set(newcomers.labelled_groups))] or [None]
-            for place, count in enumerate(counts):
+            for index, count in enumerate(counts):
                 adapted = adapt_data(data, arrays, card, labelled=count)
-                last = place == len(counts) - 1
-                found = evidence.collect(adapted, curve=last and not newcomers.labelled_groups)
+                last = index == len(counts) - 1
+                facts = evidence.collect(adapted, curve=last and not newcomers.labelled_groups)
                 if last:
-                    evidence.write(adapted, found, out / "newcomers" / folder.name)
-                rows += [_row(name, found, task) for task in found["tasks"]]
+                    evidence.write(adapted, facts, out / "newcomers" / folder.name)
+                rows += [_row(name, facts, task) for task in facts["tasks"]]
         except DataError as error:
             rows.append({"site": name, "problem": str(error)})
     return rows
 
 
-def _row(site: str, found: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+def _row(site: str, facts: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     return {
         "site": site,
-        "labelled_groups": found["labelled_groups"],
+        "labelled_groups": facts["labelled_groups"],
         **{key: task[key] for key in ("task", "kind", "metric", "unit", "better", "on", "groups")},
-        **{who: task["figures"].get(who) for who in COLUMNS},
-        "chosen": found["choice"]["name"],
-        "share": found["choice"]["share"],
-        "why": found["choice"]["why"],
+        **{column: task["figures"].get(column) for column in COLUMNS},
+        "chosen": facts["choice"]["name"],
+        "share": facts["choice"]["share"],
+        "why": facts["choice"]["why"],
         "gains": task["gains"],
     }
 
 
 def print_newcomers(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """One table: what each newcomer gets with so many labels, beside the release as it is and training from scratch."""
+    """Print one table: each newcomer's figures by its labels, beside the release as it is and training from scratch."""
     if not rows:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), title="Newcomers", title_justify="left")
@@ -102,7 +102,7 @@ def print_newcomers(rows: Sequence[dict[str, Any]], console: Console) -> None:
         if "problem" in row:
             table.add_row(row["site"], "-", row["problem"])
             continue
-        cells = [evidence.figure(row[who]) for who in COLUMNS]
+        cells = [evidence.figure(row[column]) for column in COLUMNS]
         gain = row["gains"].get("as_is") or row["gains"].get("scratch") or {"difference": None}
         by = label_of(row["chosen"], row["share"])
         table.add_row(

@@ -1,7 +1,7 @@
 """`[search]`: settings chosen on validation rows before the run, by whole runs of the federation, in simulation only.
 
-Each trial is a run like the one that follows (same grid, same apps, same sites) that ends before anybody looks at a test
-row. Two searches go side by side through the same trials: one for the federation, one for the local baseline, each by
+Each trial is a run like the one that follows (same grid, same apps, same sites) that ends before any test row is
+scored. Two searches go side by side through the same trials: one for the federation, one for the local baseline, each by
 its own validation loss. Neither may be tuned more than the other, or the report would compare efforts, not methods.
 The sampler is the tree-structured Parzen estimator (Bergstra et al. 2011) of Optuna (Akiba et al. 2019,
 arXiv:1907.10902), seeded afresh for each trial, so that a search that was stopped goes on as if it had not been.
@@ -32,14 +32,14 @@ from trunkline.strategies import build_strategy
 
 FILE = "search.json"
 FORMAT = 1
-WHO = ("federated", "local")
+SIDES = ("federated", "local")
 CURVES = {"federated": "validation_loss", "local": "local_validation_loss"}
 Value = int | float | str
 Settings = dict[str, Value]
 Space = dict[str, list[Value]]
 
-# What pays to try first. Not the steps: with more of them a trial is not better but longer, and "the same epochs" for
-# both sides would be gone; who wants them searched names them.
+# What pays to try first. Not the steps: with more of them a trial is not better but longer, and the two sides would no
+# longer have the same epochs. A run file that wants the steps searched names them.
 DEFAULT_SPACE: dict[str, tuple[Value, ...]] = {
     "training.learning_rate": (0.0005, 0.001, 0.002, 0.005, 0.01),
     "training.private_rate": (0.03, 0.1, 0.3, 1.0),
@@ -48,7 +48,7 @@ DEFAULT_SPACE: dict[str, tuple[Value, ...]] = {
     "trunk.dropout": (0.0, 0.1, 0.2, 0.3),
 }
 # what a site that trains alone does not have: rates and pulls between parts, and what happens after the rounds
-TOGETHER = (
+FEDERATED_ONLY = (
     "private_rate", "proximal", "personal", "finish_steps", "finish_rate", "finetune_steps", "finetune_rate",
 )  # fmt: skip
 # how a model is picked from its rounds is what a trial is measured by, so it cannot be searched by that measure
@@ -62,8 +62,8 @@ class Trial:
     """One run of the federation with one set of settings for each side.
 
     Args:
-        settings: who -> key path -> value, over the run file.
-        losses: who -> site -> the validation loss of the model the site would have used.
+        settings: side -> key path -> value, over the run file.
+        losses: side -> site -> the validation loss of the model the site would have used.
         cause: why there are no losses, in the words of the error.
     """
 
@@ -75,8 +75,8 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search has tried so far, and for how long: the content of search.json."""
+class SearchState:
+    """The trials of a search so far, and its seconds: the content of search.json."""
 
     digest: str
     spaces: dict[str, Space]
@@ -84,22 +84,22 @@ class Found:
     seconds: float = 0.0
     done: bool = False
 
-    def figure(self, who: str, trial: Trial) -> float:
+    def figure(self, side: str, trial: Trial) -> float:
         """The validation loss over the first trial's, geometric mean over the sites: below 1 is better.
 
         The first trial has the settings of the run file, so a site whose losses are in the thousands weighs no more than
         one whose losses are small.
         """
-        first = {site: loss for site, loss in self.trials[0].losses.get(who, {}).items() if loss > 0.0}
+        first = {site: loss for site, loss in self.trials[0].losses.get(side, {}).items() if loss > 0.0}
         if not first:
             return 1.0
-        own = trial.losses.get(who, {})
-        ratios = [min(WORST, max(own.get(site, math.inf) / loss, 1.0 / WORST**3)) for site, loss in first.items()]
+        losses = trial.losses.get(side, {})
+        ratios = [min(WORST, max(losses.get(site, math.inf) / loss, 1.0 / WORST**3)) for site, loss in first.items()]
         return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
-    def best(self, who: str) -> Trial:
+    def best(self, side: str) -> Trial:
         """The trial with the smallest figure; the earlier one of equals, and so the run file's own settings first."""
-        return min(self.trials, key=lambda trial: (self.figure(who, trial), trial.number))
+        return min(self.trials, key=lambda trial: (self.figure(side, trial), trial.number))
 
 
 def search(
@@ -110,7 +110,7 @@ def search(
 
     Args:
         grid: with every site of the federation on it.
-        states: the sites' state folders; what a trial leaves in their vaults is removed again.
+        states: the sites' state folders; a trial's entries in their vaults are removed again.
         out: folder of the run: search.json is kept there, trials write below `out`/search and leave nothing.
         on_event: takes a Note for each trial.
         resume: go on with the trials in search.json; finished ones are not repeated.
@@ -121,32 +121,32 @@ def search(
         StorageError: search.json is damaged or cannot be written.
         TrunklineError: the run fails with its own settings; another trial that fails counts as a bad one.
     """
-    found = (read_search(out) if resume else None) or Found(_digest(run), _spaces(run))
-    if found.digest != _digest(run):
+    state = (read_search(out) if resume else None) or SearchState(_digest(run), _spaces(run))
+    if state.digest != _digest(run):
         raise ConfigError(
             f"{out / FILE}: this search was started with another run.toml. Resume with the settings it was started with, "
             "or give another --out."
         )
-    while not found.done:
-        number = len(found.trials)
-        if number >= run.search.trials or (number and found.seconds >= 60.0 * run.search.minutes):
-            found = replace(found, done=True)
+    while not state.done:
+        number = len(state.trials)
+        if number >= run.search.trials or (number and state.seconds >= 60.0 * run.search.minutes):
+            state = replace(state, done=True)
         else:
-            trial = _try(run, grid, states, out, number, _suggest(found, run, number))
-            found = replace(found, trials=(*found.trials, trial), seconds=found.seconds + trial.seconds)
-            if not number and not any(found.trials[0].losses.values()):
+            trial = _try(run, grid, states, out, number, _suggest(state, run, number))
+            state = replace(state, trials=(*state.trials, trial), seconds=state.seconds + trial.seconds)
+            if not number and not any(state.trials[0].losses.values()):
                 raise DataError(
                     "[search]: no site has a labelled validation row to choose by. Drop [search], or give validation labels."
                 )
-            on_event(Note(_line(found, run, trial)))
-        write_atomic(out / FILE, json.dumps({"format": FORMAT, **asdict(found)}, indent=1).encode(), mode=0o644)
-    best = {who: found.best(who).settings[who] for who in found.spaces}
+            on_event(Note(_line(state, run, trial)))
+        write_atomic(out / FILE, json.dumps({"format": FORMAT, **asdict(state)}, indent=1).encode(), mode=0o644)
+    best = {side: state.best(side).settings[side] for side in state.spaces}
     local = {"report.local": {**run.report.local, **best["local"]}} if best.get("local") else {}
     return with_settings(run, {**best["federated"], **local}, "[search]")
 
 
-def read_search(out: Path) -> Found | None:
-    """What `out`/search.json holds; None when there is none.
+def read_search(out: Path) -> SearchState | None:
+    """The search in `out`/search.json; None where there is no such file.
 
     Raises:
         StorageError: it is damaged or of another format.
@@ -156,7 +156,7 @@ def read_search(out: Path) -> Found | None:
         table = json.loads(path.read_bytes())
         if table.pop("format") != FORMAT:
             raise ValueError(f"not of format {FORMAT}")
-        return Found(**{**table, "trials": tuple(Trial(**one) for one in table["trials"])})
+        return SearchState(**{**table, "trials": tuple(Trial(**trial) for trial in table["trials"])})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -165,20 +165,20 @@ def read_search(out: Path) -> Found | None:
         ) from error
 
 
-def print_search(found: Found | None, console: Console) -> None:
+def print_search(state: SearchState | None, console: Console) -> None:
     """Every trial's settings that varied, and its two figures; the best of each side marked."""
-    if found is None or not found.trials:
+    if state is None or not state.trials:
         return
-    for who, space in found.spaces.items():
-        best, keys = found.best(who), list(space)
-        title = "the federation" if who == "federated" else "the local baseline"
+    for side, space in state.spaces.items():
+        best, keys = state.best(side), list(space)
+        title = "the federation" if side == "federated" else "the local baseline"
         console.print(f"\nSearch for {title}: validation loss over that of the run file")
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for header in ("trial", *(key.rsplit(".", 1)[-1] for key in keys), "loss"):
             table.add_column(header, justify="right")
-        for trial in found.trials:
-            values = (f"{trial.settings[who][key]}" for key in keys)
-            figure = f"{found.figure(who, trial):.3f}" if trial.losses.get(who) else "failed"
+        for trial in state.trials:
+            values = (f"{trial.settings[side][key]}" for key in keys)
+            figure = f"{state.figure(side, trial):.3f}" if trial.losses.get(side) else "failed"
             table.add_row(str(trial.number + 1), *values, figure, style="bold" if trial is best else None)
         console.print(table)
 
@@ -188,7 +188,7 @@ def _digest(run: RunConfig) -> str:
 
 
 def _spaces(run: RunConfig) -> dict[str, Space]:
-    """Who -> key path -> values in order, the run file's own among them.
+    """Side -> key path -> values in order, the run file's own among them.
 
     Raises:
         ConfigError: a key that names no setting, or one that a search cannot choose.
@@ -207,62 +207,62 @@ def _spaces(run: RunConfig) -> dict[str, Space]:
     lends = build_strategy(run.strategy.name, run.strategy.options, run.training).lends(run.lend)
     if run.report.baseline and lends:
         alone = with_settings(run, run.report.local, "[report] local")
-        own = [key for key in named if not key.startswith("strategy.") and key.split(".")[1] not in TOGETHER]
-        spaces["local"] = {key: _values(alone, key, named[key]) for key in own}
+        keys = [key for key in named if not key.startswith("strategy.") and key.split(".")[1] not in FEDERATED_ONLY]
+        spaces["local"] = {key: _values(alone, key, named[key]) for key in keys}
     return spaces
 
 
 def _values(run: RunConfig, key: str, values: Sequence[Value]) -> list[Value]:
-    """`values` and what `run` has, ascending where they are numbers."""
-    own = _at(run, key)
-    every = list(dict.fromkeys(values if own is None else [*values, own]))
-    return sorted(every) if all(isinstance(one, (int, float)) for one in every) else every
+    """`values` and the value of `run`, ascending where they are numbers."""
+    current = _value_at(run, key)
+    every = list(dict.fromkeys(values if current is None else [*values, current]))
+    return sorted(every) if all(isinstance(value, (int, float)) for value in every) else every
 
 
-def _at(run: RunConfig, key: str) -> Value | None:
-    """What `run` has at a key path; None where it is silent, as about another strategy's options."""
-    place: Any = run.model_dump(mode="json")
+def _value_at(run: RunConfig, key: str) -> Value | None:
+    """The value of `run` at a key path; None where it has none, as for another strategy's options."""
+    table: Any = run.model_dump(mode="json")
     for step in key.split("."):
-        place = place.get(step) if isinstance(place, dict) else None
-    value: Value | None = place
+        table = table.get(step) if isinstance(table, dict) else None
+    value: Value | None = table
     return value
 
 
-def _own(run: RunConfig, space: Space) -> Settings:
-    """What `run` says for each key of `space`; the first value where it says nothing."""
-    said = {key: _at(run, key) for key in space}
-    return {key: values[0] if (value := said[key]) is None else value for key, values in space.items()}
+def _current_settings(run: RunConfig, space: Space) -> Settings:
+    """The value of `run` for each key of `space`; the first value where it has none."""
+    settings = {key: _value_at(run, key) for key in space}
+    return {key: values[0] if (value := settings[key]) is None else value for key, values in space.items()}
 
 
-def _suggest(found: Found, run: RunConfig, number: int) -> dict[str, Settings]:
+def _suggest(state: SearchState, run: RunConfig, number: int) -> dict[str, Settings]:
     """Settings to try next, by side; trial 0 is the run file as it stands, so that a search never ends below it."""
     if number == 0:
         runs = {"federated": run, "local": with_settings(run, run.report.local, "[report] local")}
-        return {who: _own(runs[who], space) for who, space in found.spaces.items()}
-    return {who: _ask(found, run, who, space, number) for who, space in found.spaces.items()}
+        return {side: _current_settings(runs[side], space) for side, space in state.spaces.items()}
+    return {side: _ask(state, run, side, space, number) for side, space in state.spaces.items()}
 
 
-def _ask(found: Found, run: RunConfig, who: str, space: Space, number: int) -> Settings:
+def _ask(state: SearchState, run: RunConfig, side: str, space: Space, number: int) -> Settings:
     try:
         import optuna
     except ImportError:
         raise ConfigError("[search] needs optuna: pip install 'trunkline[search]'.") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # a list of numbers is searched by its places: neighbours are alike, and the steps may be uneven
+    # a list of numbers is searched by index: neighbours are alike, and the steps may be uneven
     kinds: dict[str, Any] = {
         key: optuna.distributions.IntDistribution(0, len(values) - 1)
-        if all(isinstance(one, (int, float)) for one in values)
+        if all(isinstance(value, (int, float)) for value in values)
         else optuna.distributions.CategoricalDistribution(list(range(len(values))))
         for key, values in space.items()
     }
     startup = min(STARTUP, max(1, run.search.trials // 2))
     sampler = optuna.samplers.TPESampler(
-        n_startup_trials=startup, seed=seed_of(run.seed, "search", who, number) % 2**32
+        n_startup_trials=startup, seed=seed_of(run.seed, "search", side, number) % 2**32
     )
     study = optuna.create_study(sampler=sampler)
-    for trial in found.trials:
-        places = {key: space[key].index(trial.settings[who][key]) for key in space}
-        study.add_trial(optuna.trial.create_trial(params=places, distributions=kinds, value=found.figure(who, trial)))
+    for trial in state.trials:
+        indices = {key: space[key].index(trial.settings[side][key]) for key in space}
+        study.add_trial(optuna.trial.create_trial(params=indices, distributions=kinds, value=state.figure(side, trial)))
     asked = study.ask(kinds)
     return {key: values[asked.params[key]] for key, values in space.items()}
 
@@ -280,30 +280,30 @@ def _try(
         raise ConfigError(
             "[search] rounds = 1: what a site validates in a round is the model of the round before. Give at least 2."
         )
-    began, losses, cause = time.monotonic(), {}, ""
+    start, losses, cause = time.monotonic(), {}, ""
     _forget(states, folder, key)  # of a trial that was stopped half-way
     try:
         folder.mkdir(parents=True)
         ended = run_rounds(grid, plan, folder, resume=False, on_event=lambda event: None, key=key, score=False)
-        losses = {who: _losses(ended["rounds"], CURVES[who], plan.training.keep) for who in settings}
+        losses = {side: _losses(ended["rounds"], CURVES[side], plan.training.keep) for side in settings}
     except TrunklineError as error:
         if number == 0:
             raise
         cause = str(error)
     finally:
         _forget(states, folder, key)
-    return Trial(number, settings, losses, time.monotonic() - began, cause)
+    return Trial(number, settings, losses, time.monotonic() - start, cause)
 
 
 def _losses(rounds: Sequence[Mapping[str, Any]], curve: str, keep: str) -> dict[str, float]:
     """Site -> validation loss of the model it would have used: the best over the rounds, or the last one's."""
-    found: dict[str, float] = {}
-    for one in rounds:
-        for site, metrics in one["curves"].items():
+    losses: dict[str, float] = {}
+    for record in rounds:
+        for site, metrics in record["curves"].items():
             loss = metrics.get(curve)
             if loss is not None and math.isfinite(loss):
-                found[site] = min(loss, found.get(site, math.inf)) if keep == "best" else loss
-    return found
+                losses[site] = min(loss, losses.get(site, math.inf)) if keep == "best" else loss
+    return losses
 
 
 def _forget(states: Sequence[Path], folder: Path, key: str) -> None:
@@ -312,13 +312,13 @@ def _forget(states: Sequence[Path], folder: Path, key: str) -> None:
         shutil.rmtree(state / "vault" / key, ignore_errors=True)
 
 
-def _line(found: Found, run: RunConfig, trial: Trial) -> str:
+def _line(state: SearchState, run: RunConfig, trial: Trial) -> str:
     """`Search: trial 3 of 20, 41 s. federated 0.962 (best 0.951, trial 1); local ...`"""
     sides = []
-    for who in found.spaces:
-        best = found.best(who)
-        figure = f"{found.figure(who, trial):.3f}" if trial.losses.get(who) else "failed"
-        sides.append(f"{who} {figure} (best {found.figure(who, best):.3f}, trial {best.number + 1})")
+    for side in state.spaces:
+        best = state.best(side)
+        figure = f"{state.figure(side, trial):.3f}" if trial.losses.get(side) else "failed"
+        sides.append(f"{side} {figure} (best {state.figure(side, best):.3f}, trial {best.number + 1})")
     return f"Search: trial {trial.number + 1} of {run.search.trials}, {trial.seconds:.0f} s. {'; '.join(sides)}" + (
         f". {trial.cause}" if trial.cause else ""
     )

@@ -26,15 +26,13 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    run: RunConfig, folders: list[Path], out: Path, *, workers: int | None, resume: bool = False,
-    address: str | None = None, page: bool = True,
+    run: RunConfig, folders: list[Path], out: Path, *, workers: int | None, resume: bool = False, address: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the whole federation; returns the report, which also lies in `out` with the plots of the predictions.
 
     Args:
         workers: processes on Ray; 0: everything in this process, without Ray; None: one for every CPU of the cluster.
         address: of a Ray cluster to join.
-        page: draw report.html too.
     """
     newcomers: list[Path] = []
     world: WorldGrid | None = None
@@ -63,7 +61,7 @@ def simulate(
 
         with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
             report = run_central(folders, states, run, lambda event: _write(events.write, event))
-        write_report(report, out, page=False)
+        write_report(report, out)
     else:
         from trunkline.server.app import app
 
@@ -82,7 +80,6 @@ def simulate(
                 "run-toml": run.model_dump_json(),
                 "out": str(out),
                 "resume": int(resume),
-                "page": 0,  # drawn below, with the predictions
             }
             context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
             if run.world != WorldConfig():  # after a search, which has all sites at its disposal
@@ -99,7 +96,7 @@ def simulate(
         from trunkline.simulations.newcomers import onboard
 
         report["newcomers"] = onboard(newcomers, out / RELEASE, run.newcomers, out)
-    write_report(report, out, predictions_below(out) if page else None, page=page)
+    write_report(report, out, predictions_below(out))
     return report
 
 
@@ -126,7 +123,7 @@ def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":
 
     from trunkline.server.reporting.plots import Predictions  # here, because it brings matplotlib
 
-    found: dict[tuple[str, str], Predictions] = {}
+    predictions: dict[tuple[str, str], Predictions] = {}
     for row in read_report(out)["sites"]:
         site, task = row["site"], row["task"]
         kept = (out / "state" / site / "evaluation").glob(f"*/{task}.safetensors")
@@ -134,5 +131,5 @@ def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":
             with safetensors.safe_open(files[-1], framework="numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
                 about = json.loads((file.metadata() or {}).get("about", "{}"))
-            found[site, task] = Predictions.from_stored(tensors, about, unit=row["unit"], kind=row["kind"])
-    return found
+            predictions[site, task] = Predictions.kept(tensors, about, unit=row["unit"], kind=row["kind"])
+    return predictions

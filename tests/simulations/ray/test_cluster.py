@@ -75,7 +75,7 @@ def test_the_gpus_of_a_node_are_dealt_to_its_workers(tmp_path: Path) -> None:
         grid = RayGrid(empty(8, tmp_path), [tmp_path] * 8, workers=None, address=started.address, site_host=Showing)
         try:
             grid.open_sites()
-            shares = {slot.process.number: slot.process.gpu_share for slot in grid.scheduler.slots}
+            shares = {slot.process.index: slot.process.gpu_share for slot in grid.scheduler.slots}
             seen = {node: place for node, (place, _) in answers(grid, lambda node: to_records({}, "{}"), 1).items()}
         finally:
             grid.close()
@@ -83,7 +83,7 @@ def test_the_gpus_of_a_node_are_dealt_to_its_workers(tmp_path: Path) -> None:
         ray.shutdown()
         started.shutdown()
     assert sorted(shares.values()) == [0.0, 0.5, 0.5, 0.5]
-    owner = {node: slot.process.number for node, slot in grid.scheduler.owner.items()}
+    owner = {node: slot.process.index for node, slot in grid.scheduler.owner.items()}
     by_worker = {owner[node]: place for node, place in seen.items()}
     assert sorted(by_worker[number] for number, share in shares.items() if share) in (["0", "0", "1"], ["0", "1", "1"])
 

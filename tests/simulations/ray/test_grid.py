@@ -256,7 +256,7 @@ def test_idle_workers_take_waiting_sites_over_and_the_bytes_are_the_same(
     grid.scheduler.owner = dict.fromkeys(grid.contexts, grid.scheduler.slots[0])
     grid.open_sites()
     federate(plants, tmp_path, grid=grid, cohort=PATIENT)  # type: ignore[arg-type]
-    assert {slot.process.number for slot in grid.scheduler.owner.values()} == {0, 1}
+    assert {slot.process.index for slot in grid.scheduler.owner.values()} == {0, 1}
     assert trunk_of(tmp_path).digest() == reference
 
 

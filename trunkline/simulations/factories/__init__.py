@@ -70,8 +70,8 @@ def write_sites(
         DataError: the data set's files are not where `data` says.
     """
     if name not in FACTORIES:
-        known = ", ".join(sorted(FACTORIES))
-        raise ConfigError(f"unknown data set {name!r}{nearest(name, FACTORIES)} Known: {known}.")
+        names = ", ".join(sorted(FACTORIES))
+        raise ConfigError(f"unknown data set {name!r}{nearest(name, FACTORIES)} Known: {names}.")
     factory = FACTORIES[name]
     if factory.needs_data and data is not None and not data.is_dir():
         raise DataError(f"{data}: no such folder. Give --data the folder that holds the files of {name}.")

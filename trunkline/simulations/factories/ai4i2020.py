@@ -57,7 +57,9 @@ def write(out: Path, wish: Wish) -> list[Path]:
     """
     as_it_comes(wish, "ai4i2020", len(QUALITIES))
     rows = read_parts(find_folder(wish, "ai4i2020", FILE, SOURCE) / FILE)
-    return write_plants(out, [_plant(rows.filter(pl.col("quality") == one), one, wish.seed) for one in QUALITIES])
+    return write_plants(
+        out, [_plant(rows.filter(pl.col("quality") == quality), quality, wish.seed) for quality in QUALITIES]
+    )
 
 
 def read_parts(path: Path) -> pl.DataFrame:
@@ -66,9 +68,9 @@ def read_parts(path: Path) -> pl.DataFrame:
     row = pl.col("UDI") - 1
     block = pl.format("block-{}", (row // BLOCK).cast(pl.String).str.zfill(3))
     sensors = [pl.col(name).cast(pl.Float64).alias(short) for name, short in SENSORS.items()]
-    own = table.select(pl.col("Type").alias("quality"), block.alias("block"), row.alias("row"), *sensors)
+    inputs = table.select(pl.col("Type").alias("quality"), block.alias("block"), row.alias("row"), *sensors)
     labels = table.select(pl.col("Machine failure").alias("failure"), *MODES)
-    return own.with_columns(**PHYSICS).hstack(labels)
+    return inputs.with_columns(**PHYSICS).hstack(labels)
 
 
 def _plant(rows: pl.DataFrame, quality: str, seed: int) -> Plant:

@@ -89,31 +89,31 @@ def times(x: Codes) -> Floats:
     Args:
         x: (rows, 109) codes in the file's order, 0 behind the last alarm.
     """
-    number = len(x)
-    spell, minute = _spells(number, _pairs(x))
-    alone = np.bincount(spell, minlength=number)[spell] == 1
+    count = len(x)
+    spell, minute = _spells(count, _pairs(x))
+    alone = np.bincount(spell, minlength=count)[spell] == 1
     if alone.mean() > 0.75:  # nothing to hold on to: passes of equal length
-        return np.arange(number, dtype=np.float64) % (number / PASSES)
+        return np.arange(count, dtype=np.float64) % (count / PASSES)
     begin: dict[int, float] = {}  # of a spell, in minutes since the first window
-    at = np.zeros(number)
+    begin_minute = np.zeros(count)
     lead = int(np.argmin(alone))  # rows of a pass that stand before the first of a spell
     waiting: list[int] = []  # rows alone, since the last one of a spell
     last = -WINDOW
-    for row in range(number):
+    for row in range(count):
         if alone[row]:
             waiting.append(row)
             continue
         # a spell met for the first time begins where the rows before it end
         first = begin.setdefault(int(spell[row]), last + WINDOW * (1 + len(waiting)) - minute[row])
-        at[row] = first + minute[row]
+        begin_minute[row] = first + minute[row]
         # where time falls back a pass has ended, and the next begins with as many rows alone as the first did
-        ahead = 0 if at[row] > last else min(lead, len(waiting))
+        ahead = 0 if begin_minute[row] > last else min(lead, len(waiting))
         behind = len(waiting) - ahead
-        at[waiting[:behind]] = last + WINDOW * np.arange(1, behind + 1)
-        at[waiting[behind:]] = at[row] - WINDOW * np.arange(ahead, 0, -1)
-        waiting, last = [], at[row]
-    at[waiting] = last + WINDOW * np.arange(1, len(waiting) + 1)
-    return np.asarray((at - at.min()) / WINDOW, dtype=np.float64)
+        begin_minute[waiting[:behind]] = last + WINDOW * np.arange(1, behind + 1)
+        begin_minute[waiting[behind:]] = begin_minute[row] - WINDOW * np.arange(ahead, 0, -1)
+        waiting, last = [], begin_minute[row]
+    begin_minute[waiting] = last + WINDOW * np.arange(1, len(waiting) + 1)
+    return np.asarray((begin_minute - begin_minute.min()) / WINDOW, dtype=np.float64)
 
 
 def _pairs(x: Codes) -> list[tuple[int, int, float]]:
@@ -122,69 +122,69 @@ def _pairs(x: Codes) -> list[tuple[int, int, float]]:
     A row of the next pass began 60 minutes later. The last pass began 28 x 60 minutes after the first, so the next window
     of the first pass follows it by 40.
     """
-    number, length = len(x), (x > 0).sum(axis=1)
-    wide = np.zeros((number, x.shape[1] + LINK), dtype=np.uint8)
+    count, length = len(x), (x > 0).sum(axis=1)
+    wide = np.zeros((count, x.shape[1] + LINK), dtype=np.uint8)
     wide[:, : x.shape[1]] = x
     # LINK codes from each place on, as one number: (rows, LATEST + 1)
     stretch = np.lib.stride_tricks.sliding_window_view(wide[:, : LATEST + LINK], LINK, axis=1)
     key = np.ascontiguousarray(stretch).view(np.uint64)[..., 0]
     begins = np.arange(key.shape[1])
-    whole = number / PASSES  # rows of a pass, some more or less
-    found = []
+    whole = count / PASSES  # rows of a pass, some more or less
+    pairs = []
     for passes in (1, 2, 3, 1 - PASSES, 2 - PASSES, 3 - PASSES):
         middle = passes * whole + (passes < 0)
         minutes = passes * HOUR + (WINDOW if passes < 0 else 0.0)
         best: dict[int, tuple[int, int]] = {}
         for step in range(math.floor(middle - 0.35 * whole) - 1, math.ceil(middle + 0.35 * whole) + 2):
-            if step * passes <= 0 or abs(step) >= number:
+            if step * passes <= 0 or abs(step) >= count:
                 continue
-            here = slice(0, number - step) if step > 0 else slice(-step, number)
-            there = slice(step, number) if step > 0 else slice(0, number + step)
-            same = (key[here] == key[there, :1]) & (begins <= length[here, None] - LINK)
-            for place, gone in zip(*np.nonzero(same), strict=True):
-                one = int(place) + here.start
-                other, left = one + step, int(length[one] - gone)
-                longest = max(best.get(one, (0, 0))[0], 0.6 * length[one])
-                if longest < left <= length[other] and np.array_equal(x[one, gone:][:left], x[other, :left]):
-                    best[one] = (left, other)
-        found += [(one, other, minutes) for one, (_, other) in best.items()]
-    return found
+            earlier = slice(0, count - step) if step > 0 else slice(-step, count)
+            later = slice(step, count) if step > 0 else slice(0, count + step)
+            same = (key[earlier] == key[later, :1]) & (begins <= length[earlier, None] - LINK)
+            for index, skipped in zip(*np.nonzero(same), strict=True):
+                row = int(index) + earlier.start
+                other, left = row + step, int(length[row] - skipped)
+                longest = max(best.get(row, (0, 0))[0], 0.6 * length[row])
+                if longest < left <= length[other] and np.array_equal(x[row, skipped:][:left], x[other, :left]):
+                    best[row] = (left, other)
+        pairs += [(row, other, minutes) for row, (_, other) in best.items()]
+    return pairs
 
 
-def _spells(number: int, pairs: list[tuple[int, int, float]]) -> tuple[NDArray[np.int64], Floats]:
+def _spells(count: int, pairs: list[tuple[int, int, float]]) -> tuple[NDArray[np.int64], Floats]:
     """The spell of each row, and its minutes since the spell's own zero. A pair that contradicts those before it is dropped."""
-    parent, minute = list(range(number)), [0.0] * number  # union-find; minutes after the parent
+    parent, minute = list(range(count)), [0.0] * count  # union-find; minutes after the parent
 
     def root(row: int) -> tuple[int, float]:
-        after, way = 0.0, []
+        after, path = 0.0, []
         while parent[row] != row:
-            way.append(row)
+            path.append(row)
             after += minute[row]
             row = parent[row]
-        rest = after
-        for one in way:  # every row on the way now hangs on the root itself
-            parent[one], minute[one], rest = row, rest, rest - minute[one]
+        remaining = after
+        for step in path:  # every row on the path now hangs on the root itself
+            parent[step], minute[step], remaining = row, remaining, remaining - minute[step]
         return row, after
 
-    for one, other, between in pairs:
-        (top, first), (below, second) = root(one), root(other)
+    for row, other, between in pairs:
+        (top, first), (below, second) = root(row), root(other)
         if top != below:
             parent[below], minute[below] = top, first + between - second
-    found = [root(row) for row in range(number)]
-    return np.array([top for top, _ in found]), np.array([after for _, after in found])
+    roots = [root(row) for row in range(count)]
+    return np.array([top for top, _ in roots]), np.array([after for _, after in roots])
 
 
 def inputs_of(x: Codes) -> pl.DataFrame:
     """(rows, 306): log(1 + count) of every code, and 1 / (1 + alarms since its last); both 0 where it did not ring."""
-    number, length = len(x), (x > 0).sum(axis=1)
-    count = np.zeros((number, len(CODES) + 1), dtype=np.float32)
+    rows, length = len(x), (x > 0).sum(axis=1)
+    count = np.zeros((rows, len(CODES) + 1), dtype=np.float32)
     recent = np.zeros_like(count)
-    every = np.arange(number)
-    for place in range(x.shape[1]):  # from the oldest alarm to the newest, so that the newest of a code stays
-        there = place < length
-        code = x[:, place][there]
-        count[every[there], code] += 1.0
-        recent[every[there], code] = 1.0 / (length[there] - place)
+    every = np.arange(rows)
+    for position in range(x.shape[1]):  # from the oldest alarm to the newest, so that the newest of a code stays
+        present = position < length
+        code = x[:, position][present]
+        count[every[present], code] += 1.0
+        recent[every[present], code] = 1.0 / (length[present] - position)
     columns = {f"n{code:03d}": np.log1p(count[:, code]) for code in CODES}
     return pl.DataFrame(columns | {f"r{code:03d}": recent[:, code] for code in CODES})
 
@@ -223,7 +223,7 @@ def history(x: Codes, when: Floats, before: Past = NOTHING) -> tuple[pl.DataFram
     for name, rate in (("w", usual), ("d", lately)):
         rate = np.clip(rate, RARE, 1.0 - RARE)
         odds = (np.log(rate / (1.0 - rate)) / ODDS).astype(np.float32)
-        columns |= {f"{name}{code:03d}": odds[:, place] for place, code in enumerate(CODES)}
+        columns |= {f"{name}{code:03d}": odds[:, index] for index, code in enumerate(CODES)}
     if not len(x):
         return pl.DataFrame(columns), before
     end = when[-1] - SEAM
@@ -235,10 +235,10 @@ def history(x: Codes, when: Floats, before: Past = NOTHING) -> tuple[pl.DataFram
 def _fading(rang: Floats, when: Floats, span: float, before: Past) -> tuple[Floats, Floats]:
     """(rows, 153) and (rows, 1): sums over the windows that ended before each began, by exp(-how long ago / span)."""
     sums, counts = np.zeros(rang.shape), np.zeros((len(rang), 1))
-    seen, count, at, ended = before.rang, before.windows, 0.0, 0
+    seen, count, last, ended = before.rang, before.windows, 0.0, 0
     for row, now in enumerate(when):
-        fade = math.exp((at - now) / span)
-        seen, count, at = seen * fade, count * fade, float(now)
+        fade = math.exp((last - now) / span)
+        seen, count, last = seen * fade, count * fade, float(now)
         while ended < row and when[ended] <= now - 1.0:
             fresh = math.exp((when[ended] + 1.0 - now) / span)
             seen, count, ended = seen + fresh * rang[ended], count + fresh, ended + 1
@@ -253,8 +253,8 @@ def _plant(machine: int, parts: dict[str, tuple[Codes, NDArray[np.bool_], NDArra
         tables, past = {}, NOTHING
         for part in ("train", "test"):  # in the order of time
             x, to_come, machines = parts[part]
-            own = machines == machine
-            tables[part], past = _table(x[own], to_come[own], times(x[own]), past)
+            mine = machines == machine
+            tables[part], past = _table(x[mine], to_come[mine], times(x[mine]), past)
         train, kept = _with_gap(tables["train"])
         when = pl.col("when")
         block = pl.format("test-{}", (when // BLOCK).cast(pl.Int32).cast(pl.String).str.zfill(3))
@@ -269,10 +269,10 @@ def _plant(machine: int, parts: dict[str, tuple[Codes, NDArray[np.bool_], NDArra
 def _table(x: Codes, to_come: NDArray[np.bool_], when: Floats, before: Past) -> tuple[pl.DataFrame, Past]:
     """`order` and `when`, the inputs and the targets, in the order of time; and the log to be handed on."""
     order = np.argsort(when, kind="stable")
-    targets = {f"y{code:03d}": to_come[order, place].astype(np.int8) for place, code in enumerate(CODES)}
+    targets = {f"y{code:03d}": to_come[order, index].astype(np.int8) for index, code in enumerate(CODES)}
     clock = pl.DataFrame({"order": np.arange(len(x)), "when": when[order]})
-    known, past = history(x[order], when[order], before)
-    return clock.hstack(inputs_of(x[order])).hstack(known).hstack(pl.DataFrame(targets)), past
+    log_odds, past = history(x[order], when[order], before)
+    return clock.hstack(inputs_of(x[order])).hstack(log_odds).hstack(pl.DataFrame(targets)), past
 
 
 def _with_gap(rows: pl.DataFrame) -> tuple[pl.DataFrame, int]:

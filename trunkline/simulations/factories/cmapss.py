@@ -17,7 +17,7 @@ from trunkline.simulations.factories.folder import Files, Plant, Wish, toml, wri
 
 FLEETS = ("FD001", "FD002", "FD003", "FD004")
 SETTINGS = ("setting1", "setting2", "setting3")
-SENSORS = tuple(f"s{number:02d}" for number in range(1, 22))
+SENSORS = tuple(f"s{sensor:02d}" for sensor in range(1, 22))
 # the other seven are constant at one operating condition and are left out in nearly every paper
 CHANNELS = ("s02", "s03", "s04", "s07", "s08", "s09", "s11", "s12", "s13", "s14", "s15", "s17", "s20", "s21")
 
@@ -152,13 +152,13 @@ def _deal(folder: Path, fleet: str, sites: int, wish: Wish) -> list[Plant]:
         return Plant(name, files)
 
     shares = [share[: wish.groups].tolist() for share in np.array_split(units, sites)]
-    names = [fleet.lower()] if sites == 1 else [f"{fleet.lower()}-{_letters(place)}" for place in range(sites)]
+    names = [fleet.lower()] if sites == 1 else [f"{fleet.lower()}-{_letters(index)}" for index in range(sites)]
     return [plant(name, owned) for name, owned in zip(names, shares, strict=True)]
 
 
-def _letters(place: int) -> str:
+def _letters(index: int) -> str:
     """a, b, ..., z, aa, ab, ..."""
-    return (_letters(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)
+    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)
 
 
 def _parquet(rows: pl.DataFrame) -> bytes:

@@ -107,14 +107,14 @@ def _plant(records: pl.DataFrame, load: int, readings: dict[str, NDArray[np.int1
                 # a group is on one side only, so the two ends of a record go by two names
                 names = {"record": pl.lit(f"{record}-{end}"), "frame": pl.int_range(pl.len(), dtype=pl.Int32)}
                 tables[end].append(table.select(**names, **labels, **{band: pl.col(band) for band in _bands()}))
-        both = {f"{end}.parquet": parquet(pl.concat(parts)) for end, parts in tables.items()}
-        return {**both, "site.toml": _site_toml(name, load, records.height)}
+        tables_by_file = {f"{end}.parquet": parquet(pl.concat(parts)) for end, parts in tables.items()}
+        return {**tables_by_file, "site.toml": _site_toml(name, load, records.height)}
 
     return Plant(name, files)
 
 
 def _bands() -> list[str]:
-    return [f"band{place:02d}" for place in range(BANDS)]
+    return [f"band{band:02d}" for band in range(BANDS)]
 
 
 def _site_toml(name: str, load: int, records: int) -> bytes:

@@ -67,9 +67,9 @@ def _read(path: Path, numbers: int, conditions: int) -> pl.DataFrame:
     code = table[:, -1].astype(np.int64)
     if wrong := sorted(set(code.tolist()) - set(range(1, conditions + 1))):
         raise DataError(f"{path}: condition {wrong[0]} in the last column; expected 1 to {conditions}. {SOURCE}")
-    columns = {f"d{place + 1:02d}": table[:, place] for place in range(numbers)}
-    sample = [f"{place:03d}" for place in range(len(table))]
-    return pl.DataFrame({"sample": sample, **columns, "condition": [CONDITIONS[one - 1] for one in code]})
+    columns = {f"d{index + 1:02d}": table[:, index] for index in range(numbers)}
+    sample = [f"{row:03d}" for row in range(len(table))]
+    return pl.DataFrame({"sample": sample, **columns, "condition": [CONDITIONS[condition - 1] for condition in code]})
 
 
 def _site_toml(name: str, rows: pl.DataFrame, meter: str, seed: int) -> bytes:
@@ -79,7 +79,7 @@ def _site_toml(name: str, rows: pl.DataFrame, meter: str, seed: int) -> bytes:
         "data": {
             "files": "rows.parquet",
             "group": "sample",
-            "channels": [f"d{place + 1:02d}" for place in range(numbers)],
+            "channels": [f"d{index + 1:02d}" for index in range(numbers)],
             "split": {"validation": 0.2, "folds": FOLDS, "fold": seed % FOLDS, "seed": seed // FOLDS},
         },
         "tasks": {

@@ -140,18 +140,18 @@ def _not_ours(folder: Path) -> str | None:
     """The first entry of `folder` that an earlier run did not write like this, or None."""
     if not folder.is_dir():
         return "a file of that name"
-    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
-    found = {name: path for name, path in found.items() if not name.startswith(f"{STATE}/")}
-    if not found:
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    paths = {name: path for name, path in paths.items() if not name.startswith(f"{STATE}/")}
+    if not paths:
         return None
-    sums = found.pop(SUMS, None)
+    sums = paths.pop(SUMS, None)
     if sums is None:
-        return f"{next(iter(found))!r} without {SUMS}"
-    known = {name: digest for digest, _, name in (line.partition("  ") for line in sums.read_text().splitlines())}
-    for name, path in found.items():
-        if name not in known:
+        return f"{next(iter(paths))!r} without {SUMS}"
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in sums.read_text().splitlines())}
+    for name, path in paths.items():
+        if name not in digests:
             return repr(name)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != known[name]:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digests[name]:
             return f"an edited {name!r}"
     return None
 

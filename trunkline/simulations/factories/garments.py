@@ -52,8 +52,8 @@ def write(out: Path, wish: Wish) -> list[Path]:
 
 def read_days(path: Path) -> pl.DataFrame:
     """The published columns with `date` as 2015-01-31, `below_target` (0/1), and `test`: one of the last dates."""
-    known = ("date", "team", *CATEGORICAL, *CHANNELS, "actual_productivity")
-    table = read_csv(path, known, SOURCE)
+    columns = ("date", "team", *CATEGORICAL, *CHANNELS, "actual_productivity")
+    table = read_csv(path, columns, SOURCE)
     try:
         date = table["date"].str.to_date("%m/%d/%Y")
     except pl.exceptions.PolarsError:
@@ -72,7 +72,7 @@ def _plant(rows: pl.DataFrame, team: int, seed: int) -> Plant:
             part: rows.filter(pl.col("test") == (part == "test")).drop("test", "team") for part in ("train", "test")
         }
         return {
-            **{f"{part}.parquet": parquet(own) for part, own in parts.items()},
+            **{f"{part}.parquet": parquet(table) for part, table in parts.items()},
             "site.toml": _site_toml(name, team, seed),
         }
 

@@ -52,8 +52,8 @@ def write(out: Path, wish: Wish) -> list[Path]:
     if wish.plants == 1:
         return write_plants(out, [_plant("rig", rows, tuple(TASKS), wish)])
     states = rows["cooler_pct"].unique().sort().to_list()
-    own = [(f"cooler-{state:03d}", rows.filter(pl.col("cooler_pct") == state)) for state in states]
-    return write_plants(out, [_plant(name, cycles, tuple(TASKS)[1:], wish) for name, cycles in own])
+    by_state = [(f"cooler-{state:03d}", rows.filter(pl.col("cooler_pct") == state)) for state in states]
+    return write_plants(out, [_plant(name, cycles, tuple(TASKS)[1:], wish) for name, cycles in by_state])
 
 
 def read_cycles(folder: Path) -> pl.DataFrame:
@@ -75,7 +75,7 @@ def read_cycles(folder: Path) -> pl.DataFrame:
     condition = profile.select(RUN_OF).to_numpy()
     run = np.concatenate([[0], np.cumsum((condition[1:] != condition[:-1]).any(axis=1))])
     columns: dict[str, NDArray[np.generic]] = {
-        "run": np.repeat([f"run-{number:03d}" for number in run], SECONDS),
+        "run": np.repeat([f"run-{run_number:03d}" for run_number in run], SECONDS),
         "cycle": np.repeat(np.arange(profile.height, dtype=np.int32), SECONDS),
         "second": np.arange(profile.height * SECONDS, dtype=np.int32),
     }
@@ -109,7 +109,7 @@ def _plant(name: str, rows: pl.DataFrame, tasks: tuple[str, ...], wish: Wish) ->
 
 
 def _site_toml(name: str, rows: pl.DataFrame, tasks: tuple[str, ...], wish: Wish) -> bytes:
-    channels = [one for one in rows.columns if one not in ("run", "cycle", "second", *TASKS.values())]
+    channels = [column for column in rows.columns if column not in ("run", "cycle", "second", *TASKS.values())]
     split: dict[str, object] = {
         "validation": 0.08 if len(tasks) == len(TASKS) else 0.12,  # runs are few, and conditions rare among them
         "folds": FOLDS,

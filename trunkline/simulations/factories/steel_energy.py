@@ -54,7 +54,7 @@ def write(out: Path, wish: Wish) -> list[Path]:
     # midnight that ends a month belongs to that month: a quarter hour back says which one a reading is of
     month = (rows["time"] - timedelta(minutes=15)).dt.month().to_numpy()
     return write_plants(
-        out, [_plant(rows.filter((month - 1) // length == place), place, length) for place in range(plants)]
+        out, [_plant(rows.filter((month - 1) // length == index), index, length) for index in range(plants)]
     )
 
 
@@ -94,8 +94,8 @@ def read_year(path: Path) -> pl.DataFrame:
     )
 
 
-def _plant(rows: pl.DataFrame, place: int, length: int) -> Plant:
-    name = f"q{place + 1}" if length == 3 else f"month-{place * length + 1:02d}"
+def _plant(rows: pl.DataFrame, index: int, length: int) -> Plant:
+    name = f"q{index + 1}" if length == 3 else f"month-{index * length + 1:02d}"
     # its last row would name the load of a moment that is another plant's
     rows = rows.with_columns(next_load=pl.when(pl.int_range(pl.len()) < pl.len() - 1).then("next_load"))
 

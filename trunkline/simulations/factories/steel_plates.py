@@ -58,12 +58,14 @@ def read_plates(path: Path) -> pl.DataFrame:
     """`plate`, `grade`, the columns of CHANNELS and `fault`, in the order of the file."""
     grades = [f"TypeOfSteel_{grade}" for grade in GRADES]
     table = read_csv(path, (*PLACES, *CHANNELS, *grades, *FAULTS), SOURCE)
-    for what, columns in (("grade", grades), ("fault", list(FAULTS))):
+    for label, columns in (("grade", grades), ("fault", list(FAULTS))):
         wrong = table.select(pl.sum_horizontal(columns)).to_series().ne(1).arg_true()
         if len(wrong):
-            raise DataError(f"{path}, line {int(wrong[0]) + 2}: not exactly one {what} is 1. {SOURCE}")
+            raise DataError(f"{path}, line {int(wrong[0]) + 2}: not exactly one {label} is 1. {SOURCE}")
     fault = pl.coalesce(pl.when(pl.col(column) == 1).then(pl.lit(name)) for column, name in FAULTS.items())
-    grade = pl.coalesce(pl.when(pl.col(f"TypeOfSteel_{one}") == 1).then(pl.lit(one)) for one in GRADES)
+    grade = pl.coalesce(
+        pl.when(pl.col(f"TypeOfSteel_{grade_name}") == 1).then(pl.lit(grade_name)) for grade_name in GRADES
+    )
     plate = pl.int_range(pl.len()).cast(pl.String).str.zfill(4)
     return (
         table.select(plate=plate, grade=grade).hstack(table.select(*CHANNELS)).with_columns(table.select(fault=fault))

@@ -109,18 +109,18 @@ def write(out: Path, wish: Wish) -> list[Path]:
         raise ConfigError(f"--plants {plants}: ask for at least one plant.")
     if wish.groups is not None and wish.groups < 2:
         raise ConfigError(f"--groups {wish.groups}: a plant needs 2 units, one to train and one to validate.")
-    return write_plants(out, [_plant(place, wish) for place in range(plants)])
+    return write_plants(out, [_plant(index, wish) for index in range(plants)])
 
 
-def _plant(place: int, wish: Wish) -> Plant:
-    kind = KINDS[place % len(KINDS)]
-    name = f"{kind.name}-{place + 1:02d}"
+def _plant(index: int, wish: Wish) -> Plant:
+    kind = KINDS[index % len(KINDS)]
+    name = f"{kind.name}-{index + 1:02d}"
 
     def files() -> Files:
         rng = np.random.default_rng(seed_of(wish.seed, "synthetic", name))
         learn = kind.learn if wish.groups is None else wish.groups
         # later plants of a kind were fitted out by somebody else: another sensor or two
-        channels = kind.channels + place // len(KINDS) % 3
+        channels = kind.channels + index // len(KINDS) % 3
         rows = _rows(kind, name, learn + kind.test, channels, rng)
         # few units, or a number of them that was asked for, are all there to learn from: others are tested
         apart = kind.name == "mill" or wish.groups is not None
@@ -166,10 +166,10 @@ def wear_out(units: int, regimes: int, rng: np.random.Generator) -> dict[str, Ma
         # a worn machine warms up further, and takes longer to
         heat = heat + (0.75 - 0.68 * np.minimum(wear, 1.0)) * (load * (1.0 + 0.35 * wear) - heat)
         load_all[:, step], wear_all[:, step], heat_all[:, step] = load, wear, heat
-    # place and make of each unit, larger than what wear adds: a plant with few units learns these by heart instead of
+    # position and make of each unit, larger than what wear adds: a plant with few units learns these by heart instead of
     # the pattern over time, and that is what a trunk trained on many plants' units saves it from
-    place, make = rng.normal(0.0, 0.5, (units, 1)), rng.normal(0.0, 1.0, (units, 1))
-    heat_all = heat_all + place
+    position, make = rng.normal(0.0, 0.5, (units, 1)), rng.normal(0.0, 1.0, (units, 1))
+    heat_all = heat_all + position
     vibration = make + 1.1 * wear_all * load_all
     alive = (wear_all < 1.0).astype(np.float64)
     signals = {"load": (load_all - 1.0) / 0.28, "heat": (heat_all - 1.15) / 0.3, "vibration": (vibration - 0.5) / 0.6}
@@ -186,9 +186,9 @@ def sense(signals: Matrix, regime: Matrix, channels: int, noise: float, rng: np.
     Returns:
         (rows, channels), before the plant's physical units; channel k mostly sees signal k modulo 3.
     """
-    own = np.arange(channels) % signals.shape[1]
+    main_signal = np.arange(channels) % signals.shape[1]
     mix = rng.normal(0.0, CROSSTALK, (signals.shape[1], channels))
-    mix[own, np.arange(channels)] += 1.0
+    mix[main_signal, np.arange(channels)] += 1.0
     bend = rng.uniform(-BEND, BEND, channels)
     clean = signals @ mix
     clean = clean + bend * np.tanh(clean) + 0.1 * bend * clean**2
@@ -207,18 +207,18 @@ def _rows(kind: Kind, name: str, units: int, channels: int, rng: np.random.Gener
     flat = {key: value[keep] for key, value in world.items()}  # (rows,)
     left = keep.sum(axis=1)[unit] - step  # rows until failure, 1 at the last row
     sensors = sense(np.stack([flat[signal] for signal in SIGNALS], axis=1), flat["regime"], channels, NOISE, rng)
-    drawer = {signal: rng.permutation(len(known)) for signal, known in SENSORS.items()}
-    text = np.asarray([f"{name}-{number:04d}" for number in range(1, units + 1)])
+    drawer = {signal: rng.permutation(len(names)) for signal, names in SENSORS.items()}
+    text = np.asarray([f"{name}-{serial:04d}" for serial in range(1, units + 1)])
     columns: dict[str, NDArray[Any]] = {
         "unit": text[unit] if kind.file in ("csv", "parquet") else unit + 1,  # files of arrays hold numbers
         "hour": step * kind.hours,
     }
     if kind.regimes > 1:
         columns["setpoint"] = 600.0 + 300.0 * flat["regime"]
-    for place in range(channels):
-        signal = SIGNALS[place % len(SIGNALS)]
-        label, scale, level = SENSORS[signal][drawer[signal][place // len(SIGNALS)]]
-        values = level + scale * rng.lognormal(0.0, 0.4) * sensors[:, place]
+    for channel in range(channels):
+        signal = SIGNALS[channel % len(SIGNALS)]
+        label, scale, level = SENSORS[signal][drawer[signal][channel // len(SIGNALS)]]
+        values = level + scale * rng.lognormal(0.0, 0.4) * sensors[:, channel]
         values[rng.random(len(values)) < kind.missing] = np.nan
         columns[label] = np.round(values, 4)
     leaks = flat["wear"] > 0.72 + 0.08 * rng.standard_normal(units)[unit]
@@ -228,7 +228,7 @@ def _rows(kind: Kind, name: str, units: int, channels: int, rng: np.random.Gener
         "failing": (left <= HORIZON).astype(np.int8),
         "stage": np.asarray(STAGES)[np.digitize(flat["wear"], (0.35, 0.7))],
         "efficiency": np.round(efficiency, 3),
-        "leak": np.where(step % 3 == 2, leaks, np.nan),  # seen only when somebody looks, at every third row
+        "leak": np.where(step % 3 == 2, leaks, np.nan),  # an inspection looks at every third row only
     }
     return pl.DataFrame({**columns, **{task: labels[task] for task in kind.tasks}}, nan_to_null=True)
 
@@ -240,7 +240,7 @@ def _encode(file: str, rows: pl.DataFrame) -> list[tuple[str, bytes]]:
         units = rows["unit"].unique(maintain_order=True)
         thirds = [part.tolist() for part in np.array_split(units.to_numpy(), 3)]
         parts = [rows.filter(pl.col("unit").is_in(third)) for third in thirds if third]
-        return [(f"/line-{place}.csv", part.write_csv().encode()) for place, part in enumerate(parts, start=1)]
+        return [(f"/line-{index}.csv", part.write_csv().encode()) for index, part in enumerate(parts, start=1)]
     if file == "parquet":
         rows.write_parquet(buffer)
         return [(".parquet", buffer.getvalue())]
@@ -268,7 +268,7 @@ def _site_toml(kind: Kind, name: str, columns: list[str], learn: int, apart: boo
     share = {} if apart else {"test": round(kind.test / (kind.learn + kind.test), 3)}
     data["split"] = {"validation": 0.2, **share}
     hours = kind.hours
-    known: dict[str, dict[str, Any]] = {
+    tables: dict[str, dict[str, Any]] = {
         "rul": {"kind": "regression", "target": "rul", "unit": "hours", "cap": CAP * hours},
         "failing": {"kind": "binary", "target": "failing", "weight": 0.3},
         "stage": {"kind": "multiclass", "target": "stage", "classes": STAGES, "ordinal": True, "weight": 0.3},
@@ -286,4 +286,4 @@ def _site_toml(kind: Kind, name: str, columns: list[str], learn: int, apart: boo
         f"A made-up plant: {learn} units of a {kind.name} line to learn from, run to failure; a row every {hours:g} h."
     )
     text = "\n".join([head, *(about[task] for task in kind.tasks)])
-    return toml({"name": name, "data": data, "tasks": {task: known[task] for task in kind.tasks}}, text)
+    return toml({"name": name, "data": data, "tasks": {task: tables[task] for task in kind.tasks}}, text)

@@ -29,7 +29,7 @@ FILE = "tep.parquet"
 PLANTS = {"faults-01-07": range(1, 8), "faults-08-14": range(8, 15), "faults-15-21": range(15, 22)}
 HIDDEN = (3, 9, 15)
 ONSET = 160  # first row of a test run with the fault on
-READINGS = (*(f"XMEAS{number:02d}" for number in range(1, 42)), *(f"XMV{number:02d}" for number in range(1, 12)))
+READINGS = (*(f"XMEAS{reading:02d}" for reading in range(1, 42)), *(f"XMV{reading:02d}" for reading in range(1, 12)))
 NORMAL = "normal"
 SOURCE = (
     "Get the Tennessee Eastman runs d00.dat .. d21_te.dat of Chiang, Russell and Braatz, put them into one tep.parquet "
@@ -75,8 +75,8 @@ def read_runs(path: Path) -> pl.DataFrame:
 
 
 def _plant(name: str, rows: pl.DataFrame, faults: tuple[int, ...]) -> Plant:
-    own = rows.filter(pl.col("fault").is_in((0, *faults))).drop("fault")
-    train, test = (own.filter(pl.col("part") == part).drop("part") for part in ("train", "test"))
+    mine = rows.filter(pl.col("fault").is_in((0, *faults))).drop("fault")
+    train, test = (mine.filter(pl.col("part") == part).drop("part") for part in ("train", "test"))
 
     def files() -> Files:
         about = _site_toml(name, faults)

@@ -28,14 +28,14 @@ class WorkerProcess:
     """A worker process as the driver sees it, on one Ray node for good: rows that were read there stay there.
 
     Args:
-        number: of the worker; it survives the process, which may die and be started again.
+        index: of the worker; it survives the process, which may die and be started again.
         node: id of its Ray node.
         gpu_share: part of a GPU that it asks Ray for.
         site_host: see `Worker`.
     """
 
-    def __init__(self, number: int, node: str, gpu_share: float, site_host: Callable[[str], Any]) -> None:
-        self.number = number
+    def __init__(self, index: int, node: str, gpu_share: float, site_host: Callable[[str], Any]) -> None:
+        self.index = index
         self.node = node
         self.gpu_share = gpu_share
         self._site_host = site_host
@@ -43,13 +43,13 @@ class WorkerProcess:
         self.start()
 
     def __str__(self) -> str:
-        return f"worker {self.number} on Ray node {node_name(self.node)}"
+        return f"worker {self.index} on Ray node {node_name(self.node)}"
 
     def start(self) -> None:
         """Start a new process; the one before, if any, is dead."""
         pinned = NodeAffinitySchedulingStrategy(node_id=self.node, soft=False)
         options = Worker.options(num_cpus=1, num_gpus=self.gpu_share, scheduling_strategy=pinned)  # type: ignore[attr-defined]
-        self.actor: Any = options.remote(self._site_host, self.number)
+        self.actor: Any = options.remote(self._site_host, self.index)
         self.hello: Any = self.actor.hello.remote()
         self.ready = False
         self.contexts: set[int] = set()  # nodes whose context the process has
@@ -72,7 +72,7 @@ class WorkerProcess:
                 return "lost"
             if waited > START_S:
                 raise DeploymentError(
-                    f"worker {self.number} did not start within {START_S:g} s on Ray node {node_name(self.node)}: expected a free CPU there, and Ray "
+                    f"worker {self.index} did not start within {START_S:g} s on Ray node {node_name(self.node)}: expected a free CPU there, and Ray "
                     f"has {ray.available_resources().get('CPU', 0.0):g} free in all. End what else runs there, or give fewer --workers."
                 )
             return "starting"
@@ -100,7 +100,7 @@ class WorkerProcess:
 
     def _cannot_start(self, error: Exception) -> str:
         cause = [line for line in str(error).splitlines() if line.strip()][-1].strip()
-        expected = ", ".join(f"{name} {number}" for name, number in versions().items())
+        expected = ", ".join(f"{name} {version}" for name, version in versions().items())
         return (
             f"a worker cannot start on Ray node {node_name(self.node)}: {cause}. Expected there what this process has: {expected}. Install Trunkline on "
             "every node of the cluster, in the environment that Ray runs in."
@@ -118,7 +118,7 @@ def start_workers(workers: int | None, sites: int, site_host: Callable[[str], An
     """
     nodes = _spread_over_nodes(workers, sites)
     shares = _gpu_shares(nodes)
-    return [WorkerProcess(number, node, shares[node], site_host) for number, node in enumerate(nodes)]
+    return [WorkerProcess(index, node, shares[node], site_host) for index, node in enumerate(nodes)]
 
 
 def alive_nodes() -> set[str]:

@@ -65,10 +65,10 @@ class RayGrid(LocalGrid):
         return self.scheduler.has_room()
 
     def _dispatch(self, message: Message, context: Context) -> None:
-        rest, arrays, new = self.contents.pack(message.content)
+        body, arrays, new = self.contents.pack(message.content)
         metadata = message.metadata
         job = Job(
-            metadata.message_id, context.node_id, metadata.message_type, metadata.group_id, pickle.dumps(metadata, 5), rest,
+            metadata.message_id, context.node_id, metadata.message_type, metadata.group_id, pickle.dumps(metadata, 5), body,
             arrays, first=new,
         )  # fmt: skip
         answering_id = self.scheduler.submit(job)

@@ -42,7 +42,7 @@ class Job:
     """A message on its way to its answer.
 
     Args:
-        rest: its content, packed without the arrays.
+        body: its content, packed without the arrays.
         arrays: their bytes, or the shared content that has them.
         first: whether it is the first message with these arrays.
         deaths: of workers that had nothing else to do.
@@ -53,7 +53,7 @@ class Job:
     kind: str
     group: str
     metadata: bytes
-    rest: bytes
+    body: bytes
     arrays: list[Buffer] | SharedContent
     first: bool = True
     deaths: int = 0
@@ -67,16 +67,16 @@ class Job:
             arrays = self.arrays.nbytes
         else:
             arrays = sum(buffer.nbytes for buffer in self.arrays)
-        return arrays + len(self.rest) + len(self.metadata)
+        return arrays + len(self.body) + len(self.metadata)
 
     def serialized(self) -> SerializedMessage:
         """The job as a worker receives it."""
-        arrays = self.arrays.number if isinstance(self.arrays, SharedContent) else self.arrays
-        return self.node, self.metadata, self.rest, arrays
+        arrays = self.arrays.key if isinstance(self.arrays, SharedContent) else self.arrays
+        return self.node, self.metadata, self.body, arrays
 
     def same_request(self, other: "Job") -> bool:
         """Whether both ask the same, as when a site that has been silent for long is asked again."""
-        if (self.kind, self.group, self.rest) != (other.kind, other.group, other.rest):
+        if (self.kind, self.group, self.body) != (other.kind, other.group, other.body):
             return False
         if isinstance(self.arrays, SharedContent) or isinstance(other.arrays, SharedContent):
             return self.arrays is other.arrays
@@ -293,7 +293,7 @@ class Scheduler:
 
     def _send_group(self, slot: WorkerSlot, jobs: list[Job]) -> None:
         new = {job.node for job in jobs} - slot.process.contexts
-        shared = {job.arrays.number: [job.arrays.reference] for job in jobs if isinstance(job.arrays, SharedContent)}
+        shared = {job.arrays.key: [job.arrays.reference] for job in jobs if isinstance(job.arrays, SharedContent)}
         contexts = [self.contexts[node] for node in new]
         reference = slot.process.actor.answer.remote([job.serialized() for job in jobs], contexts, shared)
         expected = sum(self.workload.typical.get(job.kind, (0.0, AHEAD))[1] for job in jobs)
@@ -327,9 +327,9 @@ class Scheduler:
         self._send(slot)
 
     def _keep(self, group: Group, replies: list[tuple[bytes, list[Buffer], float]]) -> None:
-        for job, (rest, buffers, seconds) in zip(group.jobs, replies, strict=True):
-            self.workload.record(job, seconds, len(rest) + sum(buffer.nbytes for buffer in buffers))
-            self._finish(job, unpack(rest, buffers))
+        for job, (body, buffers, seconds) in zip(group.jobs, replies, strict=True):
+            self.workload.record(job, seconds, len(body) + sum(buffer.nbytes for buffer in buffers))
+            self._finish(job, unpack(body, buffers))
 
     def _finish(self, job: Job, reply: Message) -> None:
         self._replies[job.message_id] = reply

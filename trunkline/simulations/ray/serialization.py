@@ -37,10 +37,10 @@ def pack(value: object) -> tuple[bytes, list[Buffer]]:
     return stream.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
 
 
-def unpack(rest: bytes, buffers: Sequence[Any]) -> Any:
+def unpack(body: bytes, buffers: Sequence[Any]) -> Any:
     """The value that was packed. Its arrays are views of `buffers` and keep them where they are, as in the object store."""
     return pickle.loads(
-        rest, buffers=[buffer if isinstance(buffer, bytes) else memoryview(buffer) for buffer in buffers]
+        body, buffers=[buffer if isinstance(buffer, bytes) else memoryview(buffer) for buffer in buffers]
     )
 
 
@@ -48,13 +48,13 @@ class SharedContent:
     """One array content in the object store, for all the messages that have it; the driver holds no second copy.
 
     Args:
-        number: names it towards the workers.
+        key: identifies it towards the workers.
         reference: by which a worker gets it from the object store.
         buffers: the driver's view of it there.
     """
 
-    def __init__(self, number: int, reference: Any, buffers: list[Buffer]) -> None:
-        self.number = number
+    def __init__(self, key: int, reference: Any, buffers: list[Buffer]) -> None:
+        self.key = key
         self.reference = reference
         self.buffers = buffers
         self.nbytes = sum(buffer.nbytes for buffer in buffers)
@@ -91,12 +91,12 @@ class ContentStore:
         """`content` as it travels: all but its arrays; their bytes or the shared content; and whether these are new here."""
         if self._last is not None and self._last[0]() is content:  # nobody changes what is in a message
             return self._last[1], self._last[2], False
-        rest, buffers = pack(content)
+        body, buffers = pack(content)
         shared, new = self.find(buffers)
         if shared is None:
-            return rest, buffers, True
-        self._last = weakref.ref(content), rest, shared
-        return rest, shared, new
+            return body, buffers, True
+        self._last = weakref.ref(content), body, shared
+        return body, shared, new
 
     def find(self, buffers: list[Buffer]) -> tuple[SharedContent | None, bool]:
         """The stored content that equals `buffers`, and whether it is new; None where they are few bytes."""

@@ -18,7 +18,7 @@ from trunkline.protocol.arrays import Arrays
 from trunkline.protocol.messages import TrainRequest
 from trunkline.simulations.ray.serialization import Buffer, pack, unpack
 
-# A message as a worker receives it: node, metadata, content without its arrays, and these: their bytes, or the number
+# A message as a worker receives it: node, metadata, content without its arrays, and these: their bytes, or the key
 # of the shared content that has them.
 SerializedMessage = tuple[int, bytes, bytes, list[Buffer] | int]
 
@@ -35,14 +35,14 @@ class Worker:
     Args:
         site_host: makes the object that opens the sites and answers their messages; it is called with a description
             of this process, for the texts of errors.
-        number: of this worker.
+        index: of this worker.
     """
 
-    def __init__(self, site_host: Callable[[str], Any], number: int) -> None:
+    def __init__(self, site_host: Callable[[str], Any], index: int) -> None:
         logging.getLogger("flwr").setLevel(logging.ERROR)
         node = ray.get_runtime_context().get_node_id()
         self.site_host = site_host(
-            f"worker {number} (process {os.getpid()} on {socket.gethostname()}, Ray node {node[:8]})"
+            f"worker {index} (process {os.getpid()} on {socket.gethostname()}, Ray node {node[:8]})"
         )
         self.contexts: dict[int, Context] = {}
         self.shared: dict[int, list[bytes]] = {}
@@ -77,19 +77,19 @@ class Worker:
         Args:
             messages: the group.
             contexts: of nodes that this process has not met.
-            shared: number of a shared content -> a list with the reference to its buffers in the object store.
+            shared: key of a shared content -> a list with the reference to its buffers in the object store.
         """
         self.contexts |= {context.node_id: context for context in contexts}
-        for number in [number for number in self.shared if number not in shared]:
-            del self.shared[number]
-        for number, (reference,) in shared.items():
-            if number not in self.shared:  # one copy a process, which all messages with this content then look at
-                self.shared[number] = [bytes(buffer) for buffer in ray.get(reference)]
+        for key in self.shared.keys() - shared.keys():
+            del self.shared[key]
+        for key, (reference,) in shared.items():
+            if key not in self.shared:  # one copy a process, which all messages with this content then look at
+                self.shared[key] = [bytes(buffer) for buffer in ray.get(reference)]
         replies = []
-        for node, metadata, rest, arrays in messages:
+        for node, metadata, body, arrays in messages:
             start = time.perf_counter()
             buffers = self.shared[arrays] if isinstance(arrays, int) else [bytes(buffer) for buffer in arrays]
-            content = unpack(rest, buffers)
+            content = unpack(body, buffers)
             reply = self.site_host.answer(message_of(pickle.loads(metadata), content), self.contexts[node])
             replies.append((*pack(reply), time.perf_counter() - start))
         return replies
