@@ -1,7 +1,8 @@
 """`trunkline simulate`: site folders in, a run's folder out, through the apps that are deployed."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from trunkline.config.world import WorldConfig
 from trunkline.errors import ConfigError
 from trunkline.privacy.guards import guards_of
 from trunkline.release import RELEASE
-from trunkline.runtime.events import Event
+from trunkline.runtime.events import Event, OnEvent
 from trunkline.runtime.progress import EVENTS
 from trunkline.server.reporting.report import read_report, write_report
 from trunkline.strategies import build_strategy
@@ -28,76 +29,111 @@ if TYPE_CHECKING:
 def simulate(
     run: RunConfig, folders: list[Path], out: Path, *, workers: int | None, resume: bool = False, address: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run the whole federation; returns the report, which also lies in `out` with the plots of the predictions.
+    """Run the whole federation, or one pooled training, and write the report and its plots.
 
     Args:
+        folders: of the sites, newcomers included.
+        out: folder of the run; it exists.
         workers: processes on Ray; 0: everything in this process, without Ray; None: one for every CPU of the cluster.
+        resume: go on with the run in `out`.
         address: of a Ray cluster to join.
+
+    Returns:
+        The report, as `out`/report.json has it.
+
+    Raises:
+        ConfigError: settings that exclude each other.
+        DataError: a site cannot be read.
+        DeploymentError: Ray or a worker cannot start.
     """
     newcomers: list[Path] = []
-    world: WorldGrid | None = None
     if run.newcomers.sites:
         from trunkline.simulations.newcomers import set_apart
 
         folders, newcomers = set_apart(folders, run.newcomers)
     states = [out / "state" / folder.name for folder in folders]
     if build_strategy(run.strategy.name, run.strategy.options, run.training).pooled:
-        from trunkline.simulations.central import run_central
-
-        if resume:
-            raise ConfigError("strategy 'central' keeps no checkpoints; start it afresh with --overwrite.")
-        if newcomers:
-            raise ConfigError("strategy 'central' releases no trunk for [newcomers]. Choose another strategy.")
-        if guards_of(run.guards):
-            raise ConfigError(
-                "strategy 'central' sends no update that [guards] could guard: take it out of the run file."
-            )
-        if run.search.trials:
-            raise ConfigError(
-                "[search] tries runs of a federation, and strategy 'central' is none. Choose another strategy."
-            )
-        if run.world != WorldConfig():
-            raise ConfigError("strategy 'central' has no sites that could be away: take [world] out of the run file.")
-
-        with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
-            report = run_central(folders, states, run, lambda event: _write(events.write, event))
-        write_report(report, out)
+        _check_pooled(run, resume=resume)
+        report = _train_pooled(run, folders, states, out)
     else:
-        from trunkline.server.app import app
-
-        # all sites of a simulation are there from the start: with fewer than the run file wants, all of them will do
-        cohort = run.cohort.model_copy(update={"min_sites": min(run.cohort.min_sites, len(folders))})
-        run = run.model_copy(update={"cohort": cohort})
-        grid = _grid(folders, states, workers, address)
-        try:
-            grid.open_sites()
-            if run.search.trials:
-                from trunkline.simulations.search import search
-
-                with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as events:
-                    run = search(run, grid, states, out, lambda event: _write(events.write, event), resume=resume)
-            settings: dict[str, bool | float | int | str] = {
-                "run-toml": run.model_dump_json(),
-                "out": str(out),
-                "resume": int(resume),
-            }
-            context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
-            if run.world != WorldConfig():  # after a search, which has all sites at its disposal
-                from trunkline.simulations.world import network as worlds
-
-                world = worlds.WorldGrid(grid, run, out, resume=resume)
-            app(grid=world or grid, context=context)
-        finally:
-            grid.close()
-    report = read_report(out)
-    if world is not None:
-        report = world.complete_report(report)
+        report = _federate(run, folders, states, out, workers=workers, resume=resume, address=address)
     if newcomers:
         from trunkline.simulations.newcomers import onboard
 
         report["newcomers"] = onboard(newcomers, out / RELEASE, run.newcomers, out)
     write_report(report, out, predictions_below(out))
     return report
+
+
+def _check_pooled(run: RunConfig, *, resume: bool) -> None:
+    """Raise ConfigError for a setting that makes no sense without a federation."""
+    if resume:
+        raise ConfigError("strategy 'central' keeps no checkpoints; start it afresh with --overwrite.")
+    if run.newcomers.sites:
+        raise ConfigError("strategy 'central' releases no trunk for [newcomers]. Choose another strategy.")
+    if guards_of(run.guards):
+        raise ConfigError("strategy 'central' sends no update that [guards] could guard: take it out of the run file.")
+    if run.search.trials:
+        raise ConfigError(
+            "[search] tries runs of a federation, and strategy 'central' is none. Choose another strategy."
+        )
+    if run.world != WorldConfig():
+        raise ConfigError("strategy 'central' has no sites that could be away: take [world] out of the run file.")
+
+
+def _train_pooled(run: RunConfig, folders: list[Path], states: list[Path], out: Path) -> dict[str, Any]:
+    from trunkline.simulations.central import run_central
+
+    with _event_log(out) as on_event:
+        report = run_central(folders, states, run, on_event)
+    write_report(report, out)
+    return read_report(out)
+
+
+def _federate(
+    run: RunConfig, folders: list[Path], states: list[Path], out: Path, *, workers: int | None, resume: bool, address: str | None
+) -> dict[str, Any]:  # fmt: skip
+    """Search for settings if the run file says so, then run the ServerApp over a grid of all sites."""
+    from trunkline.server.app import app
+
+    # all sites of a simulation are available from the start: where the run file wants more, all of them are enough
+    cohort = run.cohort.model_copy(update={"min_sites": min(run.cohort.min_sites, len(folders))})
+    run = run.model_copy(update={"cohort": cohort})
+    world: WorldGrid | None = None
+    grid = _grid(folders, states, workers, address)
+    try:
+        grid.open_sites()
+        if run.search.trials:
+            from trunkline.simulations.search import search
+
+            with _event_log(out) as on_event:
+                run = search(run, grid, states, out, on_event, resume=resume)
+        settings: dict[str, bool | float | int | str] = {
+            "run-toml": run.model_dump_json(),
+            "out": str(out),
+            "resume": int(resume),
+        }
+        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
+        if run.world != WorldConfig():  # after a search, which has all sites at its disposal
+            from trunkline.simulations.world import network
+
+            world = network.WorldGrid(grid, run, out, resume=resume)
+        app(grid=world or grid, context=context)
+    finally:
+        grid.close()
+    report = read_report(out)
+    return report if world is None else world.complete_report(report)
+
+
+@contextlib.contextmanager
+def _event_log(out: Path) -> Iterator[OnEvent]:
+    """Append events to the run's event log, a line each."""
+    with (out / EVENTS).open("a", encoding="utf-8", buffering=1) as file:
+
+        def write(event: Event) -> None:
+            file.write(json.dumps(event.to_json()) + "\n")
+
+        yield write
 
 
 def _grid(
@@ -113,12 +149,8 @@ def _grid(
     return RayGrid(folders, states, workers=workers, address=address)
 
 
-def _write(write: Callable[[str], Any], event: Event) -> None:
-    write(json.dumps(event.to_json()) + "\n")
-
-
 def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":
-    """The row-level predictions of simulated sites, for the plots; a deployed server has none and finds none."""
+    """The row-level predictions of simulated sites, for the plots; empty in a deployed run, where they stay at the plants."""
     import safetensors
 
     from trunkline.server.reporting.plots import Predictions  # here, because it brings matplotlib

@@ -180,7 +180,7 @@ def start_ray(address: str | None, workers: int | None) -> None:
     # without these Ray warns of its own future defaults and reports usage to its makers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would give its workers the lowest priority, and they do all of the work: on a shared machine everybody else came first
+    # Ray would give its workers the lowest priority, and they do all of the work: on a shared machine every other process came first
     os.environ.setdefault("RAY_worker_niceness", "0")
     # stacks of models come and go in blocks of megabytes: given back to the system each time, each would be paged in anew
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(256 << 20))
@@ -189,7 +189,7 @@ def start_ray(address: str | None, workers: int | None) -> None:
         if address:
             _join(address)
         else:
-            ray.init(  # "local": a cluster that somebody else has started on this machine is not ours to join unasked
+            ray.init(  # "local": a cluster that another user has started on this machine is not ours to join unasked
                 address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=OBJECT_STORE,
                 # fetched replies are freed one by one: Ray would keep a hundred of them, or a second's worth
                 _system_config={"automatic_object_spilling_enabled": True, "free_objects_batch_size": 1},

@@ -240,7 +240,7 @@ class Scheduler:
     def _enqueue(self, job: Job) -> None:
         self._unsent += job.nbytes
         slot = self.owner[job.node]
-        if job.node in self._struck:  # it has killed before, so it takes nobody else's answers with it
+        if job.node in self._struck:  # it has killed before, so it must take no other site's answers with it
             job.deaths = max(job.deaths, 1)
             slot.suspects.append(job)
         else:

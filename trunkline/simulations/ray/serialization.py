@@ -89,7 +89,7 @@ class ContentStore:
 
     def pack(self, content: RecordDict) -> tuple[bytes, list[Buffer] | SharedContent, bool]:
         """`content` as it travels: all but its arrays; their bytes or the shared content; and whether these are new here."""
-        if self._last is not None and self._last[0]() is content:  # nobody changes what is in a message
+        if self._last is not None and self._last[0]() is content:  # no code changes the content of a message
             return self._last[1], self._last[2], False
         body, buffers = pack(content)
         shared, new = self.find(buffers)
