@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def simulate(
-    run: RunConfig, folders: list[Path], out: Path, *, workers: int | None, resume: bool = False, address: str | None = None,
+    run: RunConfig, folders: list[Path], out: Path, *, workers: int | None, resume: bool = False,
+    address: str | None = None, page: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the whole federation, or one pooled training, and write the report and its plots.
 
@@ -37,6 +38,7 @@ def simulate(
         workers: processes on Ray; 0: everything in this process, without Ray; None: one for every CPU of the cluster.
         resume: go on with the run in `out`.
         address: of a Ray cluster to join.
+        page: draw report.html too.
 
     Returns:
         The report, as `out`/report.json has it.
@@ -61,7 +63,7 @@ def simulate(
         from trunkline.simulations.newcomers import onboard
 
         report["newcomers"] = onboard(newcomers, out / RELEASE, run.newcomers, out)
-    write_report(report, out, predictions_below(out))
+    write_report(report, out, predictions_below(out) if page else None, page=page)
     return report
 
 
@@ -86,7 +88,7 @@ def _train_pooled(run: RunConfig, folders: list[Path], states: list[Path], out: 
 
     with _event_log(out) as on_event:
         report = run_central(folders, states, run, on_event)
-    write_report(report, out)
+    write_report(report, out, page=False)
     return read_report(out)
 
 
@@ -112,6 +114,7 @@ def _federate(
             "run-toml": run.model_dump_json(),
             "out": str(out),
             "resume": int(resume),
+            "page": 0,  # drawn at the end, with the predictions
         }
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=settings)
         if run.world != WorldConfig():  # after a search, which has all sites at its disposal
@@ -163,5 +166,5 @@ def predictions_below(out: Path) -> "dict[tuple[str, str], Predictions]":
             with safetensors.safe_open(files[-1], framework="numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
                 about = json.loads((file.metadata() or {}).get("about", "{}"))
-            predictions[site, task] = Predictions.kept(tensors, about, unit=row["unit"], kind=row["kind"])
+            predictions[site, task] = Predictions.from_stored(tensors, about, unit=row["unit"], kind=row["kind"])
     return predictions
