@@ -230,12 +230,15 @@ def test_the_parts_that_train_are_every_parameter_exactly_once(spec: TrunkSpec) 
     assert {id(one) for one in model.norms.parameters()} <= {id(one) for one in parts["trunk"]}
 
 
+WINDOWS = [name for name, backbone in BACKBONES.items() if backbone.reads == "windows"]
+
+
 @pytest.mark.parametrize(
     ("backbone", "window", "words"),
     [
-        ("mlp", 30, r"windows of 30 rows.*Backbones that fit: tcn, tcn-stats, transformer"),
+        ("mlp", 30, rf"windows of 30 rows.*Backbones that fit: {', '.join(WINDOWS)}"),
         ("tcn", None, r"single rows.*Backbones that fit: mlp"),
-        ("tnc", 30, r"'tnc'; did you mean 'tcn'\?.*Known backbones: tcn, tcn-stats, transformer, mlp"),
+        ("tnc", 30, rf"'tnc'; did you mean 'tcn'\?.*Known backbones: {', '.join([*WINDOWS, 'mlp'])}"),
     ],
 )
 def test_a_backbone_that_cannot_read_the_samples_says_which_can(backbone: str, window: int | None, words: str) -> None:

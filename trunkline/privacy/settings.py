@@ -22,7 +22,9 @@ else:
         __doc__="`[guards]` of run.toml: what is done to every update before it leaves a site.",
     )  # fmt: skip
     GuardDemands = create_model(
-        "GuardDemands", __base__=tuple(kind.Demands for kind in GUARDS.values()), __module__=__name__,
+        "GuardDemands", __module__=__name__,
+        # a guard without limits of its own leaves the class as it is, which may stand there only once
+        __base__=tuple(kind.Demands for kind in GUARDS.values() if kind.Demands is not Demands) or (Demands,),
         __doc__="The guard keys of a policy: what a run must have.",
         guards=(tuple[Literal[tuple(GUARDS)], ...], Field(default=(), description="what a run must have")),
     )  # fmt: skip
