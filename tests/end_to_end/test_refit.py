@@ -117,8 +117,8 @@ def cut(when: Callable[[dict[str, Any]], bool], node: int) -> dict[int, Any]:
 @pytest.mark.parametrize(
     "when",
     [
-        lambda request: request["decide"],
-        lambda request: request["round"] == 4 and not request["decide"],
+        lambda request: request["kind"] == "decide",
+        lambda request: request["round"] == 4 and request["kind"] != "decide",
         lambda request: request["round"] == 6,
     ],
     ids=["deciding", "first round again", "last round"],
@@ -137,7 +137,7 @@ def test_a_site_that_missed_the_choice_says_so_and_is_scored_all_the_same(
     plants: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def deaf(message: Message, honest: Callable[[], Message]) -> Message | None:
-        missed = message.metadata.message_type == "evaluate" and header_of(message)["decide"]
+        missed = message.metadata.message_type == "evaluate" and header_of(message)["kind"] == "decide"
         return None if missed else honest()
 
     cohort = {"min_sites": 1, "deadline_s": 1.0, "gather_s": 20.0}
