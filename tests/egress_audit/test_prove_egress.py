@@ -240,6 +240,7 @@ def test_a_recorder_keeps_every_byte_and_can_hold_them() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_the_command_shows_that_a_built_in_plant_keeps_everything(plants: list[Path], tmp_path: Path) -> None:
     site = next(plant for plant in plants if plant.name.startswith("kiln"))
     before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}

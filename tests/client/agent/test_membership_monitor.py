@@ -89,7 +89,7 @@ def test_a_clock_that_is_off_is_told_before_it_shuts_the_site_out(plant: Plant) 
     plant.ahead = timedelta(seconds=4)
     plant.until(lambda: any("the clock here is 4 s ahead of the server's" in one for one in plant.said))
     plant.ahead = timedelta(seconds=-200)
-    plant.until(lambda: any("the clock here is 200 s behind the centre's" in one for one in plant.said))
+    plant.until(lambda: any("the clock here is 200 s behind the server's" in one for one in plant.said))
 
 
 def test_a_certificate_is_renewed_when_a_third_of_its_life_is_left(
