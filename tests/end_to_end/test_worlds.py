@@ -107,9 +107,7 @@ def simulate(plants: list[Path], tmp_path: Path, workers: str) -> list[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "workers", ["0", "2", pytest.param("1", marks=pytest.mark.slow), pytest.param("3", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("workers", ["2", *(pytest.param(count, marks=pytest.mark.slow) for count in ("0", "1", "3"))])
 def test_a_simulated_run_ends_with_the_bytes_of_the_loopback_run(
     plants: list[Path], tmp_path: Path, reference: Path, workers: str
 ) -> None:
@@ -122,6 +120,7 @@ def test_a_simulated_run_ends_with_the_bytes_of_the_loopback_run(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(280)
 def test_a_deployed_run_ends_with_the_bytes_of_the_loopback_run(

@@ -187,6 +187,7 @@ def test_one_executor_answers_every_round(deployment: Deployment) -> None:
     assert {line["site"] for line in lines} == {str(deployment.site)}, "the folder is the one the plant named"
 
 
+@pytest.mark.slow
 def test_a_foreign_app_is_refused_and_nothing_of_it_runs(deployment: Deployment) -> None:
     marker = deployment.root / "was-run"
     code = f"""
@@ -231,6 +232,7 @@ def test_an_answer_that_the_disk_does_not_take_is_asked_for_again(deployment: De
     assert [one["kind"] for one in notes] == ["failure", "recovery"] and "its disk is full" in notes[0]["text"]
 
 
+@pytest.mark.slow
 def test_status_says_in_plain_words_what_each_part_does(deployment: Deployment) -> None:
     deployment.finish(*deployment.start(deployment.thin, header=json.dumps({"run": "pumps", "round": 7})))
     plant = ("client", "status", str(deployment.site))
@@ -278,6 +280,7 @@ def test_an_executor_killed_within_a_task_costs_seconds(deployment: Deployment) 
     assert lines[-1]["pid"] != pid
 
 
+@pytest.mark.slow
 def test_an_executor_told_to_end_within_a_task_answers_first(deployment: Deployment) -> None:
     marker = deployment.root / "told" / "pid"
     run, out = deployment.start(deployment.thin, header=json.dumps({"sleep_once": str(marker)}), retries=2)
@@ -288,6 +291,7 @@ def test_an_executor_told_to_end_within_a_task_answers_first(deployment: Deploym
     assert [line.get("error") for line in lines] == [401, None] and "shutting down" in lines[0]["reason"]
 
 
+@pytest.mark.slow
 def test_a_killed_supernode_leaves_no_ghost(deployment: Deployment) -> None:
     (before,) = deployment.online()
     pid = deployment.child("supernode")

@@ -87,6 +87,7 @@ def said(state: Path, kind: str, word: str) -> list[str]:
     return [one["text"] for one in read_incidents(state, 100) if one["kind"] == kind and word in one["text"]]
 
 
+@pytest.mark.slow
 def test_the_daemon_outlives_a_full_disk_and_a_stopped_part_and_ends_in_time(tmp_path: Path, small_disk: Path) -> None:
     site, state, systemd = tmp_path / "press-07", small_disk / "state", Listener()
     site.mkdir()

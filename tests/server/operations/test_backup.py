@@ -322,6 +322,7 @@ gather_s = 60
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.xdist_group("federation")
 @pytest.mark.timeout(280)

@@ -125,6 +125,7 @@ def test_a_worker_killed_at_a_random_moment_costs_no_site_and_no_byte(
     assert trunk_of(tmp_path).digest() == reference
 
 
+@pytest.mark.slow
 def test_a_site_that_kills_its_worker_twice_is_named_and_left_out_and_the_others_go_on(
     plants: list[Path], tmp_path: Path, grid_of: Callable[..., RayGrid]
 ) -> None:
@@ -249,6 +250,7 @@ def own_memory() -> int:
     return int(status.split()[0]) * 1024
 
 
+@pytest.mark.slow
 def test_idle_workers_take_waiting_sites_over_and_the_bytes_are_the_same(
     plants: list[Path], tmp_path: Path, reference: str, grid_of: Callable[..., RayGrid]
 ) -> None:
@@ -318,6 +320,7 @@ def test_a_node_where_trunkline_is_missing_is_named_with_what_to_install(
         grid.open_sites()
 
 
+@pytest.mark.slow
 def test_without_workers_ray_is_not_even_imported(plants: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run.toml"
     run.write_text('name = "alone"\nrounds = 1\n[training]\nsteps = 1\n[trunk]\nwidth = 8\n')

@@ -49,7 +49,7 @@ def near(one: Arrays, other: Arrays) -> float:
     return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[0]))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_in_stacks_the_run_is_the_same_but_for_rounding(
     folders: list[Path], tmp_path: Path, alone: Path, workers: int
 ) -> None:
@@ -112,6 +112,7 @@ def test_without_stacks_it_is_the_run_of_a_loopback_to_the_byte(
     assert trunk_of(tmp_path).digest() == trunk_of(alone).digest()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_takes_the_run_back_to_its_checkpoint(
     folders: list[Path], tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,7 @@ def test_how_fast_the_machine_computes_changes_nothing(
     assert ends_of(tmp_path / "late") == ends_of(tmp_path / "as it is")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that Ray leaves open
 def test_the_same_seed_gives_the_same_bytes_and_times_on_any_number_of_workers(
