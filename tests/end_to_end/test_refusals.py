@@ -85,11 +85,11 @@ def test_a_server_that_is_not_the_one_that_invited_gets_nothing(
         real = centre.invite(other.name)
         between.states[other.name] = centre.states[other.name] = tmp_path / "state"
         said = between.join(other, real, fails=True)
-        assert "does not know who signed" in said, said
+        assert "does not know the signer" in said, said
         # he knows the secret half too, and still cannot be the authority that the code names
         stolen, honest = Code.parse(theirs), Code.parse(real)
         said = between.join(other, str(Code(stolen.secret, honest.authority)), fails=True)
-        assert "does not know who signed" in said or "made by another" in said, said
+        assert "does not know the signer" in said or "made by another" in said, said
         assert not Identity.of(tmp_path / "state").joined
         assert "enrol" not in between.command("server", "audit")
 
