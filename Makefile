@@ -23,8 +23,9 @@ demo: $(READY)
 	$(BIN)/trunkline sites synthetic --out out/demo-sites
 	$(BIN)/trunkline simulate examples/demo.toml --sites out/demo-sites --out out/demo --overwrite
 
+# three workers on two cores: tests of processes wait more than they compute
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow"
 
 test-all: test slow coverage
 

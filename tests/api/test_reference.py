@@ -120,6 +120,7 @@ def test_the_examples_of_the_readme_run(
     assert "kiln-02" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_script_runs(path: Path, plants: list[Path], tmp_path: Path) -> None:
     for plant in (plants[0], plants[-1]):  # two are enough, and quicker

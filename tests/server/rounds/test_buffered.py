@@ -208,6 +208,7 @@ def test_who_is_away_is_not_waited_for_and_comes_back_to_the_newest_trunk(benche
     assert all(newest <= round <= newest + 1 for round in back.values())
 
 
+@pytest.mark.slow
 def test_who_is_closed_is_not_asked_and_while_all_are_the_run_waits(
     plants: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_in_stacks_the_run_is_the_same_but_for_rounding(
             assert mine[who] == pytest.approx(theirs[who], rel=0.02), (mine["site"], who)
 
 
+@pytest.mark.slow
 def test_most_sites_go_in_stacks_and_the_odd_one_by_message(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
