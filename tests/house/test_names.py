@@ -22,7 +22,6 @@ LEFT: dict[str, int] = {
     "client/data/notes.py": 6,
     "client/policy/contracts.py": 13,
     "client/policy/manifest.py": 1,
-    "client/round_models.py": 1,
     "client/site.py": 3,
     "client/state/at_rest.py": 20,
     "client/state/identity.py": 1,

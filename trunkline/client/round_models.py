@@ -141,5 +141,5 @@ def finished_models(
     finish(site, roles["federated"], request)
     if "personal" not in roles:
         return roles
-    others = {role: model for role, model in roles.items() if role != "personal"}
-    return {**others, "shared": roles["federated"], "federated": roles["personal"]}
+    unchanged = {role: model for role, model in roles.items() if role != "personal"}
+    return {**unchanged, "shared": roles["federated"], "federated": roles["personal"]}
